@@ -1,0 +1,118 @@
+"""Where text comes from, as documents (name -> bytes), and which of them are held out."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning_unitscale.errors import InputError
+
+
+def python_topics() -> dict[str, bytes]:
+    """The language reference that CPython carries for `help()`: about 80 documents, 460 kB, no download."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise InputError(
+            "this Python comes without its documentation (module pydoc_data.topics); "
+            "use your own text: data=text data.path=<file, folder or glob>"
+        ) from error
+    return {name: text.encode() for name, text in sorted(topics.items())}
+
+
+def text_files(path: str) -> dict[str, bytes]:
+    """One document per file: a file, every file below a folder, or a glob (`**` goes through folders).
+
+    Hidden files and files with a NUL byte (binaries) are left out when a folder or glob is searched.
+
+    Raises:
+        InputError: nothing is there, or nothing with text in it.
+    """
+    if not path:
+        raise InputError("data.path is empty; give a file, a folder or a glob: data.path=<path>")
+    root = Path(path).expanduser()
+    if root.is_file():
+        candidates = [root]
+    elif root.is_dir():
+        candidates = sorted(file for file in root.rglob("*") if not _is_hidden(file.relative_to(root)))
+    else:
+        candidates = sorted(map(Path, glob.glob(str(root), recursive=True)))
+        if not candidates:
+            kind = "the pattern matches no file" if glob.has_magic(str(root)) else "no such file or folder"
+            raise InputError(f"data.path={path}: {kind} (looked in {Path.cwd()})")
+
+    documents: dict[str, bytes] = {}
+    for file in candidates:
+        if not file.is_file():
+            continue
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise InputError(f"data.path={path}: cannot read {file}: {error.strerror}") from error
+        if content.strip() and b"\0" not in content:
+            documents[str(file)] = content
+    if not documents:
+        raise InputError(f"data.path={path}: found no text ({len(candidates)} entries, all empty, binary or folders)")
+    return documents
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def hugging_face(
+    name: str, config: str | None = None, split: str = "train", column: str = "text", max_documents: int = 10_000
+) -> dict[str, bytes]:
+    """The first `max_documents` rows of a data set on the Hugging Face hub, streamed; needs the network.
+
+    Raises:
+        InputError: `datasets` is not installed, the data set can't be loaded, or the column is not text.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError("data=hf needs the `datasets` package: pip install 'lightning-unitscale[hub]'") from error
+
+    documents: dict[str, bytes] = {}
+    try:
+        for number, row in enumerate(load_dataset(name, config, split=split, streaming=True).take(max_documents)):
+            if not isinstance(row.get(column), str):
+                raise InputError(
+                    f"data.column={column}: not a text column of {name}; its columns are {', '.join(map(str, row))}"
+                )
+            if row[column].strip():
+                documents[f"{name}/{split}/{number}"] = row[column].encode()
+    except (OSError, ValueError, RuntimeError) as error:  # what the hub's client raises offline or for unknown names
+        raise InputError(
+            f"data.name={name}: the hub did not deliver it ({type(error).__name__}: {error}). "
+            "Without the network use data=topics or data=text data.path=<path>."
+        ) from error
+    if not documents:
+        raise InputError(f"data.name={name}: split {split!r} holds no text in column {column!r}")
+    return documents
+
+
+def hold_out(documents: Mapping[str, bytes], share: float) -> tuple[list[bytes], list[bytes]]:
+    """Splits documents into (training, held-out), the latter at least `share` of all bytes.
+
+    The order is by a hash of each text, so the split depends on the texts alone, not on names, order or seed,
+    and two copies of one text never end up on different sides. A single document is cut near its end instead.
+    """
+    if not 0 < share < 1:
+        raise InputError(f"data.held_out={share} must lie between 0 and 1")
+    ordered = sorted(set(documents.values()), key=lambda text: hashlib.blake2b(text).digest())
+    if len(ordered) == 1:
+        (text,) = ordered
+        cut = int(len(text) * (1 - share))
+        cut = text.rfind(b"\n", 0, cut) + 1 or cut
+        return [text[:cut]], [text[cut:]]
+
+    wanted = share * sum(map(len, ordered))
+    taken = 0
+    for count, text in enumerate(ordered[:-1], start=1):
+        taken += len(text)
+        if taken >= wanted:
+            break
+    return ordered[count:], ordered[:count]

@@ -1,0 +1,337 @@
+"""Put a plan in force: rescale the stored weights, and intercept the calls where a factor stays explicit.
+
+An explicit factor is applied by a `TorchFunctionMode` that is entered by `ScopedForward`, a small object in place of
+`module.forward` (or another method) on the modules concerned, and on no others. A factor of a parameter is found by
+the parameter itself, followed through views and casts, so it holds in any number of calls; a parameter-free one by
+its frame and by how-manieth call of its function it is there. Nothing is installed where every factor is folded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType, MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from lightning_unitscale.engine.functions import functions_by_name
+from lightning_unitscale.engine.plan import Plan, Site
+from lightning_unitscale.engine.record import MODULE_CALL
+from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
+from lightning_unitscale.options import UnitScalingError
+
+_MULTI_HEAD = "multi_head_attention_forward"
+
+
+class Rules:
+    """The explicit factors of one plan, shared by all its scopes.
+
+    Attributes:
+        factors: by (parameter key, function name).
+        followed: names of the functions through which parameters are followed.
+        free: names of the functions with parameter-free sites.
+    """
+
+    def __init__(self, factors: dict[tuple[str, str], float], followed: list[str], free: list[str]) -> None:
+        self.factors, self.followed, self.free = factors, frozenset(followed), frozenset(free)
+        self.ops = frozenset(op for _, op in factors)
+        self._find_functions()
+
+    def _find_functions(self) -> None:
+        names = self.followed | self.free | self.ops | {_MULTI_HEAD}
+        known = functions_by_name()
+        self.watched: dict[Any, str] = {function: name for name in names for function in known.get(name, ())}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "watched"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._find_functions()
+
+
+class ScopedForward:
+    """Stands in for `module.<method>`: opens a frame, in which the factors of the plan are applied.
+
+    Survives `copy.deepcopy` (the copy runs the copy's weights) and `pickle`.
+    """
+
+    def __init__(self, module: nn.Module, method: str, rules: Rules) -> None:
+        self.module, self.method, self.rules = module, method, rules
+        self.replaced = module.__dict__.get(method)
+        self.touched: list[tuple[nn.Module, str, str]] = []
+        self.sites: dict[tuple[str, int], Site] = {}
+        self.output_factor = 1.0
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.replaced if self.replaced is not None else MethodType(getattr(type(self.module), self.method), self.module)
+
+    @property
+    def __name__(self) -> str:
+        return self.method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        interceptor = _current(self.rules)
+        if interceptor is not None:
+            return interceptor.run(self, args, kwargs)
+        with Interceptor(self.rules) as interceptor:
+            return interceptor.run(self, args, kwargs)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+
+
+class _OpenFrame:
+    """One running scope: how often each counted function has been called in it."""
+
+    def __init__(self, scope: ScopedForward) -> None:
+        self.scope = scope
+        self.counts: dict[str, int] = {}
+
+
+class Interceptor(TorchFunctionMode):
+    """Applies the rules while the outermost scope runs."""
+
+    def __init__(self, rules: Rules) -> None:
+        super().__init__()
+        self.rules = rules
+        self.frames: list[_OpenFrame] = []
+        self.parameters: list[tuple[Tensor, str]] = []  # those of the open frames
+        self.derived: list[tuple[Tensor, str]] = []  # what was made of them, until the outermost scope ends
+        self.keys: dict[int, str] = {}  # both by id, for eager mode
+
+    def run(self, scope: ScopedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the scope's method in a frame of its own."""
+        outside = len(self.parameters)
+        for owner, attribute, key in scope.touched:
+            self._track(self.parameters, getattr(owner, attribute), key)
+        self.frames.append(_OpenFrame(scope))
+        try:
+            output = scope.call(args, kwargs)
+        finally:
+            self.frames.pop()
+            del self.parameters[outside:]
+        return output if scope.output_factor == 1.0 else output * scope.output_factor
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = self.rules.watched.get(function)
+        if name is None:
+            return function(*args, **kwargs)
+        if name == _MULTI_HEAD:
+            if function is not F.multi_head_attention_forward:
+                return function(*args, **kwargs)
+            with self:
+                return open_multi_head_attention(*args, **kwargs)
+        if name in self.rules.free:
+            site = self._site(name, args)
+            if site is not None:
+                return _run_site(site, function, args, kwargs)
+        result = self._run(name, function, args, kwargs) if name in self.rules.ops else function(*args, **kwargs)
+        if name in self.rules.followed:
+            self._follow(args, kwargs, result)
+        return result
+
+    def _run(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        op = MATMULS.get(name)
+        if op is None:
+            scaled = tuple(self._scaled(argument, name) for argument in args)
+            return function(*scaled, **{key: self._scaled(argument, name) for key, argument in kwargs.items()})
+        factors = {}
+        for label, operand in op.operands(args, kwargs).items():
+            factor = self._factor(operand, name)
+            if factor != 1.0:
+                factors[label] = factor
+        return op.scaled(function, args, kwargs, factors) if factors else function(*args, **kwargs)
+
+    def _scaled(self, argument: Any, name: str) -> Any:
+        if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
+            return type(argument)([self._scaled(item, name) for item in argument])
+        factor = self._factor(argument, name)
+        return argument if factor == 1.0 else argument * factor
+
+    def _factor(self, operand: Any, name: str) -> float:
+        if not isinstance(operand, Tensor):
+            return 1.0
+        key = self._key(operand)
+        return 1.0 if key is None else self.rules.factors.get((key, name), 1.0)
+
+    def _key(self, tensor: Tensor) -> str | None:
+        if not torch.compiler.is_compiling():
+            return self.keys.get(id(tensor))
+        for known, key in self.parameters:  # a traced tensor has no id
+            if known is tensor:
+                return key
+        for known, key in self.derived:
+            if known is tensor:
+                return key
+        return None
+
+    def _track(self, known: list[tuple[Tensor, str]], tensor: Tensor, key: str) -> None:
+        known.append((tensor, key))
+        if not torch.compiler.is_compiling():
+            self.keys[id(tensor)] = key
+
+    def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        names: list[str] = []
+        for argument in (*args, *kwargs.values()):
+            for item in argument if isinstance(argument, (list, tuple)) else (argument,):
+                key = self._key(item) if isinstance(item, Tensor) else None
+                if key is not None:
+                    names.extend(name for name in key.split("+") if name not in names)
+        if names:
+            for output in result if isinstance(result, (list, tuple)) else (result,):
+                if isinstance(output, Tensor) and self._key(output) is None:
+                    self._track(self.derived, output, "+".join(sorted(names)))
+
+    def _site(self, name: str, args: tuple[Any, ...]) -> Site | None:
+        """The parameter-free site that this call is, by its place in the open frame."""
+        frame = self.frames[-1]
+        if not torch.compiler.is_compiling() and _called_by_hook():
+            return None
+        ordinal = frame.counts.get(name, 0)
+        frame.counts[name] = ordinal + 1
+        site = frame.scope.sites.get((name, ordinal))
+        if site is not None and site.last_dim is not None and args and isinstance(args[0], Tensor):
+            found = args[0].shape[-1] if args[0].dim() else None
+            if found != site.last_dim:
+                raise UnitScalingError(
+                    f"{site.name}: the recorded call had a last dimension of {site.last_dim}, this one has {found}. "
+                    "The model takes another path here than in the recorded step; list the module in skip, or "
+                    "record a step that takes both paths."
+                )
+        return site
+
+
+def _run_site(site: Site, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    a = site.factors[""]
+    in_place = function.__name__.endswith("_") and not function.__name__.endswith("__") or "__i" in function.__name__
+    if site.role == "attention":
+        if site.op == DotProductAttention.name:
+            return DotProductAttention.scaled_logits(function, args, kwargs, a)
+        if site.op == "baddbmm":
+            return function(*args, **{**kwargs, "alpha": kwargs.get("alpha", 1) * a})
+        position = next(i for i, argument in enumerate(args) if isinstance(argument, Tensor))
+        return function(*args[:position], args[position] * a, *args[position + 1 :], **kwargs)
+    if site.role == "residual":
+        left, right = args[:2]
+        if site.operand == 1:
+            return left.add_(right, alpha=a) if in_place else torch.add(left, right, alpha=a)
+        return left.mul_(a).add_(right) if in_place else torch.add(right, left, alpha=a)
+    result = function(*args, **kwargs)
+    return result.mul_(a) if in_place else result * a
+
+
+def _called_by_hook() -> bool:
+    """Whether a module hook inside the open frame's method, not the method itself, made the running torch call."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None:
+        if frame.f_code is _SCOPE_CALL:
+            return False
+        if frame.f_code in MODULE_CALL:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_SCOPE_CALL = ScopedForward.call.__code__
+
+
+def _current(rules: Rules) -> Interceptor | None:
+    for mode in _get_current_function_mode_stack():
+        if isinstance(mode, Interceptor) and mode.rules is rules:
+            return mode
+    return None
+
+
+# --- installing -------------------------------------------------------------------------------------------------
+
+
+def rescale_parameters(module: nn.Module, plan: Plan) -> None:
+    """Bring untouched parameters to what the plan stores, in place: S = W · initial_factor · stored."""
+    named = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in plan.parameters.items():
+            factor = 1.0 if parameter.fixed else parameter.initial_factor * parameter.stored
+            if factor != 1.0:
+                named[name].mul_(factor)
+
+
+def restore_parameters(module: nn.Module, before: Plan, after: Plan) -> None:
+    """Bring parameters from what one plan stores to what another stores of the same function, in place."""
+    named = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, parameter in before.parameters.items():
+            factor = after.parameters[name].stored / parameter.stored
+            if factor != 1.0:
+                named[name].mul_(factor)
+
+
+def install(module: nn.Module, plan: Plan) -> None:
+    """Put a scope on every method in which a factor of the plan is explicit."""
+    explicit = plan.explicit_sites
+    factors = {
+        (key, site.op): factor
+        for site in explicit
+        if site.ordinal is None
+        for key, factor in site.factors.items()
+        if factor != 1.0
+    }
+    free = [site for site in explicit if site.ordinal is not None]
+    if not explicit:
+        return
+    rules = Rules(factors, plan.followed if factors else [], sorted({s.op for s in free} - {"output"}))
+    tracked = {name for key, _ in factors for name in key.split("+")}
+    modules = dict(module.named_modules())
+    for where, method, keys in _scoped_frames(plan, modules):
+        own = modules[where]
+        touched = [key for key in keys if key in tracked]
+        sites = [site for site in free if site.module == where and site.method == method]
+        if touched or sites or (free and not keys):
+            scope = own.__dict__.get(method)
+            if not isinstance(scope, ScopedForward):
+                scope = ScopedForward(own, method, rules)
+                setattr(own, method, scope)
+            for key in touched:
+                owner, _, attribute = key.rpartition(".")
+                scope.touched.append((modules[owner], attribute, key))
+            for site in sites:
+                if site.op == "output":
+                    scope.output_factor = site.factors[""]
+                else:
+                    assert site.ordinal is not None
+                    scope.sites[site.op, site.ordinal] = site
+
+
+def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> list[tuple[str, str, list[str]]]:
+    """The plan's frames; a method other than `forward` brings the module's other steps along, seen or not."""
+    frames = {(where, method): list(keys) for where, method, keys in plan.frames if method != "<hook>"}
+    steps = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+    for (where, method), keys in list(frames.items()):
+        if method in steps and keys:
+            for other in steps:
+                if other != method and callable(getattr(type(modules[where]), other, None)):
+                    known = frames.setdefault((where, other), [])
+                    known.extend(key for key in keys if key not in known)
+    return [(where, method, keys) for (where, method), keys in frames.items()]
+
+
+def uninstall(module: nn.Module) -> None:
+    """Take every scope off again."""
+    for child in module.modules():
+        for method, scope in list(child.__dict__.items()):
+            if isinstance(scope, ScopedForward):
+                if scope.replaced is None:
+                    delattr(child, method)
+                else:
+                    setattr(child, method, scope.replaced)

@@ -1,0 +1,123 @@
+"""From an untouched model to a prepared one: record → plan → fold → apply → verify, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_unitscale.engine.apply import install, rescale_parameters, restore_parameters, uninstall
+from lightning_unitscale.engine.fold import folded_copy
+from lightning_unitscale.engine.plan import Plan
+from lightning_unitscale.engine.record import recording
+from lightning_unitscale.engine.rehearse import rehearsal
+from lightning_unitscale.engine.trace import Trace
+from lightning_unitscale.engine.verify import verify
+from lightning_unitscale.options import Options, UnitScalingError
+from lightning_unitscale.schemes import SCHEMES
+
+_ATTRIBUTE = "_unit_scaling_plan"
+
+Step = Callable[[], Any]
+
+
+def prepare(module: nn.Module, step: Step, options: Options, trainer: Any = None) -> Plan:
+    """Record one step of the model and put its plan in force, in place.
+
+    Args:
+        module: the untouched model.
+        step: runs one step's forward pass on real data and returns the loss.
+        trainer: the Lightning trainer, if there is one, whose loggers and optimizers the step must not reach.
+
+    Raises:
+        UnitScalingError: see `unit_scale`.
+    """
+    if plan_of(module) is not None:
+        raise UnitScalingError(
+            f"{type(module).__name__} is already unit-scaled; call remove_unit_scaling() first to prepare it anew."
+        )
+    trace = record(module, step, trainer)
+    plan = SCHEMES[options.scheme](module, trace, options)
+    _refuse_nothing(module, trace, plan)
+    rescale_parameters(module, plan)
+    put_in_force(module, plan)
+    if options.verify:
+        verify(module, plan, trace, lambda: record(module, step, trainer))
+    return plan
+
+
+def record(module: nn.Module, step: Step, trainer: Any = None) -> Trace:
+    """Run the step without leaving a trace in the model, and return what it did.
+
+    Raises:
+        UnitScalingError: the loss is not finite.
+    """
+    with rehearsal(module, trainer) as rehearsed, recording(module) as recorder, torch.enable_grad():
+        output = step()
+        trace = recorder.finish(output, rehearsed.losses)
+    if not trace.loss_numbers:
+        raise UnitScalingError(
+            f"the rehearsed step of {type(module).__name__} gave no loss: return a tensor or a dict with 'loss', "
+            "or call backward()."
+        )
+    if not all(isfinite(number) for number in trace.loss_numbers):
+        raise UnitScalingError(
+            f"the loss of the rehearsed step of {type(module).__name__} is {trace.loss_numbers[0]}: the first batch or "
+            "the initial weights hold NaN or infinity, or the loss overflows. Mend that first; nothing was changed."
+        )
+    return trace
+
+
+def put_in_force(module: nn.Module, plan: Plan) -> None:
+    """Install the plan on a model whose weights already are what it stores.
+
+    Raises:
+        UnitScalingError: the plan is of another model.
+    """
+    plan.check_matches(module)
+    install(module, plan)
+    module.__dict__[_ATTRIBUTE] = plan
+    plan.bind(module)
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    """The plan in force on a model, if there is one."""
+    plan: Plan | None = module.__dict__.get(_ATTRIBUTE)
+    if plan is not None:
+        plan.bind(module)  # a copied model brings a copied plan
+    return plan
+
+
+def remove(module: nn.Module) -> None:
+    """Make a prepared model plain; see `remove_unit_scaling`."""
+    plan = plan_of(module)
+    if plan is None:
+        raise UnitScalingError(f"{type(module).__name__} is not unit-scaled; there is nothing to remove.")
+    folded = folded_copy(plan)
+    left = folded.explicit_sites
+    if left:
+        sites = ", ".join(f"{site.name} ({site.role}; {site.reason or 'two factors for one weight'})" for site in left[:3])
+        raise UnitScalingError(
+            f"{len(left)} factors cannot be moved into weights: {sites}{' …' if len(left) > 3 else ''}. "
+            "The model was left as it was; keep unit scaling in place, or untie the weights named."
+        )
+    restore_parameters(module, plan, folded)
+    forget(module)
+
+
+def forget(module: nn.Module) -> None:
+    """Take the plan off, weights as they are."""
+    uninstall(module)
+    module.__dict__.pop(_ATTRIBUTE, None)
+
+
+def _refuse_nothing(module: nn.Module, trace: Trace, plan: Plan) -> None:
+    if not any(site.params for site in plan.sites) or all(p.reason for p in plan.parameters.values()):
+        reasons = "; ".join(sorted({p.reason for p in plan.parameters.values() if p.reason})) or "it has no parameters"
+        raise UnitScalingError(
+            f"nothing in {type(module).__name__} can be scaled ({reasons}; {len(trace.calls)} torch calls were seen). "
+            "Check that the step runs the model, and that skip does not cover all of it."
+        )

@@ -1,0 +1,111 @@
+"""What was seen in one step of a model: a graph of torch calls.
+
+`Value` is a tensor at one moment, `Call` one torch function call; a tensor changed in place becomes a new value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor as one call left it.
+
+    Attributes:
+        parameters: names of the parameters it is computed from, if from nothing else but constants
+            (a view, a cast, a weight-norm expression); empty for an activation.
+        constant: no parameter and no input of the step went into it.
+        number: its value, when it is a 0-dim constant.
+        rms: root mean square, taken only for operands and outputs of matmul-like calls.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    is_float: bool
+    requires_grad: bool
+    producer: Call | None = None
+    parameters: tuple[str, ...] = ()
+    constant: bool = False
+    number: float | None = None
+    rms: float | None = None
+    consumers: list[Call] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """The name by which rules find a parameter or an expression of several parameters."""
+        return "+".join(self.parameters)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where a call was made: the module (by name, "" for the root) and the method of it that was running."""
+
+    module: str
+    method: str
+
+    def __str__(self) -> str:
+        return f"{self.module or '<root>'}.{self.method}"
+
+
+@dataclass(eq=False)
+class Call:
+    """One torch function call; tensors in `args` and `kwargs` are replaced by their values."""
+
+    index: int
+    name: str
+    function: Any
+    frame: Frame | None
+    ordinal: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[Value]
+    outputs: list[Value] = field(default_factory=list)
+
+    @property
+    def output(self) -> Value:
+        return self.outputs[0]
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """The argument at `position`, or by `name`."""
+        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
+
+
+@dataclass
+class Trace:
+    """The calls of one step, in order, and the values that are its losses.
+
+    Attributes:
+        touched: for each frame, the parameters that its own code hands to a torch function.
+        spans: runs of modules that have neither parameters nor children.
+        facts: what each parameter was like, by its first name.
+    """
+
+    calls: list[Call] = field(default_factory=list)
+    losses: list[Value] = field(default_factory=list)
+    loss_numbers: list[float] = field(default_factory=list)
+    touched: dict[Frame, list[str]] = field(default_factory=dict)
+    spans: list[ModuleSpan] = field(default_factory=list)
+    facts: dict[str, ParameterFacts] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class ModuleSpan:
+    """One run of a module's forward: what went in, what came out, and the calls in between."""
+
+    module: str
+    inputs: list[Value]
+    output: Value | None
+    calls: range
+
+
+@dataclass(frozen=True)
+class ParameterFacts:
+    """What a parameter was like when the step was recorded."""
+
+    shape: tuple[int, ...]
+    rms: float
+    trainable: bool
+    is_constant: bool  # all its elements are equal, as in zeros and ones
+    aliases: tuple[str, ...] = ()

@@ -1,0 +1,254 @@
+"""Matrix products: linear, addmm, matmul and their relatives, einsum, grouped products of experts.
+
+The workhorse is `ScaledProduct`,
+
+    y  = a · x Wᵀ + b · bias            x: (n, in)   W: (out, in)   y: (n, out)
+    gx = a · g W
+    gW = a · gᵀ x
+    gb = b · Σ g
+
+with the constants inside the three products (`addmm(alpha=a)`), so that scaling costs no pass over memory, and
+neither a scaled copy of the weight nor of the activations is kept (Unit Scaling, arXiv 2303.11257, section 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from lightning_unitscale.ops.matmul import Matmul, Shape, argument, present
+
+
+class ScaledProduct(torch.autograd.Function):
+    """`a · x Wᵀ + b · bias` for 2-D x; backward is made of differentiable operations (gradient penalties work)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: float) -> Tensor:
+        return _product(x, weight.t(), a) if bias is None else torch.addmm(bias, x, weight.t(), alpha=a, beta=b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, ctx.a, ctx.b = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        (g,) = grads
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        return (
+            _product(g, weight, ctx.a) if needs_x else None,
+            _product(g.t(), x, ctx.a) if needs_weight else None,
+            g.sum(0) * ctx.b if needs_bias else None,
+            None,
+            None,
+        )
+
+
+def _product(left: Tensor, right: Tensor, a: float) -> Tensor:
+    return torch.addmm(left.new_empty(()), left, right, alpha=a, beta=0)
+
+
+def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: float) -> Tensor:
+    """`a · x Wᵀ + b · bias`; x: (*, in), weight: (out, in), bias: (out,), result: (*, out)."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        # Cast first: inside the Function autocast would give the backward pass operands of two dtypes.
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return scaled_linear(x, weight, bias, a, b)
+    y: Tensor = ScaledProduct.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b)  # type: ignore[no-untyped-call]
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+class Linear(Matmul):
+    """`F.linear(x, weight, bias)`."""
+
+    name = "linear"
+    bias_labels = frozenset({"bias"})
+
+    def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return present(
+            x=argument(args, kwargs, 0, "input"),
+            weight=argument(args, kwargs, 1, "weight"),
+            bias=argument(args, kwargs, 2, "bias"),
+        )
+
+    def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        return shapes["weight"][-1]
+
+    def scaled(
+        self,
+        function: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float],
+    ) -> Tensor:
+        operands = self.operands(args, kwargs)
+        a, bias = self.product_factor(factors), operands.get("bias")
+        if operands["weight"].dim() == 2:
+            return scaled_linear(operands["x"], operands["weight"], bias, a, factors.get("bias", 1.0))
+        return function(*args, **kwargs) * a  # a 1-D weight has no bias
+
+
+class AddMm(Matmul):
+    """`addmm(bias, left, right, beta=1, alpha=1)`, as in GPT-2's Conv1D with its weight transposed."""
+
+    bias_labels = frozenset({"bias"})
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        second, third = ("mat1", "mat2") if self.name == "addmm" else ("batch1", "batch2")
+        return present(
+            bias=argument(args, kwargs, 0, "input"),
+            left=argument(args, kwargs, 1, second),
+            right=argument(args, kwargs, 2, third),
+        )
+
+    def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        return shapes["left"][-1]
+
+    def scaled(
+        self,
+        function: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float],
+    ) -> Tensor:
+        kwargs = dict(kwargs)
+        kwargs["alpha"] = kwargs.get("alpha", 1) * self.product_factor(factors)
+        kwargs["beta"] = kwargs.get("beta", 1) * factors.get("bias", 1.0)
+        return function(*args, **kwargs)
+
+
+class Product(Matmul):
+    """`matmul`, `mm`, `bmm`, `@` and the like: two multiplicands, no bias."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        left, right = (argument(args, kwargs, i, name) for i, name in enumerate(self._argument_names()))
+        return present(left=right, right=left) if self.name == "rmatmul" else present(left=left, right=right)
+
+    def _argument_names(self) -> tuple[str, str]:
+        return {"mm": ("input", "mat2"), "bmm": ("input", "mat2"), "mv": ("input", "vec")}.get(
+            self.name, ("input", "other")
+        )
+
+    def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        return shapes["left"][-1]
+
+    def scaled(
+        self,
+        function: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float],
+    ) -> Tensor:
+        operands, a = self.operands(args, kwargs), self.product_factor(factors)
+        left, right = operands["left"], operands["right"]
+        if self.name != "inner" and left.dim() >= 1 and right.dim() == 2:
+            return scaled_linear(left, right.t(), None, a, 1.0)
+        return function(*args, **kwargs) * a
+
+
+class GroupedProduct(Matmul):
+    """`torch._grouped_mm(tokens, weights, offs=…)`: each group of tokens times its own expert's matrix."""
+
+    name = "_grouped_mm"
+    bias_labels = frozenset({"bias"})
+
+    def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return present(
+            left=args[0] if args else kwargs.get("input", kwargs.get("self")),
+            right=argument(args, kwargs, 1, "mat2"),
+            bias=argument(args, kwargs, 3, "bias"),
+        )
+
+    def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        return shapes["right"][-2]
+
+    def scaled(
+        self,
+        function: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float],
+    ) -> Tensor:
+        return function(*args, **kwargs) * self.product_factor(factors)
+
+
+class Einsum(Matmul):
+    """`torch.einsum(equation, *operands)` in the string form."""
+
+    name = "einsum"
+
+    def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        tensors = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
+        return {str(position): tensor for position, tensor in enumerate(tensors)}
+
+    def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        return prod(self.contracted(label, shapes, args).values())
+
+    @staticmethod
+    def contracted(label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...]) -> dict[str, int]:
+        """Sizes of the indices of operand `label` that are summed over."""
+        inputs, _, output = str(args[0]).replace(" ", "").partition("->")
+        terms = inputs.split(",")
+        if not output and "->" not in str(args[0]):
+            letters = inputs.replace(",", "").replace(".", "")
+            output = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+        term, shape = terms[int(label)], shapes[label]
+        before, dots, after = term.partition("...")
+        sizes = dict(zip(before, shape, strict=False))
+        if dots:
+            sizes |= dict(zip(reversed(after), reversed(shape), strict=False))
+        return {letter: size for letter, size in sizes.items() if letter not in output}
+
+    def scaled(
+        self,
+        function: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float],
+    ) -> Tensor:
+        return function(*args, **kwargs) * self.product_factor(factors)
+
+
+class Bilinear(Matmul):
+    """`F.bilinear(x1, x2, weight, bias)`."""
+
+    name = "bilinear"
+    bias_labels = frozenset({"bias"})
+
+    def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("input1", "input2", "weight", "bias")
+        labels = ("x", "y", "weight", "bias")
+        return present(**{label: argument(args, kwargs, i, names[i]) for i, label in enumerate(labels)})
+
+    def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        return shapes["weight"][-1] * shapes["weight"][-2]
+
+    def scaled(
+        self,
+        function: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float],
+    ) -> Tensor:
+        operands = self.operands(args, kwargs)
+        y = function(operands["x"], operands["y"], operands["weight"]) * self.product_factor(factors)
+        bias = operands.get("bias")
+        return y if bias is None else y + bias * factors.get("bias", 1.0)

@@ -1,0 +1,71 @@
+"""What every matmul-like function shares: its operands, its fan-in, and how to run it scaled.
+
+A matmul-like function is linear in each of its multiplicands and adds a bias, so with constants `a` for the
+multiplicands and `b` for the bias
+
+    scaled(x, w, bias) = a · (x · w) + b · bias,
+
+and its gradients with respect to x and w carry the same `a`, the bias's carries `b`. The constants go into the
+products themselves wherever the function has room for them (`addmm(alpha=a, beta=b)`); a factor of 1 costs nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class Matmul(ABC):
+    """A matmul-like torch function.
+
+    Operands are called by label; those in `bias_labels` are added, the others multiply. The same labels index
+    shapes (while planning), values (while recording) and tensors (while running).
+    """
+
+    name: str
+    bias_labels: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensor operands by label, in the order of the arguments; absent ones are left out."""
+
+    def is_bias(self, label: str, shape: Shape) -> bool:
+        """Whether the operand is added rather than multiplied."""
+        return label in self.bias_labels
+
+    @abstractmethod
+    def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        """Number of terms summed into one output element, `label` being the weight."""
+
+    @abstractmethod
+    def scaled(
+        self,
+        function: Callable[..., Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        factors: Mapping[str, float],
+    ) -> Any:
+        """Run `function` with the operands multiplied by their factors (by label; 1 where absent)."""
+
+    def product_factor(self, factors: Mapping[str, float]) -> float:
+        """The product of the multiplicands' factors."""
+        product = 1.0
+        for label, factor in factors.items():
+            if label not in self.bias_labels:
+                product *= factor
+        return product
+
+
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str, default: Any = None) -> Any:
+    """The argument at `position`, or by `name`."""
+    return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def present(**operands: Any) -> dict[str, Any]:
+    """The operands that were given."""
+    return {label: operand for label, operand in operands.items() if operand is not None}

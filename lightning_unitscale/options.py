@@ -1,0 +1,75 @@
+"""The options of unit scaling, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+SCHEMES = ("umup", "preserve")
+FORMATS: tuple[str, ...] = ()
+STORAGES = ("folded", "unit")
+LR_UNITS = ("standard", "umup")
+OVERRIDE_KEYS = ("role", "multiplier", "lr_multiplier", "skip")
+
+
+class UnitScalingError(Exception):
+    """Something about the model, the options or a checkpoint makes unit scaling impossible.
+
+    The message names what was wrong, where, and what to do.
+    """
+
+
+def _choose(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value in allowed:
+        return
+    near = get_close_matches(str(value), allowed, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UnitScalingError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `UnitScaling` and `unit_scale` can be told; see `UnitScaling` for each field.
+
+    Raises:
+        UnitScalingError: a value is not one of the allowed ones; the message names the field.
+    """
+
+    scheme: str = "umup"
+    format: str | None = None
+    storage: str = "folded"
+    weights: bool = True
+    activations: bool = True
+    gradients: bool = True
+    lr_units: str = "standard"
+    skip: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recalibrate: tuple[int, ...] = ()
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        _choose("scheme", self.scheme, SCHEMES)
+        _choose("storage", self.storage, STORAGES)
+        _choose("lr_units", self.lr_units, LR_UNITS)
+        if self.format is not None:
+            raise UnitScalingError(
+                f"format={self.format!r} is not supported in this version; leave format=None "
+                "(Trainer(precision='bf16-mixed') works beside unit scaling)."
+            )
+        for name in ("weights", "activations", "gradients", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise UnitScalingError(f"{name}={getattr(self, name)!r} must be True or False.")
+        skip = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
+        object.__setattr__(self, "skip", skip)
+        object.__setattr__(self, "recalibrate", tuple(self.recalibrate))
+        overrides = {str(glob): dict(value) for glob, value in (self.overrides or {}).items()}
+        for glob, value in overrides.items():
+            for key in value:
+                _choose(f"overrides[{glob!r}] key", key, OVERRIDE_KEYS)
+        object.__setattr__(self, "overrides", overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers only, so that a checkpoint with it loads under `weights_only=True`."""
+        return {**asdict(self), "skip": list(self.skip), "recalibrate": list(self.recalibrate)}

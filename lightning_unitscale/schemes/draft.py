@@ -1,0 +1,198 @@
+"""The draft of a plan: every parameter and every matmul-like call, before any scheme has given it a constant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from math import exp, log
+from typing import Any
+
+from torch import nn
+
+from lightning_unitscale.engine.plan import ParameterPlan, Plan, Site
+from lightning_unitscale.engine.roles import Use, find_uses, primary_use
+from lightning_unitscale.engine.structure import Structure
+from lightning_unitscale.engine.trace import Call, Frame, Trace, Value
+from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.options import Options, UnitScalingError
+
+ALONE_REASONS = {
+    "scale": "multiplies activations elementwise; kept as the model initialises it",
+    "relative_position": "added to attention logits; kept as the model initialises it",
+    "other": "used in a way no rule is known for",
+    "unused": "no torch call of the recorded step used it",
+}
+
+
+class Draft:
+    """What all schemes start from.
+
+    Attributes:
+        structure: of the recorded step.
+        uses: every use of every parameter.
+        alone: parameters that nothing may be done to, with the reason.
+    """
+
+    def __init__(self, module: nn.Module, trace: Trace, options: Options) -> None:
+        self.module, self.trace, self.options = module, trace, options
+        self.structure = Structure(trace)
+        self.overrides = _overrides_by_parameter(module, trace, options)
+        self.uses = find_uses(self.structure)
+        for use in self.uses.values():
+            for name in use.parameters:
+                use.role = self.overrides.get(name, {}).get("role", use.role)
+        self.roles = self._roles()
+        self.alone = self._alone()
+
+    def is_alone(self, key: str) -> bool:
+        """Whether any parameter of the use's key is left alone."""
+        return any(name in self.alone for name in key.split("+"))
+
+    def in_loss_code(self, frame: Frame | None) -> bool:
+        """Whether parameter-free calls of this frame are loss code, or made by a hook."""
+        return frame is None or (frame.module == "" and frame.method.endswith("_step"))
+
+    def plan(self, multipliers: dict[tuple[int, str], float], free_sites: list[Site]) -> Plan:
+        """The plan with these multipliers by (call index, key) and these parameter-free sites."""
+        options = self.options
+        plan = Plan(options.scheme, options.storage, options.lr_units, options=options.to_dict())
+        plan.parameters = {name: self._parameter(name) for name in self.trace.facts}
+        plan.sites = [*self._parameter_sites(multipliers), *free_sites]
+        named = {(site.module, site.method, site.op, site.ordinal) for site in free_sites}
+        plan.sites += [site for site in self._bare_products() if (site.module, site.method, site.op, site.ordinal) not in named]
+        plan.frames = [[frame.module, frame.method, keys] for frame, keys in self.trace.touched.items() if keys]
+        plan.frames += self._counting_frames(free_sites, {(frame[0], frame[1]) for frame in plan.frames})
+        plan.followed = sorted({call.name for call in self.trace.calls if call.outputs and call.outputs[0].parameters})
+        return plan
+
+    def _roles(self) -> dict[str, str]:
+        by_name: dict[str, list[Use]] = {}
+        for use in self.uses.values():
+            for name in use.parameters:
+                by_name.setdefault(name, []).append(use)
+        return {name: primary_use(by_name[name]).role if name in by_name else "unused" for name in self.trace.facts}
+
+    def _alone(self) -> dict[str, str]:
+        reasons = {}
+        for name, facts in self.trace.facts.items():
+            if not facts.trainable:
+                reasons[name] = "frozen"
+            elif self.overrides.get(name, {}).get("skip") or _matches(name, self.options.skip):
+                reasons[name] = "skipped by the options"
+            elif self.roles[name] in ALONE_REASONS:
+                reasons[name] = ALONE_REASONS[self.roles[name]]
+        return reasons
+
+    def _parameter(self, name: str) -> ParameterPlan:
+        facts = self.trace.facts[name]
+        return ParameterPlan(
+            name=name,
+            role=self.roles[name],
+            shape=list(facts.shape),
+            initial_rms=facts.rms,
+            aliases=list(facts.aliases),
+            reason=self.alone.get(name, ""),
+            lr_override=self.overrides.get(name, {}).get("lr_multiplier"),
+        )
+
+    def _parameter_sites(self, multipliers: dict[tuple[int, str], float]) -> list[Site]:
+        """One site for each set of parameters that some function takes together."""
+        sites: dict[tuple[str, ...], Site] = {}
+        by_use: dict[tuple[str, str], list[float]] = {}
+        for use in self.uses.values():
+            by_use[use.id] = [multipliers.get((call.index, use.key), 1.0) for call in use.calls]
+        for call in self.trace.calls:
+            keys = [v.key for v in dict.fromkeys(call.inputs) if v.parameters and (v.key, call.name) in self.uses]
+            if not keys or call.outputs[0].parameters or call.outputs[0].constant:
+                continue
+            identity = (call.name, *keys)
+            if identity in sites:
+                sites[identity].calls += 1
+                continue
+            frame = call.frame or Frame("", "<hook>")
+            main = self.uses[self._main_key(call, keys), call.name]
+            keys = [main.key, *(key for key in keys if key != main.key)]
+            site = Site(frame.module, frame.method, call.name, main.role, params=keys)
+            site.multipliers = {key: geometric_mean(by_use[key, call.name]) for key in keys}
+            site.multiplier = site.multipliers[main.key]
+            site.rms_before = _operand_rms(call)
+            if all(self.is_alone(key) for key in keys):
+                site.reason = self.alone[next(n for n in main.key.split("+") if n in self.alone)]
+            sites[identity] = site
+        return list(sites.values())
+
+    def _main_key(self, call: Call, keys: list[str]) -> str:
+        weights = [value.key for value in self.structure.weights_of(call)]
+        return weights[0] if weights else keys[0]
+
+    def _bare_products(self) -> list[Site]:
+        """Matmul-like calls of two activations, which no scheme gives a factor unless they make attention logits."""
+        sites: dict[tuple[str, str, str, int], Site] = {}
+        for call in self.trace.calls:
+            if call.name not in MATMULS or self.structure.is_site(call) or call.output.parameters or call.output.constant:
+                continue
+            frame = call.frame or Frame("", "<hook>")
+            key = (frame.module, frame.method, call.name, call.ordinal)
+            if key in sites:
+                sites[key].calls += 1
+            else:
+                sites[key] = Site(*key[:3], "product", ordinal=key[3], reason="product of two activations")
+                sites[key].rms_before = _operand_rms(call)
+        return list(sites.values())
+
+    def _counting_frames(self, free_sites: list[Site], known: set[tuple[str, str]]) -> list[list[Any]]:
+        """Frames that must be told apart from those of parameter-free sites, as they call the same functions."""
+        ops = {site.op for site in free_sites}
+        frames = {call.frame for call in self.trace.calls if call.name in ops and call.frame is not None}
+        frames |= {Frame(site.module, site.method) for site in free_sites}
+        return [[f.module, f.method, []] for f in sorted(frames, key=str) if (f.module, f.method) not in known]
+
+
+def parameter_free_site(call: Call, role: str, multiplier: float, first: Value | None) -> Site:
+    """A site known by its frame and by how-manieth call of its function it is there."""
+    assert call.frame is not None
+    site = Site(call.frame.module, call.frame.method, call.name, role, multiplier=multiplier, ordinal=call.ordinal)
+    site.last_dim = first.shape[-1] if first is not None and first.shape else None
+    site.rms_before = _operand_rms(call) if call.name in MATMULS else {}
+    return site
+
+
+def geometric_mean(numbers: Iterable[float]) -> float:
+    """Of the multipliers that one use has in its several calls; exact when they are all equal."""
+    numbers = list(numbers)
+    if len(set(numbers)) == 1:
+        return numbers[0]
+    return exp(sum(log(number) for number in numbers) / len(numbers))
+
+
+def _operand_rms(call: Call) -> dict[str, float]:
+    if call.name not in MATMULS:
+        return {}
+    operands = MATMULS[call.name].operands(call.args, call.kwargs)
+    found = {label: v.rms for label, v in operands.items() if isinstance(v, Value) and v.rms is not None and v.is_float}
+    return {**found, "output": call.output.rms} if call.output.rms is not None else found
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether a parameter's name, or the name of a module it belongs to, matches a glob."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatchcase(prefix, glob) for prefix in prefixes for glob in globs)
+
+
+def _overrides_by_parameter(module: nn.Module, trace: Trace, options: Options) -> dict[str, dict[str, Any]]:
+    names = list(trace.facts)
+    for where, globs in (("skip", options.skip), ("overrides", tuple(options.overrides))):
+        for glob in globs:
+            if not any(_matches(name, (glob,)) for name in names):
+                shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+                raise UnitScalingError(
+                    f"{where}: the glob {glob!r} matches no parameter or module of {type(module).__name__}; "
+                    f"its parameters are {shown}"
+                )
+    found: dict[str, dict[str, Any]] = {}
+    for glob, override in options.overrides.items():
+        for name in names:
+            if _matches(name, (glob,)):
+                found.setdefault(name, {}).update(override)
+    return found

@@ -1,0 +1,348 @@
+"""u-μP: the Unit-Scaled Maximal Update Parametrization (Blake et al., arXiv 2407.17465).
+
+Weights have RMS 1 and explicit multipliers (Table 2 of the paper):
+
+    hidden weight    W · fan_in^-½            learning rate η · fan_in^-½ · L^-½ inside residual branches
+    readout weight   W · fan_in^-1            η
+    embedding        W                        η · d_model^-½
+    bias, norm gain  1                        η
+    attention        softmax(q·k / d_head)    in place of the model's own factor
+    activation f     f(x) / √E[f(z)²], z ~ N(0, 1)
+
+Residual streams with L pairs of branches (L = half their number). Pre-norm: each branch × α/√L, the addition left
+alone, which is the paper's τ rule with its common denominators multiplied out (appendix G.2.2). Post-norm: branch i ×
+τ_i = α/√(L + n_attn·α_attn² + n_mlp·α_mlp²), n counting the branches before it; the norm does the dividing.
+
+    α_mlp = r·√(2/(1+ρ²)),  α_attn = ρ·α_mlp,   r = ρ = 1
+
+The model's own constants (1/√d on logits, √d on embeddings, fixed residual multipliers) are absorbed: the rules above
+give the total. Under SGD, learning rates are fan_in (hidden) and width (others), the gradient's own scale taken out
+(μP, Yang & Hu, arXiv 2203.03466, Table 8).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from math import isclose, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unitscale.engine.fold import resolve
+from lightning_unitscale.engine.plan import ParameterPlan, Plan, Site
+from lightning_unitscale.engine.roles import WEIGHT_ROLES, Use
+from lightning_unitscale.engine.structure import Activation, Residual, Source, Stream, Sum
+from lightning_unitscale.engine.trace import Call, Trace, Value
+from lightning_unitscale.options import Options
+from lightning_unitscale.schemes.draft import Draft, geometric_mean, parameter_free_site
+from lightning_unitscale.schemes.siblings import include_siblings
+
+RESIDUAL_MULTIPLIER = 1.0  # r
+ATTENTION_RATIO = 1.0  # ρ
+ATTENTION_MULTIPLIER = 1.0
+_GRID = torch.linspace(-10, 10, 20_001, dtype=torch.float64)
+_DENSITY = torch.exp(-0.5 * _GRID**2) / sqrt(2 * torch.pi)
+
+
+def umup(module: nn.Module, trace: Trace, options: Options) -> Plan:
+    """The plan of u-μP for a recorded step."""
+    return _Planner(module, trace, options).plan()
+
+
+class _Planner:
+    """Collects multipliers by (call index, parameter key) and parameter-free sites, then writes the plan."""
+
+    def __init__(self, module: nn.Module, trace: Trace, options: Options) -> None:
+        self.module, self.trace, self.options = module, trace, options
+        self.draft = Draft(module, trace, options)
+        self.structure = self.draft.structure
+        self.multipliers: dict[tuple[int, str], float] = {}
+        self.depth: dict[int, float] = {}
+        self.free: dict[tuple[Any, ...], list[tuple[Site, list[Call]]]] = defaultdict(list)
+        self.notes: list[str] = []
+
+    def plan(self) -> Plan:
+        for use in self.draft.uses.values():
+            for call, value in zip(use.calls, use.values, strict=True):
+                self.multipliers[call.index, use.key] = self._multiplier(use, call, value)
+        for stream in self.structure.streams:
+            self._depth(stream)
+        if self.options.activations:
+            for stream in self.structure.streams:
+                self._residual_factors(stream)
+            for addition in self.structure.sums:
+                self._sum_factors(addition)
+            self._attention_factors()
+            self._activation_factors()
+        plan = self.draft.plan(self.multipliers, self._free_sites())
+        for parameter in plan.parameters.values():
+            self._initial_value_and_step(parameter)
+        self._multiplier_overrides(plan)
+        plan.notes += self.notes
+        include_siblings(plan)
+        resolve(plan, self.options.storage)
+        return plan
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    def _multiplier(self, use: Use, call: Call, value: Value) -> float:
+        if not self.options.weights or self.draft.is_alone(use.key):
+            return 1.0
+        drawn = value.rms or 1.0 if len(use.parameters) > 1 else 1.0  # an expression keeps the scale it has
+        if use.role == "hidden":
+            return use.fan_in**-0.5 / self._own_constant_of_input(call) / drawn
+        if use.role == "readout":
+            own = self._own_constant_of_input(call) * self.structure.own_constant_after(call.output)
+            return 1 / use.fan_in / own / drawn
+        if use.role in ("embedding", "position") and call.name.startswith("embedding"):
+            return 1 / self.structure.own_constant_after(call.output)
+        return 1.0
+
+    def _own_constant_of_input(self, call: Call) -> float:
+        moving = [v for v in call.inputs if v.is_float and not v.parameters]
+        return self.structure.own_constant(moving[0]) if len(moving) == 1 else 1.0
+
+    def _initial_value_and_step(self, parameter: ParameterPlan) -> None:
+        facts = self.trace.facts[parameter.name]
+        uses = [use for use in self.draft.uses.values() if parameter.name in use.parameters]
+        use = next((use for use in uses if use.role == parameter.role), None)
+        if use is None or parameter.reason or not self.options.weights:
+            if parameter.role in ("scale", "other") and facts.rms:
+                parameter.unit_lr = facts.rms
+            return
+        width = float(facts.shape[-1]) if facts.shape else 1.0
+        parameter.sgd_lr = use.fan_in if use.role == "hidden" else width
+        depth = geometric_mean(self.depth.get(call.index, 1.0) for call in use.calls)
+        if use.role == "hidden":
+            parameter.depth_lr = depth**-0.5
+            parameter.unit_lr = (use.fan_in * depth) ** -0.5
+        elif use.role in ("embedding", "position", "token"):
+            parameter.unit_lr = width**-0.5
+        if use.role in WEIGHT_ROLES:
+            parameter.relative_lr = 1 / facts.rms if facts.rms else use.fan_in**0.5
+            if len(use.parameters) > 1:
+                parameter.fixed = True
+                parameter.multiplier = parameter.stored = facts.rms or 1.0
+            elif facts.rms:
+                parameter.initial_factor = 1 / facts.rms
+        elif use.role == "bias" and not facts.is_constant:
+            parameter.initial_factor = 0.0
+
+    def _multiplier_overrides(self, plan: Plan) -> None:
+        for name, override in self.draft.overrides.items():
+            if "multiplier" in override:
+                for site in plan.sites:
+                    if name in site.multipliers and site.role == plan.parameters[name].role:
+                        site.multipliers[name] = float(override["multiplier"])
+                        site.multiplier = site.multipliers[site.params[0]]
+
+    # --- pushing a factor back to where a tensor is made --------------------------------------------------------
+
+    def _can_push(self, value: Value, end: set[int]) -> list[tuple[Source, list[tuple[int, str]]]] | None:
+        """The uses (call index, key) that can take a factor of `value`, which is used by the calls `end` alone."""
+        sources, passed = self.structure.sources(value)
+        found = []
+        for source in sources:
+            uses = self._uses_at(source.value, passed | end)
+            if not uses or any(self.draft.is_alone(key) for _, key in uses):
+                return None
+            if not source.value.parameters and not self.structure.only_feeds(source.value, passed, end):
+                return None
+            found.append((source, uses))
+        return found
+
+    def _uses_at(self, value: Value, consumers: set[int] | frozenset[int]) -> list[tuple[int, str]]:
+        if value.parameters:
+            return [(call.index, value.key) for call in value.consumers if call.index in consumers]
+        call = value.producer
+        if call is None:
+            return []
+        uses = [(call.index, v.key) for v in dict.fromkeys(call.inputs) if v.parameters]
+        if call in self.structure.gains and call.name == "add":  # a norm's bias comes after its gain
+            above = next((v for v in call.inputs if not v.parameters), None)
+            uses += self._uses_at(above, consumers) if above is not None else []
+        return uses
+
+    def _push(self, pushes: list[tuple[Source, list[tuple[int, str]]]], factor: float, absorb: bool) -> None:
+        for source, uses in pushes:
+            producer = source.value.producer
+            absorbed = producer is not None and producer.name.startswith("embedding")
+            own = source.own if absorb and not absorbed else 1.0
+            for use in uses:
+                self.multipliers[use] = self.multipliers.get(use, 1.0) * factor / own
+
+    # --- residual streams and sums ------------------------------------------------------------------------------
+
+    def _depth(self, stream: Stream) -> None:
+        depth = stream.branch_count / 2
+        for branch in sorted((b for r in stream.residuals for b in r.branches), key=lambda b: -len(b.calls)):
+            for index in branch.calls:
+                self.depth[index] = depth
+
+    def _residual_factors(self, stream: Stream) -> None:
+        depth, post_norm = stream.branch_count / 2, self.structure.is_post_norm(stream)
+        alpha_mlp = RESIDUAL_MULTIPLIER * sqrt(2 / (1 + ATTENTION_RATIO**2))
+        alpha = {"mlp": alpha_mlp, "attention": ATTENTION_RATIO * alpha_mlp}
+        before = 0.0
+        for residual in stream.residuals:
+            for branch in residual.branches:
+                factor = alpha[branch.kind] / sqrt(depth + before if post_norm else depth)
+                self._scale_branch(residual, branch.value, factor)
+            before += sum(alpha[branch.kind] ** 2 for branch in residual.branches)
+
+    def _scale_branch(self, residual: Residual, value: Value, factor: float) -> None:
+        pushes = self._can_push(value, {call.index for call in residual.calls})
+        if pushes:
+            self._push(pushes, factor, absorb=True)
+            return
+        call = next(call for call in residual.calls if value in call.inputs)
+        if self.draft.in_loss_code(call.frame):
+            self.notes.append(f"the residual addition at {call.frame} is in loss code and was left alone")
+            return
+        own = max((source.own for source in self.structure.sources(value)[0]), default=1.0)
+        site = parameter_free_site(call, "residual", factor / own, value)
+        site.operand = [v for v in call.args if isinstance(v, Value)].index(value)
+        site.reason = "the branch does not end in a matmul or norm of its own"
+        self._add_free(site, [])
+
+    def _sum_factors(self, addition: Sum) -> None:
+        if self.structure.goes_only_into_norms(addition.call.output):
+            return
+        drawn = [term for term in addition.terms if not self._is_zero(term)]
+        if len(drawn) < 2:
+            return
+        factor = len(drawn) ** -0.5
+        pushes = [self._can_push(term, set(addition.chain)) for term in addition.terms]
+        if all(pushes):
+            for push in pushes:
+                self._push(push or [], factor, absorb=False)
+        elif not self.draft.in_loss_code(addition.call.frame):
+            site = parameter_free_site(addition.call, "sum", factor, addition.call.output)
+            site.reason = "a term is used elsewhere too, or is left alone"
+            self._add_free(site, [])
+
+    def _is_zero(self, term: Value) -> bool:
+        """Whether a term is zero at the start: all its weights are."""
+        names = [
+            name
+            for source in self.structure.sources(term)[0]
+            for value in (source.value, *(source.value.producer.inputs if source.value.producer else ()))
+            for name in value.parameters
+        ]
+        return bool(names) and all(self.trace.facts[name].rms == 0 for name in names)
+
+    # --- attention and activations ------------------------------------------------------------------------------
+
+    def _attention_factors(self) -> None:
+        for attention in self.structure.attentions:
+            call = attention.call
+            if self.draft.in_loss_code(call.frame):
+                self.notes.append(f"the attention at {call.frame} is in loss code or a hook and was left alone")
+                continue
+            factor = ATTENTION_MULTIPLIER / attention.head_dim / attention.own
+            site = parameter_free_site(call, "attention", factor, attention.query)
+            into: list[tuple[int, str]] = []
+            for side in (attention.query, attention.key):
+                pushes = self._can_push(side, {call.index})
+                if pushes:
+                    into = [use for _, uses in pushes for use in uses]
+                    break
+            site.fold_into = [[key, self.trace.calls[index].name] for index, key in into]
+            if not into:
+                site.reason = "query and key come out of one weight, or are shared"
+            self._add_free(site, [self.trace.calls[index] for index, _ in into])
+
+    def _activation_factors(self) -> None:
+        for activation in self.structure.activations:
+            site = self._activation_site(activation)
+            if site is None:
+                continue
+            targets = self.structure.targets(activation.output)
+            weights = [
+                (call, value.key) for call in targets or [] for value in self.structure.weights_of(call)
+            ]
+            if not weights or any(self.draft.is_alone(key) for _, key in weights):
+                site.multiplier, site.reason = 1.0, "its output does not go into scaled matmuls alone"
+            else:
+                site.fold_into = [list(use) for use in dict.fromkeys((key, call.name) for call, key in weights)]
+            self._add_free(site, targets or [])
+
+    def _activation_site(self, activation: Activation) -> Site | None:
+        if activation.span is not None:
+            function: Any = self.module.get_submodule(activation.span.module)
+            site = Site(activation.span.module, "forward", "output", "activation", ordinal=0)
+            site.multiplier = 1 / gaussian_rms(function.forward)
+            return site
+        call = activation.call
+        assert call is not None
+        if self.draft.in_loss_code(call.frame):
+            return None
+        site = parameter_free_site(call, "activation", 1.0, activation.output)
+        site.multiplier = 1 / _call_rms(call)
+        return site
+
+    # --- parameter-free sites -------------------------------------------------------------------------------------
+
+    def _add_free(self, site: Site, targets: list[Call]) -> None:
+        self.free[site.module, site.method, site.op, site.ordinal].append((site, targets))
+
+    def _free_sites(self) -> list[Site]:
+        """One site for each place in the code; its calls must agree on where the factor can be folded."""
+        sites = []
+        for entries in self.free.values():
+            first = entries[0][0]
+            first.calls = len(entries)
+            if any(site.multiplier == 1.0 and site.role == "activation" for site, _ in entries):
+                first.multiplier, first.fold_into = 1.0, []
+                first.reason = first.reason or "not all its calls go into scaled matmuls alone"
+            else:
+                first.multiplier = geometric_mean(site.multiplier for site, _ in entries)
+                first.fold_into = [list(u) for u in dict.fromkeys(tuple(u) for s, _ in entries for u in s.fold_into)]
+                if any(not site.fold_into for site, _ in entries):
+                    first.fold_into = []
+            sites.append(first)
+        self._drop_inconsistent_folds(sites)
+        return sites
+
+    def _drop_inconsistent_folds(self, sites: list[Site]) -> None:
+        """A weight can take a neighbour's factor only if all calls of the weight have it."""
+        changed = True
+        while changed:
+            changed = False
+            products: dict[tuple[int, tuple[str, str]], float] = defaultdict(lambda: 1.0)
+            folding = {(s.module, s.method, s.op, s.ordinal): s for s in sites if s.fold_into}
+            for identity, site in folding.items():
+                for _, targets in self.free[identity]:
+                    for call in targets:
+                        for key, op in map(tuple, site.fold_into):
+                            if op == call.name and any(v.key == key for v in call.inputs):
+                                products[call.index, (key, op)] *= site.multiplier
+            for site in folding.values():
+                for key, op in map(tuple, site.fold_into):
+                    calls = self.draft.uses[key, op].calls
+                    found = [products[call.index, (key, op)] for call in calls]
+                    if not all(isclose(a, found[0], rel_tol=1e-9) for a in found):
+                        site.fold_into, changed = [], True
+                        site.reason = f"{key} is also called on other inputs"
+                        break
+
+
+def gaussian_rms(function: Any) -> float:
+    """√E[f(z)²] for z ~ N(0, 1), by the trapezoidal rule."""
+    with torch.no_grad():
+        y: Tensor = function(_GRID.clone())
+    return sqrt(float(torch.trapezoid(_DENSITY * y.double() ** 2, _GRID)))
+
+
+def _call_rms(call: Call) -> float:
+    if call.name == "glu":  # a · σ(b) with independent a and b
+        return gaussian_rms(torch.sigmoid)
+
+    def run(z: Tensor) -> Tensor:
+        args = [z if isinstance(argument, Value) else argument for argument in call.args]
+        kwargs = {name: z if isinstance(value, Value) else value for name, value in call.kwargs.items()}
+        result: Tensor = call.function(*args, **kwargs)
+        return result
+
+    return gaussian_rms(run)

@@ -1,0 +1,74 @@
+"""Unit scaling of a plain `nn.Module`, without Lightning: `unit_scale` and `remove_unit_scaling`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lightning_unitscale.engine.prepare import plan_of, prepare, remove
+from lightning_unitscale.engine.plan import Plan
+from lightning_unitscale.options import Options
+
+
+def unit_scale(
+    module: nn.Module,
+    step: Callable[[nn.Module], Any],
+    scheme: str = "umup",
+    *,
+    format: str | None = None,
+    storage: str = "folded",
+    weights: bool = True,
+    activations: bool = True,
+    gradients: bool = True,
+    lr_units: str = "standard",
+    skip: Sequence[str] = (),
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    recalibrate: Sequence[int] = (),
+    verify: bool = True,
+) -> Plan:
+    """Prepare a model in place and return the plan.
+
+    Args:
+        module: any model; its parameters stay the same objects.
+        step: `step(module)` runs one training step's forward pass on real data and returns the scalar loss
+            (or a dict with "loss"). It is called to record the model; nothing it changes is kept.
+        scheme … verify: as for `UnitScaling`.
+
+    Returns:
+        The plan in force; `scale_learning_rates(optimizer, plan)` takes its learning-rate multipliers.
+
+    Raises:
+        UnitScalingError: an option is wrong, nothing in the model can be scaled, or the loss is not finite.
+    """
+    options = Options(
+        scheme=scheme,
+        format=format,
+        storage=storage,
+        weights=weights,
+        activations=activations,
+        gradients=gradients,
+        lr_units=lr_units,
+        skip=tuple(skip),
+        overrides=overrides or {},
+        recalibrate=tuple(recalibrate),
+        verify=verify,
+    )
+    return prepare(module, lambda: step(module), options)
+
+
+def remove_unit_scaling(module: nn.Module) -> nn.Module:
+    """Make a prepared model a plain one again, with the same function to rounding; returns it.
+
+    Every factor that is explicit in the forward pass is moved into weights.
+
+    Raises:
+        UnitScalingError: the model is not prepared, or a factor has no weight to go into (a tied weight with two
+            factors, say); the site is named, and the model is left as it was.
+    """
+    remove(module)
+    return module
+
+
+__all__ = ["plan_of", "remove_unit_scaling", "unit_scale"]
