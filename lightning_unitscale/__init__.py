@@ -1,7 +1,24 @@
-"""Unit scaling for any unmodified LightningModule."""
+"""Unit scaling for any unmodified LightningModule.
 
+>>> Trainer(callbacks=[UnitScaling()])  # or Trainer(strategy="unitscale")
+"""
+
+from lightning_unitscale.callback import UnitScaling
+from lightning_unitscale.checkpoint import load_checkpoint
 from lightning_unitscale.engine.plan import Plan
+from lightning_unitscale.optim import scale_learning_rates
 from lightning_unitscale.options import UnitScalingError
+from lightning_unitscale.strategy import register_strategies
 from lightning_unitscale.unit_scale import remove_unit_scaling, unit_scale
 
-__all__ = ["Plan", "UnitScalingError", "remove_unit_scaling", "unit_scale"]
+register_strategies()
+
+__all__ = [
+    "Plan",
+    "UnitScaling",
+    "UnitScalingError",
+    "load_checkpoint",
+    "remove_unit_scaling",
+    "scale_learning_rates",
+    "unit_scale",
+]

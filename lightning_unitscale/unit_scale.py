@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_unitscale.engine.prepare import plan_of, prepare, remove
 from lightning_unitscale.engine.plan import Plan
+from lightning_unitscale.engine.prepare import prepare, remove
 from lightning_unitscale.options import Options
 
 
@@ -55,7 +55,7 @@ def unit_scale(
         recalibrate=tuple(recalibrate),
         verify=verify,
     )
-    return prepare(module, lambda: step(module), options)
+    return prepare(module, lambda _: step(module), options)
 
 
 def remove_unit_scaling(module: nn.Module) -> nn.Module:
@@ -70,5 +70,3 @@ def remove_unit_scaling(module: nn.Module) -> nn.Module:
     remove(module)
     return module
 
-
-__all__ = ["plan_of", "remove_unit_scaling", "unit_scale"]

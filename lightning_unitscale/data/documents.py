@@ -95,10 +95,10 @@ def hugging_face(
 
 
 def hold_out(documents: Mapping[str, bytes], share: float) -> tuple[list[bytes], list[bytes]]:
-    """Splits documents into (training, held-out), the latter at least `share` of all bytes.
+    """Splits documents into (training, held-out), the latter at most `share` of all bytes.
 
-    The order is by a hash of each text, so the split depends on the texts alone, not on names, order or seed,
-    and two copies of one text never end up on different sides. A single document is cut near its end instead.
+    Documents are chosen in the order of a hash of their text, so the split depends on the texts alone, not on names,
+    order or seed, and two copies of one text never end up on different sides. A single document is cut near its end.
     """
     if not 0 < share < 1:
         raise InputError(f"data.held_out={share} must lie between 0 and 1")
@@ -109,10 +109,11 @@ def hold_out(documents: Mapping[str, bytes], share: float) -> tuple[list[bytes],
         cut = text.rfind(b"\n", 0, cut) + 1 or cut
         return [text[:cut]], [text[cut:]]
 
-    wanted = share * sum(map(len, ordered))
-    taken = 0
-    for count, text in enumerate(ordered[:-1], start=1):
-        taken += len(text)
-        if taken >= wanted:
-            break
-    return ordered[count:], ordered[:count]
+    room = share * sum(map(len, ordered))
+    held_out: list[bytes] = []
+    for text in ordered:
+        if len(text) <= room:
+            held_out.append(text)
+            room -= len(text)
+    held_out = held_out or [min(ordered, key=len)]  # all documents are larger than the share
+    return [text for text in ordered if text not in held_out], held_out

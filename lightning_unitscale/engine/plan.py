@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_unitscale.optim import StepScale
 
 PLAN_VERSION = 1
+ATTRIBUTE = "_unit_scaling_plan"  # of a prepared model
 
 
 @dataclass
@@ -281,3 +282,11 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_module": None}
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    """The plan in force on a model, if there is one."""
+    plan: Plan | None = module.__dict__.get(ATTRIBUTE)
+    if plan is not None:
+        plan.bind(module)  # a copied model brings a copied plan
+    return plan

@@ -6,31 +6,38 @@ from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
 from lightning_unitscale.engine.apply import install, rescale_parameters, restore_parameters, uninstall
 from lightning_unitscale.engine.fold import folded_copy
-from lightning_unitscale.engine.plan import Plan
+from lightning_unitscale.engine.marker import add_marker, remove_marker
+from lightning_unitscale.engine.plan import ATTRIBUTE, Plan, plan_of
 from lightning_unitscale.engine.record import recording
-from lightning_unitscale.engine.rehearse import rehearsal
+from lightning_unitscale.engine.rehearse import Rehearsal, rehearsal
 from lightning_unitscale.engine.trace import Trace
 from lightning_unitscale.engine.verify import verify
 from lightning_unitscale.options import Options, UnitScalingError
 from lightning_unitscale.schemes import SCHEMES
 
-_ATTRIBUTE = "_unit_scaling_plan"
-
-Step = Callable[[], Any]
+Step = Callable[[Rehearsal], Any]  # runs one step's forward pass and returns its loss, or a dict with it
 
 
-def prepare(module: nn.Module, step: Step, options: Options, trainer: Any = None) -> Plan:
+def prepare(
+    module: nn.Module,
+    step: Step,
+    options: Options,
+    trainer: pl.Trainer | None = None,
+    agree: Callable[[dict[str, Any]], dict[str, Any]] = lambda plan: plan,
+) -> Plan:
     """Record one step of the model and put its plan in force, in place.
 
     Args:
         module: the untouched model.
         step: runs one step's forward pass on real data and returns the loss.
         trainer: the Lightning trainer, if there is one, whose loggers and optimizers the step must not reach.
+        agree: makes all processes use one process's plan (data-dependent routing may show each another model).
 
     Raises:
         UnitScalingError: see `unit_scale`.
@@ -42,6 +49,7 @@ def prepare(module: nn.Module, step: Step, options: Options, trainer: Any = None
     trace = record(module, step, trainer)
     plan = SCHEMES[options.scheme](module, trace, options)
     _refuse_nothing(module, trace, plan)
+    plan = Plan.from_dict(agree(plan.to_dict()))
     rescale_parameters(module, plan)
     put_in_force(module, plan)
     if options.verify:
@@ -49,14 +57,14 @@ def prepare(module: nn.Module, step: Step, options: Options, trainer: Any = None
     return plan
 
 
-def record(module: nn.Module, step: Step, trainer: Any = None) -> Trace:
+def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None) -> Trace:
     """Run the step without leaving a trace in the model, and return what it did.
 
     Raises:
         UnitScalingError: the loss is not finite.
     """
     with rehearsal(module, trainer) as rehearsed, recording(module) as recorder, torch.enable_grad():
-        output = step()
+        output = step(rehearsed)
         trace = recorder.finish(output, rehearsed.losses)
     if not trace.loss_numbers:
         raise UnitScalingError(
@@ -79,16 +87,10 @@ def put_in_force(module: nn.Module, plan: Plan) -> None:
     """
     plan.check_matches(module)
     install(module, plan)
-    module.__dict__[_ATTRIBUTE] = plan
+    module.__dict__[ATTRIBUTE] = plan
+    if not plan.is_plain:
+        add_marker(module)
     plan.bind(module)
-
-
-def plan_of(module: nn.Module) -> Plan | None:
-    """The plan in force on a model, if there is one."""
-    plan: Plan | None = module.__dict__.get(_ATTRIBUTE)
-    if plan is not None:
-        plan.bind(module)  # a copied model brings a copied plan
-    return plan
 
 
 def remove(module: nn.Module) -> None:
@@ -111,7 +113,8 @@ def remove(module: nn.Module) -> None:
 def forget(module: nn.Module) -> None:
     """Take the plan off, weights as they are."""
     uninstall(module)
-    module.__dict__.pop(_ATTRIBUTE, None)
+    remove_marker(module)
+    module.__dict__.pop(ATTRIBUTE, None)
 
 
 def _refuse_nothing(module: nn.Module, trace: Trace, plan: Plan) -> None:

@@ -1,0 +1,110 @@
+"""The `UnitScaling` callback: unit scaling for the model of any Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from lightning_unitscale.engine.plan import Plan
+from lightning_unitscale.options import Options, UnitScalingError
+from lightning_unitscale.strategy import TrainerScaling, UnitScalingMixin
+
+
+class UnitScaling(Callback):
+    """Trains an unmodified LightningModule with unit scaling: `Trainer(callbacks=[UnitScaling()])`.
+
+    On the first training batch the module's step is rehearsed on that batch, forward only and leaving no trace, to
+    see which parameters it has and how they are used. From that comes the plan, which is put in force before the
+    step is taken. Learning rates are multiplied inside the optimizer's step; your groups, schedulers and loggers
+    keep your values.
+
+    Args:
+        scheme: "umup" (u-μP, for training from scratch; arXiv 2407.17465) or "preserve" (the model's own function
+            and training, for pretrained models).
+        format: None; low-precision matmul operands are not supported in this version.
+        storage: where constants are kept. "folded": in the stored weights, so that the model stays a plain module
+            with plain checkpoints and no cost per step; what can't be folded stays a site. "unit": weights are
+            stored at RMS 1 and all constants are explicit in the forward pass. Both train identically.
+        weights: scale weights: initial values, matmul factors, learning rates.
+        activations: scale activations: attention logits, activation functions, residual branches.
+        gradients: scale gradient operands; of use with a `format` only.
+        lr_units: "standard": your learning rate means what it meant for the unscaled model. "umup": it is u-μP's η,
+            about 1, and carries over between widths and depths.
+        skip: globs of module or parameter names to leave alone.
+        overrides: {glob: {"role": …, "multiplier": …, "lr_multiplier": …, "skip": …}} for parameters by name.
+        recalibrate: steps at which operand scales are measured again; of use with a `format` only.
+        verify: check the plan on the first batch before training starts, see `engine.verify`.
+
+    Attributes:
+        plan: the plan in force, from the first training step on; None before.
+
+    Raises:
+        UnitScalingError: an option is wrong (at once); nothing in the model can be scaled, its first loss is not
+            finite, or a checkpoint does not fit (when training starts).
+    """
+
+    def __init__(
+        self,
+        scheme: str = "umup",
+        format: str | None = None,
+        storage: str = "folded",
+        weights: bool = True,
+        activations: bool = True,
+        gradients: bool = True,
+        lr_units: str = "standard",
+        skip: Sequence[str] = (),
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        recalibrate: Sequence[int] = (),
+        verify: bool = True,
+    ) -> None:
+        self._scaling = TrainerScaling(
+            Options(
+                scheme=scheme,
+                format=format,
+                storage=storage,
+                weights=weights,
+                activations=activations,
+                gradients=gradients,
+                lr_units=lr_units,
+                skip=tuple(skip),
+                overrides=overrides or {},
+                recalibrate=tuple(recalibrate),
+                verify=verify,
+            )
+        )
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force, from the first training step on."""
+        return self._scaling.plan
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Connect to the Trainer's strategy."""
+        strategy = trainer.strategy
+        if not isinstance(strategy, UnitScalingMixin):
+            self._scaling.wrap(strategy)
+            return
+        ours, theirs = self._scaling.options, strategy.unit_scaling.options
+        if theirs not in (ours, Options()):
+            raise UnitScalingError(
+                "the UnitScaling callback and the strategy were given different options; give them to one of the two."
+            )
+        strategy.unit_scaling.options = ours
+        self._scaling = strategy.unit_scaling
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the plan beside the weights."""
+        self._scaling.before_saving(pl_module, checkpoint)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Undo what `setup` did; the model keeps its plan."""
+        self._scaling.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Undo what `setup` did: Lightning does not call `teardown` after an exception."""
+        self._scaling.release()

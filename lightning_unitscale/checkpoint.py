@@ -1,0 +1,70 @@
+"""Checkpoints that can't be misread.
+
+A model in which every factor is folded is a plain model and its state dict a plain state dict; the plan beside it in
+a Lightning checkpoint (key "unit_scaling_plan") only carries the learning-rate multipliers on. Where factors stay in
+the forward pass, the state dict itself holds the plan, as a tensor of JSON bytes under the same key: loading it into a
+plain module fails as an unexpected key, and loading plain weights where factors are in force fails too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unitscale.engine.marker import PLAN_KEY, decode
+from lightning_unitscale.engine.plan import Plan, plan_of
+from lightning_unitscale.engine.prepare import forget, put_in_force
+from lightning_unitscale.options import UnitScalingError
+
+
+def plan_in(checkpoint: Mapping[str, Any]) -> Plan | None:
+    """The plan in a Lightning checkpoint or in a state dict, if there is one."""
+    if isinstance(checkpoint.get(PLAN_KEY), Tensor):
+        return decode(checkpoint[PLAN_KEY])
+    if PLAN_KEY in checkpoint:
+        return Plan.from_dict(checkpoint[PLAN_KEY])
+    state = checkpoint.get("state_dict")
+    return plan_in(state) if isinstance(state, Mapping) else None
+
+
+def prepare_for_loading(module: nn.Module, plan: Plan | None) -> None:
+    """Make the module one whose weights mean what the checkpoint's do: with the checkpoint's plan, or plain.
+
+    Raises:
+        UnitScalingError: the plan is of another model.
+    """
+    current = plan_of(module)
+    if current is not None and plan is not None and current.to_dict() == plan.to_dict():
+        return
+    if current is not None:
+        forget(module)
+    if plan is not None:
+        put_in_force(module, plan)
+
+
+def load_checkpoint(module: nn.Module, path: str | Path, *, strict: bool = True) -> Plan | None:
+    """Load a checkpoint into a freshly built model outside a Trainer, its scaling put in place.
+
+    Args:
+        module: the model as its constructor builds it.
+        path: a Lightning checkpoint, or a file with a state dict; read with `weights_only=True`.
+        strict: as in `load_state_dict`.
+
+    Returns:
+        The plan in force, or None for a checkpoint without unit scaling.
+
+    Raises:
+        UnitScalingError: there is no such file, or its plan is of another model.
+    """
+    if not Path(path).is_file():
+        raise UnitScalingError(f"there is no checkpoint at {path}.")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    plan = plan_in(checkpoint)
+    prepare_for_loading(module, plan)
+    module.load_state_dict(checkpoint.get("state_dict", checkpoint), strict=strict)
+    return plan
+

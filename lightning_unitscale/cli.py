@@ -1,0 +1,141 @@
+"""The command `unitscale`: runs a recipe, and says in one message what is wrong with what was asked for.
+
+A command is a file `recipes/<command>.py` whose main function is decorated with `recipe`; its docstring's
+first line is the help text. `unitscale pretrain …` and `python recipes/pretrain.py …` are the same.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import os
+import re
+import runpy
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from lightning_unitscale.config import register, shipped
+from lightning_unitscale.errors import InputError
+from lightning_unitscale.options import UnitScalingError
+
+Task = Callable[[DictConfig], Any]
+
+USAGE = """\
+usage: unitscale <command> [key=value ...]
+
+commands:
+{commands}
+
+Every setting can be overridden by its name (Hydra):
+  unitscale pretrain optimizer.lr=1e-3 model.width=128      change values
+  unitscale pretrain unitscale=none data=text data.path=.   choose other parts
+  unitscale pretrain experiment=transfer                    use a preset
+  unitscale pretrain -m model.width=64,128                  run every combination
+  unitscale pretrain --help                                 list parts and settings
+  unitscale pretrain --cfg job                              print the settings of this run
+Errors are shown as one message; HYDRA_FULL_ERROR=1 adds the traceback."""
+
+
+def commands() -> dict[str, str]:
+    """Name -> first line of the docstring, for each recipe."""
+    found = {}
+    for file in sorted(shipped("recipes").glob("[a-z]*.py")):
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        found[file.stem] = docstring.partition("\n")[0]
+    return found
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    known = commands()
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help", "help"):
+        width = max(map(len, known))
+        print(USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in known.items())))
+        return
+    if command not in known:
+        sys.exit(
+            f"error: unknown command {command!r}; there are {', '.join(known)}."
+            f"{_did_you_mean(command, known)} See unitscale --help."
+        )
+    script = shipped("recipes") / f"{command}.py"
+    sys.argv = [str(script), *sys.argv[2:]]  # what relaunched processes (DDP) run
+    sys.path.insert(0, str(script.parent))  # as `python recipes/<command>.py` does
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
+    """Turns `main(cfg)` into a command configured by `conf/<config_name>.yaml`."""
+
+    def decorate(task: Task) -> Callable[[], None]:
+        @functools.wraps(task)
+        def entry() -> None:
+            register()
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning 2.6 on torch 2.13
+            traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes errors on instead of printing them
+            try:
+                hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=config_name)(task)()
+            except Exception as error:
+                message = _explain(error, config_name)
+                if traceback_wanted or message is None:
+                    raise
+                sys.exit(f"error: {message}")
+
+        return entry
+
+    return decorate
+
+
+def _explain(error: BaseException, config_name: str) -> str | None:
+    """One message for an error in what the user asked for; None for a defect of the program."""
+    for cause in _chain(error):
+        if isinstance(cause, (InputError, UnitScalingError)):
+            return str(cause)
+    for cause in _chain(error):
+        if isinstance(cause, MissingMandatoryValue):
+            return f"{cause.full_key} has no value; give one: {cause.full_key}=..."
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return None
+    message = "\n".join(dict.fromkeys(str(cause).strip() for cause in _chain(error)))
+    return f"{message}{_hint(message, config_name)}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _hint(message: str, config_name: str) -> str:
+    """Near matches for the key or the option that Hydra did not find."""
+    if option := re.search(r"Could not find '(\S+)/([^/']+)'", message):
+        group, name = option.groups()
+        return _did_you_mean(name, [file.stem for file in (shipped("conf") / group).glob("*.yaml")], f"{group}=")
+    if not (key := re.search(r"Could not override '(\S+)'", message)):
+        return ""
+    wrong = key[1]
+    parent, _, name = wrong.rpartition(".")
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+        node = OmegaConf.select(hydra.compose(config_name), parent) if parent else hydra.compose(config_name)
+    siblings = list(map(str, node)) if isinstance(node, DictConfig) else []
+    return _did_you_mean(name, siblings, f"{parent}." if parent else "")
+
+
+def _did_you_mean(word: str, known: Any, prefix: str = "") -> str:
+    near = [f"{prefix}{match}" for match in get_close_matches(word, known, n=3)]
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+if __name__ == "__main__":
+    main()

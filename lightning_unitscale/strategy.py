@@ -1,0 +1,207 @@
+"""Unit scaling inside a Lightning Strategy, where it sees the first real batch and every checkpoint.
+
+`TrainerScaling` is the one implementation. A named strategy (`UnitScalingMixin`) calls it from its overridden methods;
+the callback alone wraps the same few methods on the instance of whatever strategy the Trainer has.
+
+When what happens:
+
+    load_model_state_dict    a checkpoint's plan is put in force before its weights are loaded
+    on_train_batch_start     no plan yet: the step is rehearsed on this batch and the plan put in force; optimizers
+                             get their learning-rate multipliers
+    save_checkpoint          the plan is saved beside the weights
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
+from pytorch_lightning.trainer.states import TrainerFn
+
+from lightning_unitscale.checkpoint import plan_in, prepare_for_loading
+from lightning_unitscale.engine.marker import PLAN_KEY
+from lightning_unitscale.engine.plan import Plan, plan_of
+from lightning_unitscale.engine.prepare import prepare
+from lightning_unitscale.optim import ScaledStep, scale_learning_rates
+from lightning_unitscale.options import Options, UnitScalingError
+
+SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)
+_BEFORE = {"on_train_batch_start": "before_train_batch", "load_model_state_dict": "before_loading"}
+
+
+class TrainerScaling:
+    """Unit scaling of one Trainer's model.
+
+    Args:
+        options: what to do.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.plan: Plan | None = None
+        self._steps: dict[int, tuple[Plan, ScaledStep]] = {}
+        self._wrapped: Strategy | None = None
+
+    def wrap(self, strategy: Strategy) -> None:
+        """Take over the methods of a strategy instance that is not a `UnitScalingMixin`."""
+        if self._wrapped is not strategy:
+            for name, before in _BEFORE.items():
+                setattr(strategy, name, _After(getattr(self, before), strategy, name))
+            self._wrapped = strategy
+
+    def release(self) -> None:
+        """Give the strategy its methods and the optimizers their plain steps back; the model keeps its plan."""
+        if self._wrapped is not None:
+            for name in _BEFORE:
+                self._wrapped.__dict__.pop(name, None)
+            self._wrapped = None
+        for _, step in self._steps.values():
+            step.remove()
+        self._steps.clear()
+
+    def before_train_batch(self, strategy: Strategy, batch: Any, batch_idx: int) -> None:
+        """Prepare the model if it is not, and give every optimizer its multipliers."""
+        module = strategy.lightning_module
+        assert module is not None
+        plan = plan_of(module)
+        if plan is None:
+            plan = prepare(
+                module,
+                lambda run: run.training_step(batch, batch_idx),
+                self.options,
+                module.trainer,
+                agree=lambda plan: strategy.broadcast(plan, src=0),
+            )
+        elif plan is not self.plan:
+            self._check_options(plan)
+        self.plan = plan
+        if plan.scheme != "preserve" or any(p.lr_override is not None for p in plan.parameters.values()):
+            for optimizer in strategy.optimizers:
+                self._scale_steps(optimizer, plan, module)
+
+    def _scale_steps(self, optimizer: torch.optim.Optimizer, plan: Plan, module: pl.LightningModule) -> None:
+        known = self._steps.get(id(optimizer))
+        if known is not None and known[0] is plan:
+            return
+        self._steps[id(optimizer)] = (plan, scale_learning_rates(optimizer, plan, module=module))
+        if plan.lr_units == "umup":
+            for group in optimizer.param_groups:
+                lr = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
+                if lr < SMALL_LEARNING_RATE:
+                    warnings.warn(
+                        f"lr_units='umup' with a learning rate of {lr:g}: in u-μP units about 1 is usual (try 0.1 to "
+                        f"4), and below {SMALL_LEARNING_RATE} a model hardly learns. For a learning rate with its "
+                        "ordinary meaning use lr_units='standard'.",
+                        stacklevel=2,
+                    )
+
+    def _check_options(self, plan: Plan) -> None:
+        for name in ("scheme", "storage", "lr_units"):
+            if getattr(plan, name) != getattr(self.options, name):
+                raise UnitScalingError(
+                    f"the model (or its checkpoint) was prepared with {name}={getattr(plan, name)!r}, but UnitScaling "
+                    f"has {name}={getattr(self.options, name)!r}. Use the same, or start from an unprepared model."
+                )
+
+    def before_loading(self, strategy: Strategy, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Put the checkpoint's plan in force before its weights are loaded.
+
+        Raises:
+            UnitScalingError: a run would be resumed under another scaling than it was trained with.
+        """
+        module = strategy.lightning_module
+        assert module is not None
+        plan = plan_in(checkpoint)
+        if module.trainer.state.fn == TrainerFn.FITTING:
+            if plan is not None:
+                self._check_options(plan)
+            elif self.options.scheme != "preserve" and checkpoint.get("global_step", 0) > 0:
+                raise UnitScalingError(
+                    f"the checkpoint (step {checkpoint['global_step']}) was trained without unit scaling, and "
+                    f"scheme={self.options.scheme!r} would change its weights and learning rates. Go on with "
+                    "scheme='preserve', or load its weights as initial weights without ckpt_path."
+                )
+        prepare_for_loading(module, plan)
+
+    def before_saving(self, module: pl.LightningModule | None, checkpoint: dict[str, Any]) -> None:
+        """Put the plan into a checkpoint about to be written."""
+        plan = plan_of(module) if module is not None else None
+        if plan is not None:
+            checkpoint[PLAN_KEY] = plan.to_dict()
+
+
+class _After:
+    """A method of a strategy instance, run after ours; picklable, as a Trainer that spawns processes must be."""
+
+    def __init__(self, before: Callable[..., None], strategy: Strategy, name: str) -> None:
+        self.before, self.strategy, self.name = before, strategy, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.before(self.strategy, *args, **kwargs)
+        return getattr(type(self.strategy), self.name)(self.strategy, *args, **kwargs)
+
+
+class UnitScalingMixin(Strategy):
+    """Makes a strategy class apply unit scaling: `class MyStrategy(UnitScalingMixin, DDPStrategy)`.
+
+    Args:
+        the options of `UnitScaling`, by keyword; everything else goes to the strategy.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        options = {f.name: kwargs.pop(f.name) for f in fields(Options) if f.name in kwargs}
+        super().__init__(*args, **kwargs)
+        self.unit_scaling = TrainerScaling(Options(**options))
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.unit_scaling.before_train_batch(self, batch, batch_idx)
+        super().on_train_batch_start(batch, batch_idx)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self.unit_scaling.before_loading(self, checkpoint)
+        super().load_model_state_dict(checkpoint, strict=strict)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        self.unit_scaling.before_saving(self.lightning_module, checkpoint)
+        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def teardown(self) -> None:
+        self.unit_scaling.release()
+        super().teardown()
+
+
+class UnitScalingStrategy(UnitScalingMixin, SingleDeviceStrategy):
+    """`Trainer(strategy="unitscale")`: one device, the one the Trainer's `accelerator` and `devices` name."""
+
+    strategy_name = "unitscale"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.parallel_devices: list[torch.device] = []  # set by the Trainer
+
+    @property
+    def root_device(self) -> torch.device:
+        if len(self.parallel_devices) > 1:
+            raise UnitScalingError(
+                f"strategy='unitscale' runs on one device, the Trainer has {len(self.parallel_devices)}; use "
+                "strategy='unitscale_ddp', or devices=1."
+            )
+        return self.parallel_devices[0] if self.parallel_devices else self._root_device
+
+
+class UnitScalingDDPStrategy(UnitScalingMixin, DDPStrategy):
+    """`Trainer(strategy="unitscale_ddp")`: DistributedDataParallel."""
+
+    strategy_name = "unitscale_ddp"
+
+
+def register_strategies() -> None:
+    """Make the named strategies known to Lightning."""
+    for strategy in (UnitScalingStrategy, UnitScalingDDPStrategy):
+        if strategy.strategy_name not in StrategyRegistry:
+            StrategyRegistry.register(strategy.strategy_name, strategy, description=strategy.__doc__ or "")
