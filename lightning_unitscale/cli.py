@@ -13,15 +13,15 @@ import re
 import runpy
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from lightning_unitscale.config import register, shipped
 from lightning_unitscale.errors import InputError
@@ -78,13 +78,19 @@ def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
     def decorate(task: Task) -> Callable[[], None]:
         @functools.wraps(task)
+        def checked(cfg: DictConfig) -> Any:
+            if missing := sorted(OmegaConf.missing_keys(cfg)):
+                raise InputError("\n".join(f"{key} has no value; give one: {key}=..." for key in missing))
+            return task(cfg)
+
+        @functools.wraps(task)
         def entry() -> None:
             register()
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning 2.6 on torch 2.13
             traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes errors on instead of printing them
             try:
-                hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=config_name)(task)()
+                hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=config_name)(checked)()
             except Exception as error:
                 message = _explain(error, config_name)
                 if traceback_wanted or message is None:
@@ -98,16 +104,20 @@ def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
 def _explain(error: BaseException, config_name: str) -> str | None:
     """One message for an error in what the user asked for; None for a defect of the program."""
-    for cause in _chain(error):
+    causes = list(_chain(error))
+    for cause in causes:
         if isinstance(cause, (InputError, UnitScalingError)):
             return str(cause)
-    for cause in _chain(error):
-        if isinstance(cause, MissingMandatoryValue):
-            return f"{cause.full_key} has no value; give one: {cause.full_key}=..."
+    if isinstance(error, InstantiationException):
+        return str(error)
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
-    message = "\n".join(dict.fromkeys(str(cause).strip() for cause in _chain(error)))
-    return f"{message}{_hint(message, config_name)}"
+    message = "\n".join(dict.fromkeys(str(cause).strip() for cause in causes))
+    if option := re.search(r"Could not find '(\S+)/([^/']+)'", message):
+        return _unknown_option(*option.groups())
+    if key := re.search(r"Could not override '(\S+)'", message):
+        return _unknown_key(key[1], config_name)
+    return message
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -116,24 +126,25 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _hint(message: str, config_name: str) -> str:
-    """Near matches for the key or the option that Hydra did not find."""
-    if option := re.search(r"Could not find '(\S+)/([^/']+)'", message):
-        group, name = option.groups()
-        return _did_you_mean(name, [file.stem for file in (shipped("conf") / group).glob("*.yaml")], f"{group}=")
-    if not (key := re.search(r"Could not override '(\S+)'", message)):
-        return ""
-    wrong = key[1]
-    parent, _, name = wrong.rpartition(".")
+def _unknown_option(group: str, name: str) -> str:
+    options = sorted(file.stem for file in (shipped("conf") / group).glob("*.yaml"))
+    return f"{group}={name} is not known; choose one of {', '.join(options)}.{_did_you_mean(name, options)}"
+
+
+def _unknown_key(key: str, config_name: str) -> str:
+    """Looks for near matches where the path leaves the default configuration."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(shipped("conf")), version_base="1.3"):
-        node = OmegaConf.select(hydra.compose(config_name), parent) if parent else hydra.compose(config_name)
-    siblings = list(map(str, node)) if isinstance(node, DictConfig) else []
-    return _did_you_mean(name, siblings, f"{parent}." if parent else "")
+        node: Any = hydra.compose(config_name)
+    known, *rest = "", *key.split(".")
+    while rest and isinstance(node, DictConfig) and rest[0] in node:
+        known, node = f"{known}{rest[0]}.", node._get_node(rest.pop(0))
+    hint = _did_you_mean(rest[0], map(str, node), known) if rest and isinstance(node, DictConfig) else ""
+    return f"there is no setting {key} here.{hint} (A new one is added with +{key}=...)"
 
 
-def _did_you_mean(word: str, known: Any, prefix: str = "") -> str:
-    near = [f"{prefix}{match}" for match in get_close_matches(word, known, n=3)]
+def _did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    near = [f"{prefix}{match}" for match in get_close_matches(word, list(known), n=3)]
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 

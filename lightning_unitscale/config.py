@@ -41,6 +41,6 @@ class UnitScalingNode:
 
 def register() -> None:
     """Makes the schema and the two resolvers known to Hydra; safe to call twice."""
-    ConfigStore.instance().store(group="unitscale", name="schema", node=UnitScalingNode)
+    ConfigStore.instance().store(group="schema", name="unitscale", node=UnitScalingNode)
     OmegaConf.register_new_resolver("product", lambda a, b: int(a * b), replace=True)
     OmegaConf.register_new_resolver("quotient", lambda a, b: int(a // b), replace=True)

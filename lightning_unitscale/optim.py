@@ -73,6 +73,11 @@ _WHY_NOT = {
     "LARS": "its step is relative to the parameter's own norm",
 }
 
+# The keys of a parameter group that have one entry per parameter.
+_PER_PARAMETER = ("params", "param_names")
+# Where an optimizer keeps its ScaledStep.
+_ATTRIBUTE = "_unit_scaled_step"
+
 
 @dataclass(frozen=True)
 class StepScale:
@@ -103,17 +108,21 @@ def optimizer_family(optimizer: Optimizer) -> str:
         UnitScalingError: the class is of none of these families; the message says how to name one.
     """
     torch_families = {getattr(torch.optim, name, None): family for name, family in _TORCH_FAMILIES.items()}
+    reason = ""
     for cls in type(optimizer).__mro__:
         family = torch_families.get(cls) or _NAMED_FAMILIES.get(cls.__name__)
-        if family and not optimizer.defaults.get("initial_accumulator_value"):
+        if family and optimizer.defaults.get("initial_accumulator_value"):
+            reason = ": its initial_accumulator_value is not 0 and has the unit of a squared gradient"
+            break
+        if family:
             return family
+        if cls.__name__ in _WHY_NOT:
+            reason = f": {_WHY_NOT[cls.__name__]}"
+            break
     name = type(optimizer).__name__
-    reasons = [_WHY_NOT[cls.__name__] for cls in type(optimizer).__mro__ if cls.__name__ in _WHY_NOT]
-    if optimizer.defaults.get("initial_accumulator_value"):
-        reasons = ["its initial_accumulator_value is not 0 and has the unit of a squared gradient"]
     raise UnitScalingError(
-        f"Unit scaling doesn't know which learning-rate multipliers the optimizer {name} needs"
-        f"{': ' + reasons[0] if reasons else ''}. Use one of {', '.join(_TORCH_FAMILIES)}, or say which family {name} "
+        f"Unit scaling doesn't know which learning-rate multipliers the optimizer {name} needs{reason}. Use one of "
+        f"{', '.join(_TORCH_FAMILIES)}, or say which family {name} "
         'belongs to: scale_learning_rates(optimizer, plan, family="adam") if its update does not depend on the '
         'gradient\'s scale, family="sgd" if it is proportional to it, family="muon" if it orthogonalises it.'
     )
@@ -136,8 +145,8 @@ def scale_learning_rates(
     optimizer (`copy.deepcopy`, `pickle`) is a plain optimizer on other parameters: call it again for the copy.
 
     Args:
-        optimizer: any `torch.optim.Optimizer`; the shells that Lightning, Fabric and ZeRO put
-            around one are looked through.
+        optimizer: any `torch.optim.Optimizer`; what Lightning, Fabric or `ZeroRedundancyOptimizer` put around one
+            is looked through.
         plan: what `unit_scale` returned, or `callback.plan`. Parameters it doesn't name take plain steps.
         module: where the plan's parameter names are looked up; default: the module the plan was made for.
         family: `"adam"`, `"sgd"` or `"muon"`, for a class `optimizer_family` doesn't know. Weight decay then counts as
@@ -227,9 +236,6 @@ class _SplitGroup:
         return bool(value == given)
 
 
-_PER_PARAMETER = ("params", "param_names")
-
-
 def _piece(group: dict[str, Any], scale: StepScale, positions: tuple[int, ...]) -> dict[str, Any]:
     piece = dict(group)
     for key in _PER_PARAMETER:
@@ -302,13 +308,12 @@ class ScaledStep:
                 vars(optimizer)["step"] = self._former
 
     def __repr__(self) -> str:
-        scales = {scale: 0 for layout in self._layouts for scale, _ in layout.pieces}
+        counts: dict[StepScale, int] = {}
         for layout in self._layouts:
             for scale, positions in layout.pieces:
-                scales[scale] += len(positions)
-        lines = [f"ScaledStep(family={self.family!r}"]
-        lines += [f"  {count} parameters: {scale}" for scale, count in scales.items()]
-        return "\n".join(lines) + "\n)"
+                counts[scale] = counts.get(scale, 0) + len(positions)
+        lines = [f"  {scale}: {count} parameters" for scale, count in counts.items()]
+        return "\n".join([f"ScaledStep(family={self.family!r}", *lines, ")"])
 
     def _attach(self, optimizer: Optimizer) -> None:
         # Taken unbound where it can be: the optimizer must not hold itself alive.
@@ -423,7 +428,7 @@ class ScaledStep:
 
     def _lay_out(self, optimizer: Optimizer) -> None:
         """Bring `_layouts` up to date with the optimizer's groups, which in all but a few steps they are."""
-        groups = [(group["params"], self._decoupled(optimizer, group)) for group in optimizer.param_groups]
+        groups = [(group["params"], self._decay_is_decoupled(optimizer, group)) for group in optimizer.param_groups]
         if len(groups) == len(self._layouts) and all(
             layout.fits(params, decoupled) for layout, (params, decoupled) in zip(self._layouts, groups, strict=True)
         ):
@@ -468,16 +473,13 @@ class ScaledStep:
                 scales.setdefault(parameter, by_name[name])
         return scales
 
-    def _decoupled(self, optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    def _decay_is_decoupled(self, optimizer: Optimizer, group: dict[str, Any]) -> bool:
         if "decoupled_weight_decay" in group:
             return bool(group["decoupled_weight_decay"])
         if hasattr(optimizer, "adam_w_mode"):  # apex and DeepSpeed
             return bool(optimizer.adam_w_mode)
         names = [cls.__name__ for cls in type(optimizer).__mro__]
         return self.family == "muon" or any("AdamW" in name or name == "Lion" for name in names)
-
-
-_ATTRIBUTE = "_unit_scaled_step"
 
 
 def _layout(params: list[Tensor], decoupled: bool, scales: dict[Tensor, StepScale]) -> _Layout:

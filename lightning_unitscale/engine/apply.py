@@ -9,6 +9,7 @@ its frame and by how-manieth call of its function it is there. Nothing is instal
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType, MethodType
 from typing import Any
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
-from lightning_unitscale.engine.functions import functions_by_name
-from lightning_unitscale.engine.plan import Plan, Site
-from lightning_unitscale.engine.record import MODULE_CALL
+from lightning_unitscale.engine.functions import functions_by_name, is_in_place
+from lightning_unitscale.engine.plan import EVERY_CALL, Plan, Site
+from lightning_unitscale.engine.record import MODULE_CALL, has_ordinal
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
 from lightning_unitscale.options import UnitScalingError
@@ -46,9 +47,10 @@ class Rules:
         names = self.followed | self.free | self.ops | {_MULTI_HEAD}
         known = functions_by_name()
         self.watched: dict[Any, str] = {function: name for name in names for function in known.get(name, ())}
+        self.in_place = frozenset(function for function in self.watched if is_in_place(function))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "watched"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("watched", "in_place")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -66,11 +68,16 @@ class ScopedForward:
         self.replaced = module.__dict__.get(method)
         self.touched: list[tuple[nn.Module, str, str]] = []
         self.sites: dict[tuple[str, int], Site] = {}
+        self.most_calls: dict[str, int] = {}
         self.output_factor = 1.0
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         return self.replaced if self.replaced is not None else MethodType(getattr(type(self.module), self.method), self.module)
+
+    @property
+    def name(self) -> str:
+        return f"{type(self.module).__name__}.{self.method}"
 
     @property
     def __name__(self) -> str:
@@ -80,8 +87,13 @@ class ScopedForward:
         interceptor = _current(self.rules)
         if interceptor is not None:
             return interceptor.run(self, args, kwargs)
-        with Interceptor(self.rules) as interceptor:
-            return interceptor.run(self, args, kwargs)
+        interceptor = Interceptor(self.rules)
+        _running().append(interceptor)
+        try:
+            with interceptor:
+                return interceptor.run(self, args, kwargs)
+        finally:
+            _running().pop()
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.replaced is not None:
@@ -136,7 +148,7 @@ class Interceptor(TorchFunctionMode):
         if name in self.rules.free:
             site = self._site(name, args)
             if site is not None:
-                return _run_site(site, function, args, kwargs)
+                return _run_site(site, function in self.rules.in_place, function, args, kwargs)
         result = self._run(name, function, args, kwargs) if name in self.rules.ops else function(*args, **kwargs)
         if name in self.rules.followed:
             self._follow(args, kwargs, result)
@@ -197,11 +209,17 @@ class Interceptor(TorchFunctionMode):
     def _site(self, name: str, args: tuple[Any, ...]) -> Site | None:
         """The parameter-free site that this call is, by its place in the open frame."""
         frame = self.frames[-1]
-        if not torch.compiler.is_compiling() and _called_by_hook():
+        if not has_ordinal(args) or (not torch.compiler.is_compiling() and _called_by_hook()):
             return None
         ordinal = frame.counts.get(name, 0)
         frame.counts[name] = ordinal + 1
-        site = frame.scope.sites.get((name, ordinal))
+        if ordinal >= frame.scope.most_calls.get(name, ordinal + 1):
+            raise UnitScalingError(
+                f"{frame.scope.name}: {name} was called {frame.scope.most_calls[name]} times in the recorded step and "
+                "is called more often now, so its scaled calls cannot be told apart. The model takes another path "
+                "here than in the recorded step; list the module in skip, or record a step that takes both paths."
+            )
+        site = frame.scope.sites.get((name, EVERY_CALL)) or frame.scope.sites.get((name, ordinal))
         if site is not None and site.last_dim is not None and args and isinstance(args[0], Tensor):
             found = args[0].shape[-1] if args[0].dim() else None
             if found != site.last_dim:
@@ -213,9 +231,10 @@ class Interceptor(TorchFunctionMode):
         return site
 
 
-def _run_site(site: Site, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_site(
+    site: Site, in_place: bool, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     a = site.factors[""]
-    in_place = function.__name__.endswith("_") and not function.__name__.endswith("__") or "__i" in function.__name__
     if site.role == "attention":
         if site.op == DotProductAttention.name:
             return DotProductAttention.scaled_logits(function, args, kwargs, a)
@@ -247,10 +266,25 @@ def _called_by_hook() -> bool:
 _SCOPE_CALL = ScopedForward.call.__code__
 
 
+# Interceptors that are entered, innermost last. One list for each thread, as modes are: checkpointed layers are run
+# again in autograd's thread. The compiler traces one function at a time and can't trace a thread's own list.
+_TRACED: list[Interceptor] = []
+_EAGER = threading.local()
+
+
+def _running() -> list[Interceptor]:
+    if torch.compiler.is_compiling():
+        return _TRACED
+    if not hasattr(_EAGER, "interceptors"):
+        _EAGER.interceptors = []
+    running: list[Interceptor] = _EAGER.interceptors
+    return running
+
+
 def _current(rules: Rules) -> Interceptor | None:
-    for mode in _get_current_function_mode_stack():
-        if isinstance(mode, Interceptor) and mode.rules is rules:
-            return mode
+    for interceptor in _running():
+        if interceptor.rules is rules:
+            return interceptor
     return None
 
 
@@ -291,13 +325,14 @@ def install(module: nn.Module, plan: Plan) -> None:
     if not explicit:
         return
     rules = Rules(factors, plan.followed if factors else [], sorted({s.op for s in free} - {"output"}))
-    tracked = {name for key, _ in factors for name in key.split("+")}
+    keys_with_factor = {key for key, _ in factors}
+    tracked = {name for key in keys_with_factor for name in key.split("+")}
     modules = dict(module.named_modules())
     for where, method, keys in _scoped_frames(plan, modules):
         own = modules[where]
         touched = [key for key in keys if key in tracked]
         sites = [site for site in free if site.module == where and site.method == method]
-        if touched or sites or (free and not keys):
+        if touched or sites or keys_with_factor.intersection(keys) or (free and not keys):
             scope = own.__dict__.get(method)
             if not isinstance(scope, ScopedForward):
                 scope = ScopedForward(own, method, rules)
@@ -311,6 +346,8 @@ def install(module: nn.Module, plan: Plan) -> None:
                 else:
                     assert site.ordinal is not None
                     scope.sites[site.op, site.ordinal] = site
+                    if site.ordinal != EVERY_CALL:
+                        scope.most_calls[site.op] = site.calls_in_frame
 
 
 def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> list[tuple[str, str, list[str]]]:

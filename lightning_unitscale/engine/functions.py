@@ -53,6 +53,12 @@ def functions_by_name() -> dict[str, tuple[Callable[..., Any], ...]]:
     return {name: tuple(functions) for name, functions in groups.items()}
 
 
+def is_in_place(function: Callable[..., Any]) -> bool:
+    """Whether a torch function changes its first argument, by its name: `add_`, `__iadd__`."""
+    name = getattr(function, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+
+
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
 
 # One tensor in, the same numbers out (perhaps fewer, more, or elsewhere): scale and linearity pass unchanged.

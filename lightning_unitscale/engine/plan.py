@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_unitscale.optim import StepScale
 
 PLAN_VERSION = 1
+EVERY_CALL = -1  # ordinal of a site that stands for all calls of its function in its frame
 ATTRIBUTE = "_unit_scaling_plan"  # of a prepared model
 
 
@@ -74,7 +75,8 @@ class Site:
         multiplier: of its weight, or of its output.
         multipliers: by parameter key.
         factors: what of them stays explicit in the forward pass, by key ("" for a parameter-free site).
-        ordinal: how-manieth call of `op` in its frame, for a parameter-free site.
+        ordinal: how-manieth call of `op` in its frame, for a parameter-free site; EVERY_CALL for all of them.
+        calls_in_frame: how many calls of `op` one run of its frame makes at most, for a parameter-free site.
         operand: position of the operand that the factor of a parameter-free "residual" site applies to.
         last_dim: size of the last dimension its first operand must have, for a parameter-free site.
         fold_into: the uses (key, op) whose multipliers can take the factor; empty where none can.
@@ -93,6 +95,7 @@ class Site:
     multipliers: dict[str, float] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
     ordinal: int | None = None
+    calls_in_frame: int = 1
     operand: int | None = None
     last_dim: int | None = None
     fold_into: list[list[str]] = field(default_factory=list)
@@ -105,7 +108,7 @@ class Site:
     @property
     def name(self) -> str:
         """As it is called in messages: module, function, and which call of it."""
-        call = self.op if self.ordinal is None else f"{self.op}#{self.ordinal}"
+        call = self.op if self.ordinal in (None, EVERY_CALL) else f"{self.op}#{self.ordinal}"
         method = "" if self.method == "forward" else f".{self.method}"
         return f"{self.module or '<root>'}{method}:{call}"
 
@@ -117,7 +120,7 @@ class Plan:
     Attributes:
         parameters: by name.
         sites: every matmul-like call and every other place with a factor.
-        frames: [module, method, [parameter keys]]: where parameters are handed to torch functions.
+        frames: [module, method, [keys]]: where parameters, or what is made of them, are handed to torch functions.
         followed: short names of the functions that made weights out of parameters (views, casts, weight norm).
         storage: "folded" | "unit".
         lr_units: "standard" | "umup".

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.functions import PASSTHROUGH, short_name
+from lightning_unitscale.engine.functions import PASSTHROUGH, is_in_place, short_name
 from lightning_unitscale.engine.trace import Call, Frame, ModuleSpan, ParameterFacts, Trace, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import open_multi_head_attention
@@ -76,7 +76,7 @@ class Recorder(TorchFunctionMode):
         result = function(*args, **kwargs)
         written = args[0] if result is None and name in _IN_PLACE_WITHOUT_RESULT else result
         outputs = list(_tensors(written))
-        unchanged = name in PASSTHROUGH and not function.__name__.endswith("_") and args and result is args[0]
+        unchanged = name in PASSTHROUGH and not is_in_place(function) and args and result is args[0]
         if outputs and name != "grad" and not unchanged:
             self._write(name, function, args, kwargs, outputs)
         return result
@@ -109,7 +109,7 @@ class Recorder(TorchFunctionMode):
     def _write(
         self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
     ) -> None:
-        frame, ordinal = self._where(name)
+        frame, ordinal = self._where(name, has_ordinal(args))
         inputs: list[Value] = []
         call = Call(
             index=len(self.trace.calls),
@@ -138,7 +138,7 @@ class Recorder(TorchFunctionMode):
         if frame is not None:
             touched = self.trace.touched.setdefault(frame, [])
             for value in inputs:
-                if value.producer is None and value.parameters and value.key not in touched:
+                if value.parameters and value.key not in touched:
                     touched.append(value.key)
 
     def _measure(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -177,7 +177,7 @@ class Recorder(TorchFunctionMode):
         self._values[tensor] = value
         return value
 
-    def _where(self, name: str) -> tuple[Frame | None, int]:
+    def _where(self, name: str, counts: bool) -> tuple[Frame | None, int]:
         """The frame of the running torch call and its ordinal there; no frame for calls made by a hook."""
         python_frame: FrameType | None = sys._getframe(3)
         while python_frame is not None:
@@ -191,10 +191,16 @@ class Recorder(TorchFunctionMode):
                         self._frames[id(python_frame)] = python_frame
                         key = (id(python_frame), name)
                         ordinal = self._ordinals.get(key, 0)
-                        self._ordinals[key] = ordinal + 1
+                        self._ordinals[key] = ordinal + counts
                         return Frame(self._module_names[id(owner)], code.co_name), ordinal
             python_frame = python_frame.f_back
         return None, 0
+
+
+def has_ordinal(args: tuple[Any, ...]) -> bool:
+    """Whether a call counts among the calls of its function in a frame: those on indices and masks do not."""
+    first = next(_tensors(args), None)
+    return first is not None and (first.is_floating_point() or first.is_complex())
 
 
 def parameter_facts(module: nn.Module) -> dict[str, ParameterFacts]:

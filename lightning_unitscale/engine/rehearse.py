@@ -40,6 +40,7 @@ from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from pytorch_lightning.utilities.types import LRSchedulerTypeTuple
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -81,12 +82,16 @@ def rehearsal(module: nn.Module, trainer: pl.Trainer | None = None) -> Iterator[
     `backward` is noted in `losses` instead of executed; `.grad` is `None` inside until then, zero afterwards.
     Optimizers evaluate their closure once and step nothing. `torch.autograd.grad` runs as ever.
 
+    Out of reach: what the step does to the world (files, `print`, `wandb.log`), and to Python objects that no
+    attribute leads to (globals, class attributes, variables of a closure). Tensors there are put back.
+
     Args:
         module: the model; modules it hides in lists or dicts are covered too.
         trainer: its Trainer, if it has one.
 
     Raises:
         ValueError: the model has parameters without a shape yet (`nn.LazyLinear` before its first call).
+        NotImplementedError: the model is wrapped for FSDP1, whose parts can't run without their root.
 
     Warns:
         of attributes that can't be copied, by name; what the step does to their insides stays.
@@ -94,8 +99,13 @@ def rehearsal(module: nn.Module, trainer: pl.Trainer | None = None) -> Iterator[
     lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ValueError(f"Parameters without a shape yet: {', '.join(lazy)}. Run one batch through the model first.")
+    if any(isinstance(child, FullyShardedDataParallel) for child in module.modules()) or (
+        trainer is not None and isinstance(trainer.strategy.model, FullyShardedDataParallel)
+    ):
+        raise NotImplementedError("FSDP1 can't be rehearsed. Use FSDP2: `Trainer(strategy=ModelParallelStrategy())`.")
     copies = _Copies(module, trainer)
-    attributes = copies.of_all_attributes()
+    with _random_numbers_kept(()):  # some objects draw when built
+        attributes = copies.of_all_attributes()
     if copies.uncopied:
         rank_zero_warn(
             f"Can't be copied, so a rehearsed step may change what is inside: {', '.join(copies.uncopied)}. "
@@ -111,6 +121,7 @@ def rehearsal(module: nn.Module, trainer: pl.Trainer | None = None) -> Iterator[
         stack.enter_context(_random_numbers_kept(copies.generators.values()))
         stack.enter_context(_parameters_kept(copies.trained.values()))
         stack.enter_context(_attributes_swapped(attributes))
+        stack.enter_context(_sharded_again(module))
         stack.enter_context(_backward_shadowed(run))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(guard)
@@ -353,7 +364,8 @@ class _Copies:
                 twin.__setstate__(state)
             else:
                 attributes, slots = state if isinstance(state, tuple) else (state, None)
-                twin.__dict__.update(attributes or {})
+                if attributes:
+                    twin.__dict__.update(attributes)
                 for key, item in (slots or {}).items():
                     setattr(twin, key, item)
         for item in items or ():
@@ -433,6 +445,17 @@ def _parameters_kept(parameters: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _sharded_again(module: nn.Module) -> Iterator[None]:
+    """Let FSDP2 free the weights it gathered: a root keeps them until backward, which never comes."""
+    try:
+        yield
+    finally:
+        for child in module.modules():
+            if isinstance(child, FSDPModule):
+                child.reshard()
+
+
+@contextmanager
 def _backward_shadowed(run: Rehearsal) -> Iterator[None]:
     def step(self: Any, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         return optimizer.step(*args, **kwargs)
@@ -492,7 +515,9 @@ def _storages(tree: Any) -> Iterator[tuple[int, torch.UntypedStorage]]:
 
 
 def _saved(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    return torch.UntypedStorage(storage.nbytes(), device=storage.device).copy_(storage)
+    memory: torch.UntypedStorage = torch.UntypedStorage(storage.nbytes(), device=storage.device)  # type: ignore[no-untyped-call]
+    memory.copy_(storage)
+    return memory
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -308,7 +308,8 @@ class Structure:
             if call.name in NORMS and call.inputs and not call.output.parameters:
                 found[call] = Norm(call, call.inputs[0])
             elif call.name in ("mul", "div") and len(call.inputs) == 2 and not call.output.parameters:
-                for x, scale in (call.inputs, call.inputs[::-1] if call.name == "mul" else ()):
+                orders = [call.inputs, call.inputs[::-1]] if call.name == "mul" else [call.inputs]
+                for x, scale in orders:
                     if self._is_normalizer(scale, x):
                         found[call] = Norm(call, x)
                         break

@@ -77,7 +77,8 @@ class Trace:
     """The calls of one step, in order, and the values that are its losses.
 
     Attributes:
-        touched: for each frame, the parameters that its own code hands to a torch function.
+        touched: for each frame, the keys of the parameters, and of what is made of them, that its own code hands to
+            torch functions.
         spans: runs of modules that have neither parameters nor children.
         facts: what each parameter was like, by its first name.
     """

@@ -80,8 +80,13 @@ def _measure(plan: Plan, trace: Trace) -> None:
     seen: dict[str, dict[str, float]] = {}
     for call in structure.sites:
         weights = structure.weights_of(call)
-        operands = MATMULS[call.name].operands(call.args, call.kwargs)
-        moving = [v for v in operands.values() if isinstance(v, Value) and v.is_float and not v.parameters]
+        op = MATMULS[call.name]
+        factors = {
+            label: value
+            for label, value in op.operands(call.args, call.kwargs).items()
+            if isinstance(value, Value) and value.is_float and not op.is_bias(label, value.shape)
+        }
+        moving = [value for value in factors.values() if not value.parameters]
         for value in weights:
             if value.key not in seen and value.rms is not None:
                 seen[value.key] = {"weight": value.rms}

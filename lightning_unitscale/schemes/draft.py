@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_unitscale.engine.plan import ParameterPlan, Plan, Site
+from lightning_unitscale.engine.plan import EVERY_CALL, ParameterPlan, Plan, Site
 from lightning_unitscale.engine.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.structure import Structure
 from lightning_unitscale.engine.trace import Call, Frame, Trace, Value
@@ -59,7 +59,11 @@ class Draft:
         plan.parameters = {name: self._parameter(name) for name in self.trace.facts}
         plan.sites = [*self._parameter_sites(multipliers), *free_sites]
         named = {(site.module, site.method, site.op, site.ordinal) for site in free_sites}
-        plan.sites += [site for site in self._bare_products() if (site.module, site.method, site.op, site.ordinal) not in named]
+        plan.sites += [
+            site
+            for site in self._bare_products()
+            if not named & {(site.module, site.method, site.op, ordinal) for ordinal in (site.ordinal, EVERY_CALL)}
+        ]
         plan.frames = [[frame.module, frame.method, keys] for frame, keys in self.trace.touched.items() if keys]
         plan.frames += self._counting_frames(free_sites, {(frame[0], frame[1]) for frame in plan.frames})
         plan.followed = sorted({call.name for call in self.trace.calls if call.outputs and call.outputs[0].parameters})

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unitscale.engine.fold import resolve
-from lightning_unitscale.engine.plan import ParameterPlan, Plan, Site
+from lightning_unitscale.engine.plan import EVERY_CALL, ParameterPlan, Plan, Site
 from lightning_unitscale.engine.roles import WEIGHT_ROLES, Use
 from lightning_unitscale.engine.structure import Activation, Residual, Source, Stream, Sum
 from lightning_unitscale.engine.trace import Call, Trace, Value
@@ -113,6 +113,7 @@ class _Planner:
             return
         width = float(facts.shape[-1]) if facts.shape else 1.0
         parameter.sgd_lr = use.fan_in if use.role == "hidden" else width
+        parameter.unit_lr = 1.0 if use.role == "readout" else 1 / max(use.fan_in, width)
         depth = geometric_mean(self.depth.get(call.index, 1.0) for call in use.calls)
         if use.role == "hidden":
             parameter.depth_lr = depth**-0.5
@@ -289,6 +290,7 @@ class _Planner:
 
     def _free_sites(self) -> list[Site]:
         """One site for each place in the code; its calls must agree on where the factor can be folded."""
+        self._join_loops()
         sites = []
         for entries in self.free.values():
             first = entries[0][0]
@@ -304,6 +306,28 @@ class _Planner:
             sites.append(first)
         self._drop_inconsistent_folds(sites)
         return sites
+
+    def _join_loops(self) -> None:
+        """Where every call of a function in a frame is the same site but for its ordinal, the ordinal is dropped.
+
+        A loop over the experts that got a token makes another number of calls on the next batch.
+        """
+        frames: dict[tuple[str, str, str], list[Call]] = defaultdict(list)
+        for call in self.trace.calls:
+            if call.frame is not None and call.inputs and call.inputs[0].is_float:
+                frames[call.frame.module, call.frame.method, call.name].append(call)
+        for (module, method, op), calls in frames.items():
+            known = [key for key in self.free if key[:3] == (module, method, op)]
+            entries = [entry for key in known for entry in self.free[key]]
+            for site, _ in entries:
+                site.calls_in_frame = max(call.ordinal for call in calls) + 1
+            alike = {(site.role, site.multiplier, site.operand, site.last_dim) for site, _ in entries}
+            if len(entries) == len(calls) and len(alike) == 1:
+                for key in known:
+                    del self.free[key]
+                for site, _ in entries:
+                    site.ordinal = EVERY_CALL
+                self.free[module, method, op, EVERY_CALL] = entries
 
     def _drop_inconsistent_folds(self, sites: list[Site]) -> None:
         """A weight can take a neighbour's factor only if all calls of the weight have it."""
