@@ -37,6 +37,8 @@ class UnitScaling(Callback):
         overrides: {glob: {"role": …, "multiplier": …, "lr_multiplier": …, "skip": …}} for parameters by name.
         recalibrate: steps at which operand scales are measured again; of use with a `format` only.
         verify: check the plan on the first batch before training starts, see `engine.verify`.
+        optimizer_family: "adam", "sgd" or "muon", for an optimizer class of which unit scaling does not know how its
+            step answers to the gradient's scale, see `optim.optimizer_family`.
 
     Attributes:
         plan: the plan in force, from the first training step on; None before.
@@ -59,6 +61,7 @@ class UnitScaling(Callback):
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         recalibrate: Sequence[int] = (),
         verify: bool = True,
+        optimizer_family: str | None = None,
     ) -> None:
         self._scaling = TrainerScaling(
             Options(
@@ -73,7 +76,8 @@ class UnitScaling(Callback):
                 overrides=overrides or {},
                 recalibrate=tuple(recalibrate),
                 verify=verify,
-            )
+            ),
+            optimizer_family,
         )
 
     @property
@@ -83,17 +87,21 @@ class UnitScaling(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Connect to the Trainer's strategy."""
+        if sum(isinstance(callback, UnitScaling) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise UnitScalingError("the Trainer has more than one UnitScaling callback; keep one of them.")
         strategy = trainer.strategy
         if not isinstance(strategy, UnitScalingMixin):
             self._scaling.wrap(strategy)
-            return
-        ours, theirs = self._scaling.options, strategy.unit_scaling.options
-        if theirs not in (ours, Options()):
-            raise UnitScalingError(
-                "the UnitScaling callback and the strategy were given different options; give them to one of the two."
-            )
-        strategy.unit_scaling.options = ours
-        self._scaling = strategy.unit_scaling
+        elif strategy.unit_scaling is not self._scaling:
+            ours, theirs = self._scaling, strategy.unit_scaling
+            if theirs.settings not in (ours.settings, (Options(), None)):
+                raise UnitScalingError(
+                    "the UnitScaling callback and the strategy were given different options; give them to one of the "
+                    "two."
+                )
+            theirs.options, theirs.optimizer_family = ours.settings
+            self._scaling = theirs
+        self._scaling.before_run(pl_module)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -2,12 +2,13 @@
 
 A model in which every factor is folded is a plain model and its state dict a plain state dict; the plan beside it in
 a Lightning checkpoint (key "unit_scaling_plan") only carries the learning-rate multipliers on. Where factors stay in
-the forward pass, the state dict itself holds the plan, as a tensor of JSON bytes under the same key: loading it into a
-plain module fails as an unexpected key, and loading plain weights where factors are in force fails too.
+the forward pass, the state dict itself holds the plan and can't be loaded into a plain module, nor plain weights where
+factors are in force; see `engine.marker`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ def plan_in(checkpoint: Mapping[str, Any]) -> Plan | None:
     return plan_in(state) if isinstance(state, Mapping) else None
 
 
+def as_plain_data(data: dict[str, Any]) -> dict[str, Any]:
+    """Only dicts, lists, numbers and strings of exactly these types, as `torch.load(weights_only=True)` wants them."""
+    plain: dict[str, Any] = json.loads(json.dumps(data))
+    return plain
+
+
 def prepare_for_loading(module: nn.Module, plan: Plan | None) -> None:
     """Make the module one whose weights mean what the checkpoint's do: with the checkpoint's plan, or plain.
 
@@ -38,12 +45,14 @@ def prepare_for_loading(module: nn.Module, plan: Plan | None) -> None:
         UnitScalingError: the plan is of another model.
     """
     current = plan_of(module)
-    if current is not None and plan is not None and current.to_dict() == plan.to_dict():
-        return
+    if plan is not None:
+        plan.check_matches(module)
+        if current is not None and as_plain_data(current.to_dict()) == as_plain_data(plan.to_dict()):
+            return
     if current is not None:
         forget(module)
     if plan is not None:
-        put_in_force(module, plan)
+        put_in_force(module, Plan.from_dict(plan.to_dict()))
 
 
 def load_checkpoint(module: nn.Module, path: str | Path, *, strict: bool = True) -> Plan | None:

@@ -21,7 +21,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lightning_unitscale.config import register, shipped
 from lightning_unitscale.errors import InputError
@@ -78,9 +78,9 @@ def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
     def decorate(task: Task) -> Callable[[], None]:
         @functools.wraps(task)
-        def checked(cfg: DictConfig) -> Any:
-            if missing := sorted(OmegaConf.missing_keys(cfg)):
-                raise InputError("\n".join(f"{key} has no value; give one: {key}=..." for key in missing))
+        def complete(cfg: DictConfig) -> Any:
+            if missing := sorted(OmegaConf.missing_keys(cfg)):  # raises where another key refers to a missing one
+                raise MissingMandatoryValue(f"Missing mandatory value: {missing[0]}")
             return task(cfg)
 
         @functools.wraps(task)
@@ -90,12 +90,15 @@ def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
             traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes errors on instead of printing them
             try:
-                hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=config_name)(checked)()
+                hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=config_name)(complete)()
             except Exception as error:
                 message = _explain(error, config_name)
                 if traceback_wanted or message is None:
                     raise
                 sys.exit(f"error: {message}")
+            finally:
+                if not traceback_wanted:
+                    del os.environ["HYDRA_FULL_ERROR"]
 
         return entry
 
@@ -115,6 +118,8 @@ def _explain(error: BaseException, config_name: str) -> str | None:
     message = "\n".join(dict.fromkeys(str(cause).strip() for cause in causes))
     if option := re.search(r"Could not find '(\S+)/([^/']+)'", message):
         return _unknown_option(*option.groups())
+    if missing := re.search(r"Missing mandatory value: (\S+)", message):
+        return f"{missing[1]} has no value; give one: {missing[1]}=..."
     if key := re.search(r"Could not override '(\S+)'", message):
         return _unknown_key(key[1], config_name)
     return message

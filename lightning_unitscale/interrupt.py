@@ -35,7 +35,7 @@ class SaveOnInterrupt(pl.Callback):
         """Saves and stops if Ctrl-C came during this step."""
         if trainer.strategy.reduce_boolean_decision(self.interrupted, all=False):  # on any of the processes
             self.interrupted = True
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

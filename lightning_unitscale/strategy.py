@@ -5,16 +5,18 @@ the callback alone wraps the same few methods on the instance of whatever strate
 
 When what happens:
 
+    before the run           a compiled LightningModule's `log` is kept out of the compiler
     load_model_state_dict    a checkpoint's plan is put in force before its weights are loaded
     on_train_batch_start     no plan yet: the step is rehearsed on this batch and the plan put in force; optimizers
                              get their learning-rate multipliers
     save_checkpoint          the plan is saved beside the weights
+    teardown, on_exception   strategy, optimizers and `log` are as before; the model keeps its plan
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -22,16 +24,23 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
 from pytorch_lightning.trainer.states import TrainerFn
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+from typing_extensions import override
 
-from lightning_unitscale.checkpoint import plan_in, prepare_for_loading
+from lightning_unitscale.checkpoint import as_plain_data, plan_in, prepare_for_loading
+from lightning_unitscale.engine.apply import rescale_parameters
 from lightning_unitscale.engine.marker import PLAN_KEY
 from lightning_unitscale.engine.plan import Plan, plan_of
-from lightning_unitscale.engine.prepare import prepare
-from lightning_unitscale.optim import ScaledStep, scale_learning_rates
+from lightning_unitscale.engine.prepare import prepare, put_in_force
+from lightning_unitscale.optim import FAMILIES, ScaledStep, optimizer_family, scale_learning_rates
 from lightning_unitscale.options import Options, UnitScalingError
 
 SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)
 _BEFORE = {"on_train_batch_start": "before_train_batch", "load_model_state_dict": "before_loading"}
+# The options that decide what a plan says.
+_OF_THE_PLAN = ("scheme", "storage", "lr_units", "weights", "activations", "skip", "overrides")
 
 
 class TrainerScaling:
@@ -39,13 +48,25 @@ class TrainerScaling:
 
     Args:
         options: what to do.
+        optimizer_family: "adam" | "sgd" | "muon" for optimizer classes that `optim.optimizer_family` does not know.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, optimizer_family: str | None = None) -> None:
+        if optimizer_family is not None and optimizer_family not in FAMILIES:
+            raise UnitScalingError(
+                f"optimizer_family={optimizer_family!r} is not known; choose one of {', '.join(map(repr, FAMILIES))}."
+            )
         self.options = options
+        self.optimizer_family = optimizer_family
         self.plan: Plan | None = None
-        self._steps: dict[int, tuple[Plan, ScaledStep]] = {}
+        self._steps: dict[int, tuple[Optimizer, Plan, ScaledStep]] = {}  # holds the optimizers, so ids stay theirs
         self._wrapped: Strategy | None = None
+        self._uncompiled: pl.LightningModule | None = None
+
+    @property
+    def settings(self) -> tuple[Options, str | None]:
+        """All that it was told."""
+        return self.options, self.optimizer_family
 
     def wrap(self, strategy: Strategy) -> None:
         """Take over the methods of a strategy instance that is not a `UnitScalingMixin`."""
@@ -55,14 +76,25 @@ class TrainerScaling:
             self._wrapped = strategy
 
     def release(self) -> None:
-        """Give the strategy its methods and the optimizers their plain steps back; the model keeps its plan."""
+        """Give strategy, optimizers and module their own methods back; the model keeps its plan."""
         if self._wrapped is not None:
             for name in _BEFORE:
-                self._wrapped.__dict__.pop(name, None)
+                wrapper = self._wrapped.__dict__.pop(name, None)
+                if isinstance(wrapper, _After) and wrapper.replaced is not None:
+                    setattr(self._wrapped, name, wrapper.replaced)
             self._wrapped = None
-        for _, step in self._steps.values():
+        if self._uncompiled is not None:
+            self._uncompiled.__dict__.pop("log", None)
+            self._uncompiled = None
+        for _, _, step in self._steps.values():
             step.remove()
         self._steps.clear()
+
+    def before_run(self, module: pl.LightningModule) -> None:
+        """Keep `log` of a compiled LightningModule out of the compiler, which it crashes (torch 2.12, 2.13)."""
+        if getattr(module, "_compiler_ctx", None) is not None and "log" not in module.__dict__:
+            module.__dict__["log"] = torch.compiler.disable(module.log)
+            self._uncompiled = module
 
     def before_train_batch(self, strategy: Strategy, batch: Any, batch_idx: int) -> None:
         """Prepare the model if it is not, and give every optimizer its multipliers."""
@@ -70,6 +102,9 @@ class TrainerScaling:
         assert module is not None
         plan = plan_of(module)
         if plan is None:
+            if self.options.scheme != "preserve":
+                for optimizer in strategy.optimizers:
+                    self._family(optimizer)  # before anything is changed
             plan = prepare(
                 module,
                 lambda run: run.training_step(batch, batch_idx),
@@ -77,6 +112,9 @@ class TrainerScaling:
                 module.trainer,
                 agree=lambda plan: strategy.broadcast(plan, src=0),
             )
+            for average in _averages(module.trainer):
+                rescale_parameters(average, plan)
+                put_in_force(average, Plan.from_dict(plan.to_dict()))
         elif plan is not self.plan:
             self._check_options(plan)
         self.plan = plan
@@ -84,11 +122,12 @@ class TrainerScaling:
             for optimizer in strategy.optimizers:
                 self._scale_steps(optimizer, plan, module)
 
-    def _scale_steps(self, optimizer: torch.optim.Optimizer, plan: Plan, module: pl.LightningModule) -> None:
-        known = self._steps.get(id(optimizer))
-        if known is not None and known[0] is plan:
+    def _scale_steps(self, optimizer: Optimizer, plan: Plan, module: pl.LightningModule) -> None:
+        _, known, _ = self._steps.get(id(optimizer), (None, None, None))
+        if known is plan:
             return
-        self._steps[id(optimizer)] = (plan, scale_learning_rates(optimizer, plan, module=module))
+        step = scale_learning_rates(optimizer, plan, module=module, family=self._family(optimizer))
+        self._steps[id(optimizer)] = (optimizer, plan, step)
         if plan.lr_units == "umup":
             for group in optimizer.param_groups:
                 lr = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
@@ -100,19 +139,32 @@ class TrainerScaling:
                         stacklevel=2,
                     )
 
+    def _family(self, optimizer: Optimizer) -> str:
+        try:
+            return optimizer_family(optimizer)
+        except UnitScalingError as error:
+            if self.optimizer_family is not None:
+                return self.optimizer_family
+            raise UnitScalingError(
+                f"{error} With a Trainer, say it as UnitScaling(optimizer_family=…) or as the same argument of the "
+                "strategy."
+            ) from None
+
     def _check_options(self, plan: Plan) -> None:
-        for name in ("scheme", "storage", "lr_units"):
-            if getattr(plan, name) != getattr(self.options, name):
+        theirs, ours = as_plain_data(plan.options), as_plain_data(self.options.to_dict())
+        for name in _OF_THE_PLAN:
+            if theirs.get(name, ours[name]) != ours[name]:
                 raise UnitScalingError(
-                    f"the model (or its checkpoint) was prepared with {name}={getattr(plan, name)!r}, but UnitScaling "
-                    f"has {name}={getattr(self.options, name)!r}. Use the same, or start from an unprepared model."
+                    f"the model (or its checkpoint) was prepared with {name}={theirs[name]!r}, but UnitScaling has "
+                    f"{name}={ours[name]!r}. Use the same, or start from an unprepared model."
                 )
 
     def before_loading(self, strategy: Strategy, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Put the checkpoint's plan in force before its weights are loaded.
 
         Raises:
-            UnitScalingError: a run would be resumed under another scaling than it was trained with.
+            UnitScalingError: a run would be resumed under another scaling than it was trained with, or the plan is
+                of another model.
         """
         module = strategy.lightning_module
         assert module is not None
@@ -120,19 +172,20 @@ class TrainerScaling:
         if module.trainer.state.fn == TrainerFn.FITTING:
             if plan is not None:
                 self._check_options(plan)
-            elif self.options.scheme != "preserve" and checkpoint.get("global_step", 0) > 0:
+            elif self.options.scheme != "preserve" and _is_of_a_run(checkpoint):
                 raise UnitScalingError(
                     f"the checkpoint (step {checkpoint['global_step']}) was trained without unit scaling, and "
                     f"scheme={self.options.scheme!r} would change its weights and learning rates. Go on with "
                     "scheme='preserve', or load its weights as initial weights without ckpt_path."
                 )
-        prepare_for_loading(module, plan)
+        for model in (module, *_averages(module.trainer)):
+            prepare_for_loading(model, plan)
 
     def before_saving(self, module: pl.LightningModule | None, checkpoint: dict[str, Any]) -> None:
         """Put the plan into a checkpoint about to be written."""
         plan = plan_of(module) if module is not None else None
         if plan is not None:
-            checkpoint[PLAN_KEY] = plan.to_dict()
+            checkpoint[PLAN_KEY] = as_plain_data(plan.to_dict())
 
 
 class _After:
@@ -140,10 +193,30 @@ class _After:
 
     def __init__(self, before: Callable[..., None], strategy: Strategy, name: str) -> None:
         self.before, self.strategy, self.name = before, strategy, name
+        self.replaced = strategy.__dict__.get(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.before(self.strategy, *args, **kwargs)
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
         return getattr(type(self.strategy), self.name)(self.strategy, *args, **kwargs)
+
+
+def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
+    """The copies of the model that averaging callbacks made before it was prepared, or before its weights are loaded.
+
+    Lightning's WeightAveraging and StochasticWeightAveraging copy the module in `setup` and exchange weights with it
+    later, so both must store the same; an average that was never updated holds the initial weights.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            yield average.module if isinstance(average, AveragedModel) else average
+
+
+def _is_of_a_run(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether it has taken steps and can be resumed."""
+    return bool(checkpoint.get("global_step", 0) > 0 and checkpoint.get("optimizer_states"))
 
 
 class UnitScalingMixin(Strategy):
@@ -155,21 +228,32 @@ class UnitScalingMixin(Strategy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         options = {f.name: kwargs.pop(f.name) for f in fields(Options) if f.name in kwargs}
+        family = kwargs.pop("optimizer_family", None)
+        self.unit_scaling = TrainerScaling(Options(**options), family)
         super().__init__(*args, **kwargs)
-        self.unit_scaling = TrainerScaling(Options(**options))
 
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.lightning_module is not None
+        self.unit_scaling.before_run(self.lightning_module)
+        super().setup(trainer)
+
+    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.unit_scaling.before_train_batch(self, batch, batch_idx)
         super().on_train_batch_start(batch, batch_idx)
 
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self.unit_scaling.before_loading(self, checkpoint)
         super().load_model_state_dict(checkpoint, strict=strict)
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         self.unit_scaling.before_saving(self.lightning_module, checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
 
+    @override
     def teardown(self) -> None:
         self.unit_scaling.release()
         super().teardown()
@@ -185,6 +269,7 @@ class UnitScalingStrategy(UnitScalingMixin, SingleDeviceStrategy):
         self.parallel_devices: list[torch.device] = []  # set by the Trainer
 
     @property
+    @override
     def root_device(self) -> torch.device:
         if len(self.parallel_devices) > 1:
             raise UnitScalingError(

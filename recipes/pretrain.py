@@ -113,7 +113,10 @@ class CausalLM(pl.LightningModule):
                 suppress_tokens=[BOS],
                 pad_token_id=BOS,
             )
-        return [decode(text) for text in texts]
+        return [
+            "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in decode(t))
+            for t in texts
+        ]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,7 +149,8 @@ def main(cfg: DictConfig) -> float:
         *([unitscale] if unitscale else []),
         ModelCheckpoint(
             run_folder / "checkpoints",
-            filename="{step}",
+            filename="step-{step}",  # not "step=…", which Hydra could not read back in ckpt_path=…
+            auto_insert_metric_name=False,
             every_n_train_steps=cfg.checkpoint_every,
             save_last=True,
         ),
@@ -196,11 +200,12 @@ def main(cfg: DictConfig) -> float:
 
 def check(cfg: DictConfig) -> None:
     """Raises InputError for settings that would fail late or obscurely."""
-    positive = {"trainer.max_steps": int, "data.batch_size": int, "task.sequence_length": int, "checkpoint_every": int}
-    for key, kind in {**positive, "model.width": int, "model.depth": int, "optimizer.lr": float}.items():
+    for key in ("trainer.max_steps", "data.batch_size", "task.sequence_length", "model.width", "model.depth"):
         value = OmegaConf.select(cfg, key)
-        if not isinstance(value, (int, kind)) or value <= 0:
-            raise InputError(f"{key}={value} must be a positive {'number' if kind is float else 'whole number'}")
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{key}={value} must be a positive whole number")
+    if not isinstance(cfg.optimizer.lr, (int, float)) or cfg.optimizer.lr <= 0:
+        raise InputError(f"optimizer.lr={cfg.optimizer.lr} must be a positive number")
     if cfg.model.width % cfg.model.head_width:
         raise InputError(
             f"model.width={cfg.model.width} is not a multiple of model.head_width={cfg.model.head_width}; "
@@ -212,8 +217,10 @@ def check(cfg: DictConfig) -> None:
 
 def new_module(cfg: DictConfig) -> CausalLM:
     """The module of this configuration, with fresh weights from the global seed."""
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    return CausalLM(plain["model"]["config"], plain["optimizer"], plain["schedule"])
+    parts: Any = [
+        OmegaConf.to_container(part, resolve=True) for part in (cfg.model.config, cfg.optimizer, cfg.schedule)
+    ]
+    return CausalLM(*parts)
 
 
 class PrintPlan(pl.Callback):
@@ -238,10 +245,11 @@ class Progress(RichProgressBar):
 
 def compare_rms(cfg: DictConfig, trained: CausalLM, data: ByteText) -> dict[str, list[LayerRMS]]:
     """The same batch through the untouched model, the scaled one, and the trained one."""
-    batch = next(iter(data.train_dataloader()))
+    inputs, targets = (tensor.to(trained.device) for tensor in next(iter(data.train_dataloader())))
 
-    def loss_of(module: CausalLM) -> Tensor:
-        return module.loss([tensor.to(module.device) for tensor in batch])[0]
+    def loss_of(module: Any) -> Tensor:
+        loss: Tensor = module.loss((inputs, targets))[0]
+        return loss
 
     pl.seed_everything(cfg.seed)
     twin = new_module(cfg).to(trained.device)

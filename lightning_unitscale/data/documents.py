@@ -38,7 +38,7 @@ def text_files(path: str) -> dict[str, bytes]:
     elif root.is_dir():
         candidates = sorted(file for file in root.rglob("*") if not _is_hidden(file.relative_to(root)))
     else:
-        candidates = sorted(map(Path, glob.glob(str(root), recursive=True)))
+        candidates = sorted(map(Path, glob.glob(str(root), recursive=True)))  # noqa: PTH207 (Path.glob takes no absolute pattern)
         if not candidates:
             kind = "the pattern matches no file" if glob.has_magic(str(root)) else "no such file or folder"
             raise InputError(f"data.path={path}: {kind} (looked in {Path.cwd()})")

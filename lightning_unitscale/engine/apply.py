@@ -26,6 +26,7 @@ from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
 from lightning_unitscale.options import UnitScalingError
 
+STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 _MULTI_HEAD = "multi_head_attention_forward"
 
 
@@ -46,7 +47,10 @@ class Rules:
     def _find_functions(self) -> None:
         names = self.followed | self.free | self.ops | {_MULTI_HEAD}
         known = functions_by_name()
-        self.watched: dict[Any, str] = {function: name for name in names for function in known.get(name, ())}
+        unknown = sorted(names - known.keys())
+        if unknown:
+            raise UnitScalingError(f"no torch function is called {', '.join(unknown)}: torch is another version?")
+        self.watched: dict[Any, str] = {function: name for name in names for function in known[name]}
         self.in_place = frozenset(function for function in self.watched if is_in_place(function))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -328,11 +332,13 @@ def install(module: nn.Module, plan: Plan) -> None:
     keys_with_factor = {key for key, _ in factors}
     tracked = {name for key in keys_with_factor for name in key.split("+")}
     modules = dict(module.named_modules())
-    for where, method, keys in _scoped_frames(plan, modules):
+    enclosing = _enclosing_frames(factors, modules)
+    for where, method, keys in [*_scoped_frames(plan, modules), *((*frame, []) for frame in enclosing)]:
         own = modules[where]
         touched = [key for key in keys if key in tracked]
         sites = [site for site in free if site.module == where and site.method == method]
-        if touched or sites or keys_with_factor.intersection(keys) or (free and not keys):
+        in_use = touched or sites or keys_with_factor.intersection(keys)
+        if in_use or (where, method) in enclosing or (free and not keys):
             scope = own.__dict__.get(method)
             if not isinstance(scope, ScopedForward):
                 scope = ScopedForward(own, method, rules)
@@ -353,14 +359,28 @@ def install(module: nn.Module, plan: Plan) -> None:
 def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> list[tuple[str, str, list[str]]]:
     """The plan's frames; a method other than `forward` brings the module's other steps along, seen or not."""
     frames = {(where, method): list(keys) for where, method, keys in plan.frames if method != "<hook>"}
-    steps = ("forward", "training_step", "validation_step", "test_step", "predict_step")
     for (where, method), keys in list(frames.items()):
-        if method in steps and keys:
-            for other in steps:
+        if method in STEPS and keys:
+            for other in STEPS:
                 if other != method and callable(getattr(type(modules[where]), other, None)):
                     known = frames.setdefault((where, other), [])
                     known.extend(key for key in keys if key not in known)
     return [(where, method, keys) for (where, method), keys in frames.items()]
+
+
+def _enclosing_frames(factors: dict[tuple[str, str], float], modules: dict[str, nn.Module]) -> set[tuple[str, str]]:
+    """Frames in which a weight made of several parameters is both made and used: a property makes it on access."""
+    found = set()
+    for key, _ in factors:
+        if "+" in key:
+            path = key.split("+")[0].split(".")[:-1]
+            for length in range(len(path) + 1):
+                where = ".".join(path[:length])
+                for method in STEPS if not where else ("forward",):
+                    has_method = getattr(type(modules[where]), method, nn.Module.forward) is not nn.Module.forward
+                    if has_method:
+                        found.add((where, method))
+    return found
 
 
 def uninstall(module: nn.Module) -> None:

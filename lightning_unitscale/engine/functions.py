@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.overrides
 
 _ALIASES = {
     "__add__": "add", "__radd__": "add", "__iadd__": "add", "add_": "add",
@@ -41,15 +42,16 @@ def short_name(function: Callable[..., Any]) -> str:
 
 @cache
 def functions_by_name() -> dict[str, tuple[Callable[..., Any], ...]]:
-    """Every overridable torch function, grouped by short name."""
-    import torch.overrides
-
-    groups: dict[str, list[Callable[..., Any]]] = {}
+    """Every torch function that a function mode can see, grouped by short name."""
+    groups: dict[str, dict[Callable[..., Any], None]] = {}
     for functions in torch.overrides.get_overridable_functions().values():
         for function in functions:
-            groups.setdefault(short_name(function), []).append(function)
-    for function in (*(getattr(torch._VF, name) for name in RECURRENT), torch._grouped_mm):
-        groups.setdefault(short_name(function), []).append(function)
+            groups.setdefault(short_name(function), {})[function] = None
+    for namespace in (torch, torch._VF, torch._C._nn, torch.nn.functional, torch.Tensor):  # torch._weight_norm, lstm
+        for name in dir(namespace):
+            function = getattr(namespace, name)
+            if callable(function) and not isinstance(function, type) and not name.startswith("__"):
+                groups.setdefault(short_name(function), {})[function] = None
     return {name: tuple(functions) for name, functions in groups.items()}
 
 

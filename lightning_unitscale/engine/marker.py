@@ -1,13 +1,19 @@
 """The plan inside a state dict, where the stored weights alone are not the function.
 
 A prepared model with factors in its forward pass adds its plan to its state dict, as a tensor of JSON bytes (a tensor
-goes through every saver). Loading that into a plain module fails as an unexpected key; loading plain weights into such
-a model fails here.
+goes through every saver), and stores each parameter with one more dimension, of size 1:
+
+    plain model      weight [64, 32]
+    state dict       weight [1, 64, 32], unit_scaling_plan [bytes]
+
+A plain module refuses both: the plan as an unexpected key, and, under `strict=False` or for a part of the weights, the
+shapes. Loading plain weights into a prepared model fails here.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,8 +51,11 @@ def remove_marker(module: nn.Module) -> None:
 
 def _mark(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     plan = plan_of(module)
-    if plan is not None:
-        state[prefix + PLAN_KEY] = encode(plan)
+    if plan is None:
+        return
+    for key, _ in _parameters_in(state, plan, prefix):
+        state[key] = state[key].unsqueeze(0)
+    state[prefix + PLAN_KEY] = encode(plan)
 
 
 def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -66,6 +75,17 @@ def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
             f"{type(module).__name__} (storage {stored.storage!r} and {plan.storage!r}). Load them with "
             "lightning_unitscale.load_checkpoint into a freshly built model."
         )
+    for key, dimensions in _parameters_in(state, plan, prefix):
+        if state[key].dim() == dimensions + 1:
+            state[key] = state[key].squeeze(0)
+
+
+def _parameters_in(state: dict[str, Any], plan: Plan, prefix: str) -> Iterator[tuple[str, int]]:
+    """Key in the state dict and number of dimensions of each parameter, under each of its names."""
+    for name, parameter in plan.parameters.items():
+        for key in dict.fromkeys(prefix + alias for alias in (name, *parameter.aliases)):
+            if key in state:
+                yield key, len(parameter.shape)
 
 
 def _meaning(plan: Plan) -> dict[str, Any]:

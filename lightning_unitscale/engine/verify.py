@@ -77,7 +77,7 @@ def _operands(plan: Plan, operands: tuple[str, ...]) -> Iterator[tuple[Site, str
 
 def _measure(plan: Plan, trace: Trace) -> None:
     structure = Structure(trace)
-    seen: dict[str, dict[str, float]] = {}
+    seen: dict[tuple[str, bool], dict[str, float]] = {}
     for call in structure.sites:
         weights = structure.weights_of(call)
         op = MATMULS[call.name]
@@ -88,20 +88,27 @@ def _measure(plan: Plan, trace: Trace) -> None:
         }
         moving = [value for value in factors.values() if not value.parameters]
         for value in weights:
-            if value.key not in seen and value.rms is not None:
-                seen[value.key] = {"weight": value.rms}
+            place = value.key, _looks_up(call.name)
+            if place not in seen and value.rms is not None:
+                seen[place] = {"weight": value.rms}
                 if moving and moving[0].rms is not None:
-                    seen[value.key]["x"] = moving[0].rms
+                    seen[place]["x"] = moving[0].rms
                 if call.output.rms is not None:
-                    seen[value.key]["output"] = call.output.rms
+                    seen[place]["output"] = call.output.rms
     for site in plan.sites:
         key = site.params[0] if site.params else ""
-        if key in seen and site.role in ("hidden", "readout", "embedding"):
-            site.rms_after = dict(seen[key])
+        place = key, _looks_up(site.op)
+        if place in seen and not site.reason:
+            site.rms_after = dict(seen[place])
             if key in plan.parameters and plan.parameters[key].stored:
-                site.rms_after["weight"] /= abs(plan.parameters[key].stored)
+                site.rms_after["weight"] = trace.facts[key].rms / abs(plan.parameters[key].stored)
             if "x" in site.rms_after:
                 site.rms_after["x"] *= _folded_activations(plan, key, site.op)
+
+
+def _looks_up(op: str) -> bool:
+    """Whether the function looks rows up: a tied weight is used both ways."""
+    return op.startswith("embedding")
 
 
 def _folded_activations(plan: Plan, key: str, op: str) -> float:

@@ -3,9 +3,9 @@
 Weights have RMS 1 and explicit multipliers (Table 2 of the paper):
 
     hidden weight    W · fan_in^-½            learning rate η · fan_in^-½ · L^-½ inside residual branches
-    readout weight   W · fan_in^-1            η
+    readout weight   W · fan_in^-1            η · 4
     embedding        W                        η · d_model^-½
-    bias, norm gain  1                        η
+    bias, norm gain  1                        η / width
     attention        softmax(q·k / d_head)    in place of the model's own factor
     activation f     f(x) / √E[f(z)²], z ~ N(0, 1)
 
@@ -14,6 +14,11 @@ alone, which is the paper's τ rule with its common denominators multiplied out 
 τ_i = α/√(L + n_attn·α_attn² + n_mlp·α_mlp²), n counting the branches before it; the norm does the dividing.
 
     α_mlp = r·√(2/(1+ρ²)),  α_attn = ρ·α_mlp,   r = ρ = 1
+
+Two learning rates differ from the paper, whose models have neither gains nor biases. There all of them have η; at
+η = 1 an Adam step would change a gain of 1 by 1. Here a bias or gain has the rate that a hidden weight of its width has
+in folded storage, and the readout 4 times the paper's. Measured on the default pre-training job (300 steps, one seed,
+held-out nats per byte, best η):  width 64: 2.01 → 1.72 (gains) → 1.64 (readout);  width 256: 1.76 → 1.56 (readout).
 
 The model's own constants (1/√d on logits, √d on embeddings, fixed residual multipliers) are absorbed: the rules above
 give the total. Under SGD, learning rates are fan_in (hidden) and width (others), the gradient's own scale taken out
@@ -41,6 +46,7 @@ from lightning_unitscale.schemes.siblings import include_siblings
 RESIDUAL_MULTIPLIER = 1.0  # r
 ATTENTION_RATIO = 1.0  # ρ
 ATTENTION_MULTIPLIER = 1.0
+READOUT_RATE = 4.0
 _GRID = torch.linspace(-10, 10, 20_001, dtype=torch.float64)
 _DENSITY = torch.exp(-0.5 * _GRID**2) / sqrt(2 * torch.pi)
 
@@ -113,7 +119,7 @@ class _Planner:
             return
         width = float(facts.shape[-1]) if facts.shape else 1.0
         parameter.sgd_lr = use.fan_in if use.role == "hidden" else width
-        parameter.unit_lr = 1.0 if use.role == "readout" else 1 / max(use.fan_in, width)
+        parameter.unit_lr = READOUT_RATE if use.role == "readout" else 1 / max(use.fan_in, width)
         depth = geometric_mean(self.depth.get(call.index, 1.0) for call in use.calls)
         if use.role == "hidden":
             parameter.depth_lr = depth**-0.5

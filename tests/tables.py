@@ -1,0 +1,87 @@
+"""Print the README's table of models: `python tests/tables.py [names…]`.
+
+For each model of the zoo: whether it trains under each scheme and storage, what stays explicit when folded, how far
+the two storages' losses differ over 40 AdamW steps, and the share of matmul operands and outputs whose RMS lies within
+a factor of 2 and of 4 of 1 at initialisation, untouched and under u-μP in unit storage.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+
+import torch
+import zoo
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lightning_unitscale import Plan, UnitScalingError, scale_learning_rates, unit_scale
+
+STEPS = 40
+
+
+def prepared(case: zoo.Case, scheme: str, storage: str) -> tuple[nn.Module, Plan]:
+    torch.manual_seed(0)
+    model, batch = case.build(), case.batch(0)
+    return model, unit_scale(model, lambda m: case.loss(m, batch), scheme, storage=storage)
+
+
+def train(case: zoo.Case, scheme: str, storage: str) -> list[float]:
+    model, plan = prepared(case, scheme, storage)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-20, weight_decay=0.1)
+    scale_learning_rates(optimizer, plan)
+    losses = []
+    for step in range(STEPS):
+        loss = case.loss(model, case.batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def operands(plan: Plan, when: str) -> Iterator[float]:
+    """RMS of every input and weight of every scaled matmul, `when` "rms_before" or "rms_after" the plan."""
+    for site in plan.sites:
+        after = site.rms_after
+        measured = after if when == "rms_after" else site.rms_before
+        for name, rms in measured.items():
+            if after and rms > 0 and name not in ("output", "bias"):
+                yield rms
+
+
+def share(plan: Plan, when: str, factor: float) -> str:
+    found = list(operands(plan, when))
+    return f"{100 * sum(1 / factor <= rms <= factor for rms in found) / len(found):.0f}" if found else "-"
+
+
+def row(case: zoo.Case) -> list[str]:
+    dtype = torch.float64 if case.has_float64 else torch.float32
+    with zoo.default_dtype(dtype):
+        folded, unit = train(case, "umup", "folded"), train(case, "umup", "unit")
+        train(case, "preserve", "folded")
+        _, plan = prepared(case, "umup", "folded")
+        _, unit_plan = prepared(case, "umup", "unit")
+    difference = max(abs(a - b) for a, b in zip(folded, unit, strict=True))
+    kept = sorted({site.role for site in plan.explicit_sites})
+    shares = [share(unit_plan, when, factor) for when in ("rms_before", "rms_after") for factor in (2, 4)]
+    return [case.name, "yes", f"{difference:.0e}", ", ".join(kept) or "nothing", *shares]
+
+
+def main(names: list[str]) -> None:
+    cases = {**zoo.CASES, **zoo.UNSEEN}
+    table = Table("model", "trains", "folded vs unit", "stays explicit when folded", "plain ≤2", "≤4", "scaled ≤2", "≤4")
+    for name in names or cases:
+        try:
+            table.add_row(*row(cases[name]))
+        except UnitScalingError as error:
+            table.add_row(name, f"no: {error}")
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    main(sys.argv[1:])

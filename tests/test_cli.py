@@ -1,0 +1,104 @@
+"""The command line: help, errors in one message, configuration schemas."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from lightning_unitscale import cli, config
+from lightning_unitscale.errors import InputError
+from lightning_unitscale.options import Options
+
+CONF = config.shipped("conf")
+GROUPS = ("model", "data", "task", "optimizer", "unitscale", "trainer", "logger", "experiment")
+
+
+def failure(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> str:
+    """The message with which `unitscale pretrain <arguments>` gives up."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["unitscale", "pretrain", *arguments])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert isinstance(caught.value.code, str)  # a message, printed to stderr, exit status 1
+    return caught.value.code
+
+
+def test_help_lists_every_recipe_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["unitscale", "--help"])
+    cli.main()
+    shown = capsys.readouterr().out
+    for name, line in cli.commands().items():
+        assert line
+        assert re.search(rf"^  {name} +{re.escape(line)}$", shown, re.MULTILINE)
+    assert "optimizer.lr=" in shown
+
+
+def test_unknown_command_names_the_near_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["unitscale", "pretain"])
+    with pytest.raises(SystemExit, match=r"unknown command 'pretain'.*Did you mean pretrain"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_step=3", r"no setting trainer\.max_step .*Did you mean trainer\.max_steps"),
+        ("modle.width=64", r"no setting modle\.width .*Did you mean model"),
+        ("unitscale.schema=umup", r"no setting unitscale\.schema .*Did you mean unitscale\.scheme"),
+        ("unitscale=umpu", r"unitscale=umpu is not known; choose one of none, preserve, umup\. Did you mean umup"),
+        ("experiment=tny", r"experiment=tny is not known.*Did you mean tiny"),
+        ("unitscale.weights=maybe", r"unitscale\.weights"),
+        ("unitscale.scheme=umpu", r"scheme='umpu' is not known.*Did you mean 'umup'"),
+        ("unitscale.format=fp8", r"format='fp8'"),
+        ("data=text", r"data\.path has no value; give one: data\.path="),
+        ("+trainer.foo=3", r"Trainer.*unexpected keyword argument 'foo'"),
+        ("trainer.max_steps=0", r"trainer\.max_steps=0 must be a positive whole number"),
+        ("optimizer.lr=fast", r"optimizer\.lr=fast must be a positive number"),
+        ("model.width=100", r"model\.width=100 is not a multiple of model\.head_width=64"),
+        ("ckpt_path=nowhere.ckpt", r"ckpt_path=nowhere\.ckpt: no such file"),
+        ("task.sequence_length=1000000", r"too short for one sequence of 1000001"),
+    ],
+)
+def test_wrong_override_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, override: str, message: str) -> None:
+    assert re.search(message, failure(monkeypatch, tmp_path, override), re.DOTALL)
+
+
+def test_full_traceback_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["unitscale", "pretrain", "model.width=100"])
+    GlobalHydra.instance().clear()
+    with pytest.raises(InputError, match="not a multiple"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+)
+def test_every_option_composes(group: str, option: str) -> None:
+    config.register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose("pretrain", overrides=[f"{group}={option}"])
+    assert composed.optimizer.lr > 0
+
+
+def test_schema_has_the_arguments_and_defaults_of_the_callback() -> None:
+    expected = Options().to_dict()
+    schema = OmegaConf.to_container(OmegaConf.structured(config.UnitScalingNode))
+    assert isinstance(schema, dict)
+    assert {key: value for key, value in schema.items() if not str(key).startswith("_")} == expected
+    assert {option.name for option in fields(Options)} == set(expected)
+
+
+def test_the_node_for_other_applications_is_the_same() -> None:
+    node = OmegaConf.load(config.PACKAGE / "hydra_plugin" / "conf" / "callbacks" / "unitscale.yaml").unitscale
+    assert node == OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(config.UnitScalingNode)))

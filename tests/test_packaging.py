@@ -1,0 +1,92 @@
+"""The wheel, unpacked: recipes and configuration are found in it, and other Hydra applications find the plugin."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an installation of the wheel puts into site-packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    run = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "tree")
+    return folder / "tree"
+
+
+def python(tree: Path, cwd: Path, *arguments: str) -> str:
+    """Standard output of a Python that has the unpacked wheel in front of everything."""
+    run = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def files(folder: Path) -> set[Path]:
+    return {f.relative_to(folder) for f in folder.rglob("*") if f.is_file() and f.parent.name != "__pycache__"}
+
+
+def test_wheel_contents(wheel_tree: Path) -> None:
+    for part in ("conf", "recipes"):
+        assert files(wheel_tree / "lightning_unitscale" / part) == files(ROOT / part)
+    for file in ("lightning_unitscale/py.typed", "hydra_plugins/lightning_unitscale.py"):
+        assert (wheel_tree / file).is_file()
+    top = {path.name for path in wheel_tree.iterdir() if not path.name.endswith(".dist-info")}
+    assert top == {"lightning_unitscale", "hydra_plugins"}
+    (metadata,) = wheel_tree.glob("*.dist-info")
+    assert "unitscale = lightning_unitscale.cli:main" in (metadata / "entry_points.txt").read_text()
+    assert list(metadata.rglob("LICENSE"))
+
+
+COMMAND_LINE = """
+import sys
+from lightning_unitscale import cli, config
+
+print(config.shipped("conf"), config.shipped("recipes"))
+sys.argv = ["unitscale", "--help"]
+cli.main()
+"""
+
+
+def test_command_line_runs_from_the_wheel(wheel_tree: Path, tmp_path: Path) -> None:
+    folders, shown = python(wheel_tree, tmp_path, "-c", COMMAND_LINE).split("\n", 1)
+    assert folders.split() == [str(wheel_tree / "lightning_unitscale" / part) for part in ("conf", "recipes")]
+    assert "  pretrain " in shown
+
+
+USERS_APPLICATION = """
+import hydra
+from omegaconf import DictConfig
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    callbacks = [hydra.utils.instantiate(node) for node in cfg.callbacks.values()]
+    print([type(callback).__name__ for callback in callbacks], cfg.callbacks.unitscale.storage)
+
+main()
+"""
+
+
+def test_another_application_writes_callbacks_unitscale(tmp_path: Path, wheel_tree: Path) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "train.yaml").write_text("defaults: [{callbacks: unitscale}, _self_]\n")
+    (tmp_path / "train.py").write_text(USERS_APPLICATION)
+    shown = python(wheel_tree, tmp_path, "train.py", "callbacks.unitscale.storage=unit")
+    assert shown.strip() == "['UnitScaling'] unit"

@@ -1,0 +1,274 @@
+"""The pre-training recipe: its data, an exact continuation, and a whole run with its report."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_unitscale import UnitScaling, cli, config
+from lightning_unitscale.data import BOS, IGNORED, ByteText, decode, encode, hold_out, python_topics, text_files
+from lightning_unitscale.errors import InputError
+from lightning_unitscale.interrupt import SaveOnInterrupt
+from lightning_unitscale.monitor import measure_rms
+
+
+@pytest.fixture(scope="module")
+def pretrain() -> ModuleType:
+    """The recipe as a module, imported as its neighbours would."""
+    folder = str(config.shipped("recipes"))
+    sys.path.insert(0, folder)
+    yield importlib.import_module("pretrain")
+    sys.path.remove(folder)
+
+
+def tiny(*overrides: str) -> DictConfig:
+    config.register()
+    with initialize_config_dir(str(config.shipped("conf")), version_base="1.3"):
+        return compose("pretrain", overrides=["experiment=tiny", *overrides])
+
+
+def data(**changes: Any) -> ByteText:
+    options = {"sequence_length": 16, "batch_size": 2, "steps": 8, "held_out": 0.1, "seed": 1}
+    return ByteText(python_topics(), **{**options, **changes})
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def test_split_holds_out_whole_documents_and_leaks_none() -> None:
+    documents = python_topics()
+    training, held_out = hold_out(documents, 0.1)
+    assert sorted(training + held_out) == sorted(set(documents.values()))
+    assert not set(training) & set(held_out)
+    share = sum(map(len, held_out)) / sum(map(len, documents.values()))
+    assert 0.05 < share <= 0.1
+
+
+def test_split_depends_on_the_texts_alone() -> None:
+    texts = [bytes([65 + i]) * (i + 5) for i in range(20)]
+    first = hold_out({f"a{i}": text for i, text in enumerate(texts)}, 0.2)
+    again = hold_out({f"b{i}": text for i, text in enumerate(reversed(texts + texts))}, 0.2)  # copies too
+    assert first == again
+
+
+def test_a_single_document_is_cut_near_its_end() -> None:
+    text = b"".join(b"line %d\n" % i for i in range(100))
+    (training,), (held_out,) = hold_out({"only": text}, 0.1)
+    assert training + held_out == text
+    assert training.endswith(b"\n")
+    assert len(held_out) >= 0.1 * len(text)
+
+
+def test_text_files_from_file_folder_and_glob(tmp_path: Path) -> None:
+    (tmp_path / "sub" / ".git").mkdir(parents=True)
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "sub" / "b.md").write_text("second")
+    (tmp_path / "sub" / ".git" / "c.txt").write_text("hidden")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    (tmp_path / "empty.txt").write_text(" \n")
+    assert list(text_files(str(tmp_path / "a.txt")).values()) == [b"first"]
+    assert sorted(text_files(str(tmp_path)).values()) == [b"first", b"second"]
+    assert sorted(text_files(str(tmp_path / "**" / "*.md")).values()) == [b"second"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "data.path is empty"),
+        ("missing.txt", "no such file or folder"),
+        ("*.nothing", "the pattern matches no file"),
+        ("void", "found no text"),
+    ],
+)
+def test_no_text_is_an_error(path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "void").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        text_files(path)
+
+
+def test_short_text_is_an_error() -> None:
+    with pytest.raises(InputError, match="too short for one sequence of 129"):
+        ByteText({"a": b"x" * 500, "b": b"y" * 100}, sequence_length=128, batch_size=1, steps=1, held_out=0.2, seed=0)
+
+
+# --- sequences --------------------------------------------------------------------------------------------------------
+
+
+def test_text_survives_encoding() -> None:
+    text = "naïve 文字\n"
+    tokens = encode(text.encode())
+    assert tokens[0] == BOS
+    assert decode(tokens) == text
+
+
+def test_held_out_windows_predict_every_byte_once() -> None:
+    held_out = data().held_out
+    inputs, targets = zip(*(held_out[i] for i in range(len(held_out))), strict=True)
+    predicted = torch.cat(targets)
+    assert torch.equal(predicted[predicted != IGNORED], held_out.tokens[held_out.tokens != BOS])
+    assert all(len(window) == 16 for window in inputs + targets)
+
+
+def test_crops_are_a_function_of_seed_and_position() -> None:
+    first, same, other = data().training, data().training, data(seed=2).training
+    assert torch.equal(first[3][0], same[3][0])
+    assert not torch.equal(first[3][0], other[3][0])
+    inputs, targets = first[3]
+    assert torch.equal(inputs[1:], targets[:-1].where(targets[:-1] != IGNORED, torch.tensor(BOS)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_continues_where_it_was_saved(workers: int) -> None:
+    whole = list(data(workers=workers).train_dataloader())
+    loader = data(workers=workers).train_dataloader()
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    continued = data(workers=workers).train_dataloader()
+    continued.load_state_dict(loader.state_dict())
+    assert torch.equal(next(iter(continued))[0], whole[3][0])
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class Recorder(pl.Callback):
+    """The inputs of every step."""
+
+    def __init__(self) -> None:
+        self.inputs: list[torch.Tensor] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.inputs.append(batch[0].clone())
+
+
+def fit(
+    pretrain: ModuleType,
+    folder: Path,
+    steps: int,
+    checkpoint: Path | None,
+    unitscale: bool,
+    epoch: int = 8,
+    **options: Any,
+) -> tuple:
+    pl.seed_everything(1)
+    module = pretrain.new_module(tiny("schedule.decay_steps=6", "unitscale=none"))
+    recorder = Recorder()
+    callbacks = [*([UnitScaling()] if unitscale else []), recorder, *options.pop("callbacks", [])]
+    trainer = pl.Trainer(
+        max_steps=steps,
+        callbacks=callbacks,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+        limit_val_batches=0,
+        **options,
+    )
+    trainer.fit(module, data(steps=epoch), ckpt_path=checkpoint)
+    return trainer, module, recorder
+
+
+@pytest.mark.parametrize("epochs", [(8, 8), (3, 6)], ids=["within an epoch", "at the end of an epoch"])
+@pytest.mark.parametrize("unitscale", [False, True])
+def test_two_halves_equal_the_whole_bit_for_bit(
+    pretrain: ModuleType, tmp_path: Path, unitscale: bool, epochs: tuple[int, int]
+) -> None:
+    _, whole, seen = fit(pretrain, tmp_path, 6, None, unitscale)
+    trainer, _, first = fit(pretrain, tmp_path, 3, None, unitscale, epochs[0])
+    trainer.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
+    _, continued, second = fit(pretrain, tmp_path, 6, tmp_path / "half.ckpt", unitscale, epochs[1])
+    assert torch.equal(torch.stack(seen.inputs), torch.stack(first.inputs + second.inputs))
+    for (name, expected), value in zip(whole.named_parameters(), continued.parameters(), strict=True):
+        assert torch.equal(expected, value), name
+
+
+def test_interrupt_saves_after_the_step_and_gives_ctrl_c_back(pretrain: ModuleType, tmp_path: Path) -> None:
+    class Press(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+            if trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    interrupt = SaveOnInterrupt(tmp_path / "last.ckpt")
+    trainer, _, _ = fit(pretrain, tmp_path, 6, None, False, callbacks=[interrupt, Press()])
+    assert interrupt.interrupted
+    assert trainer.global_step == 3
+    assert signal.getsignal(signal.SIGINT) is before
+    _, whole, _ = fit(pretrain, tmp_path, 6, None, False)
+    _, continued, _ = fit(pretrain, tmp_path, 6, tmp_path / "last.ckpt", False)
+    for expected, value in zip(whole.parameters(), continued.parameters(), strict=True):
+        assert torch.equal(expected, value)
+
+
+def test_rms_of_a_known_layer() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
+    torch.nn.init.constant_(layer[0].weight, 2.0)
+    (row,) = measure_rms(layer, lambda module: module(torch.ones(1, 2)).sum())
+    assert (row.layer, row.weight, row.activation) == ("0", 2.0, 4.0)
+    assert (row.activation_gradient, row.weight_gradient) == (1.0, 1.0)
+    assert layer[0].weight.grad is None
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """`unitscale pretrain experiment=tiny`: the run folder and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    printed = folder / "printed"
+    GlobalHydra.instance().clear()
+    with pytest.MonkeyPatch.context() as patch, printed.open("w") as stream:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["unitscale", "pretrain", "experiment=tiny"])
+        patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(sys, "stdout", stream)
+        cli.main()
+    (run_folder,) = (folder / "outputs" / "pretrain").iterdir()
+    return run_folder, printed.read_text()
+
+
+def test_run_leaves_report_logs_checkpoints_and_configuration(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    for file in ("index.html", "loss.png", "rms.png", "metrics.json", "plan.txt"):
+        assert (folder / "report" / file).stat().st_size > 0
+    assert OmegaConf.load(folder / ".hydra" / "overrides.yaml") == ["experiment=tiny"]
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert (folder / "csv" / "metrics.csv").is_file()
+    assert list((folder / "tensorboard").glob("events*"))
+    metrics = json.loads((folder / "report" / "metrics.json").read_text())
+    nats, bits = metrics["held-out loss, nats per byte"], metrics["held-out bits per byte"]
+    assert bits == pytest.approx(nats / math.log(2), rel=1e-6)
+    assert metrics["held-out perplexity per byte"] == pytest.approx(math.exp(nats), rel=1e-4)
+    assert metrics["steps"] == 2
+
+
+def test_run_prints_the_plan_once_and_samples(run: tuple[Path, str]) -> None:
+    folder, printed = run
+    plan = (folder / "report" / "plan.txt").read_text().strip()
+    assert printed.count(plan.splitlines()[0]) == 1
+    assert printed.count("--- sample") == 3
+    assert "The " in printed
+
+
+def test_checkpoint_alone_rebuilds_the_module(run: tuple[Path, str], pretrain: ModuleType) -> None:
+    folder, _ = run
+    module = pretrain.CausalLM.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert module.model.config.hidden_size == 64
