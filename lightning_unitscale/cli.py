@@ -70,7 +70,10 @@ def main() -> None:
     script = shipped("recipes") / f"{command}.py"
     sys.argv = [str(script), *sys.argv[2:]]  # what relaunched processes (DDP) run
     sys.path.insert(0, str(script.parent))  # as `python recipes/<command>.py` does
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}. The recipes' own packages: pip install 'lightning-unitscale[recipes]'")
 
 
 def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:

@@ -44,9 +44,9 @@ class Options:
     activations: bool = True
     gradients: bool = True
     lr_units: str = "standard"
-    skip: tuple[str, ...] = ()
+    skip: Sequence[str] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    recalibrate: tuple[int, ...] = ()
+    recalibrate: Sequence[int] = ()
     verify: bool = True
 
     def __post_init__(self) -> None:
@@ -61,8 +61,7 @@ class Options:
         for name in ("weights", "activations", "gradients", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise UnitScalingError(f"{name}={getattr(self, name)!r} must be True or False.")
-        skip = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
-        object.__setattr__(self, "skip", skip)
+        object.__setattr__(self, "skip", tuple([self.skip] if isinstance(self.skip, str) else self.skip))
         object.__setattr__(self, "recalibrate", tuple(self.recalibrate))
         overrides = {str(glob): dict(value) for glob, value in (self.overrides or {}).items()}
         for glob, value in overrides.items():

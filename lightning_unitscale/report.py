@@ -7,13 +7,11 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning_unitscale.errors import InputError
+from matplotlib.figure import Figure  # without pyplot: no display, no global state
+
 from lightning_unitscale.monitor import LayerRMS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 RMS_PANELS = {
     "weight": "Weights",
@@ -100,16 +98,8 @@ def _read_log(log: Path) -> dict[str, Curve]:
     return curves
 
 
-def _figure(**options: Any) -> Figure:
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no display, no global state
-    except ImportError as error:
-        raise InputError("the report needs matplotlib: pip install 'lightning-unitscale[recipes]'") from error
-    return Figure(layout="constrained", **options)
-
-
 def _loss_figure(curves: Mapping[str, Curve]) -> Figure:
-    figure = _figure(figsize=(8, 4))
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for column, label, style in (("train/loss", "training", "-"), ("val/loss", "held out", "o-")):
         if column in curves:
@@ -124,7 +114,10 @@ def _loss_figure(curves: Mapping[str, Curve]) -> Figure:
 def _rms_figure(rms: Mapping[str, Sequence[LayerRMS]]) -> Figure:
     names = list(dict.fromkeys(row.layer for rows in rms.values() for row in rows))
     position = {name: number for number, name in enumerate(names)}
-    figure = _figure(figsize=(max(8.0, 0.22 * len(names)), 12))
+    outer = names[0].split(".")[0] + "." if names else ""
+    if all(name.startswith(outer) for name in names):  # the attribute that holds the whole model says nothing
+        names = [name.removeprefix(outer) for name in names]
+    figure = Figure(figsize=(max(8.0, 0.22 * len(names)), 12), layout="constrained")
     panels = figure.subplots(len(RMS_PANELS), sharex=True)
     for axes, (field, heading) in zip(panels, RMS_PANELS.items(), strict=True):
         for label, rows in rms.items():
@@ -135,6 +128,6 @@ def _rms_figure(rms: Mapping[str, Sequence[LayerRMS]]) -> Figure:
         axes.set_title(heading, loc="left")
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.grid(alpha=0.3)
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(rms))
     panels[-1].set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     return figure

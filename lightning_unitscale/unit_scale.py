@@ -69,4 +69,3 @@ def remove_unit_scaling(module: nn.Module) -> nn.Module:
     """
     remove(module)
     return module
-

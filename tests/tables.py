@@ -72,7 +72,9 @@ def row(case: zoo.Case) -> list[str]:
 
 def main(names: list[str]) -> None:
     cases = {**zoo.CASES, **zoo.UNSEEN}
-    table = Table("model", "trains", "folded vs unit", "stays explicit when folded", "plain ≤2", "≤4", "scaled ≤2", "≤4")
+    table = Table(
+        "model", "trains", "folded vs unit", "stays explicit when folded", "plain ≤2", "≤4", "scaled ≤2", "≤4"
+    )
     for name in names or cases:
         try:
             table.add_row(*row(cases[name]))

@@ -162,36 +162,43 @@ def test_gradients_equal_those_of_the_plain_twin(name: str, storage: str) -> Non
 @each_storage
 @pytest.mark.parametrize("name", [name for name, case in EVERY_CASE.items() if is_exact(case)])
 def test_gradients_equal_finite_differences(name: str, storage: str) -> None:
-    """Parameter by parameter, along a random direction."""
+    """Parameter by parameter along a random direction, by a step that crosses no kink of a ReLU."""
     case = EVERY_CASE[name]
     with widest(case):
         model, _ = prepared(case, storage=storage)
-        _, found = gradients(case, model, seed=1)
+        loss, found = gradients(case, model, seed=1)
         batch = case.batch(1)
         generator = torch.Generator().manual_seed(2)
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name not in found:
-                continue
+
+        @torch.no_grad()
+        def slope(parameter: Tensor, direction: Tensor, h: float) -> float:
+            """By a difference of fourth order."""
+            before, change = parameter.clone(), 0.0
+            for position, weight in ((1, 2 / 3), (-1, -2 / 3), (2, -1 / 12), (-2, 1 / 12)):
+                parameter.copy_(before + position * h * direction)
+                change += weight * case.loss(model, batch).item()
+            parameter.copy_(before)
+            return change / h
+
+        named = [(name, parameter) for name, parameter in model.named_parameters() if name in found]
+        for parameter_name, parameter in named[:: math.ceil(len(named) / 24)]:
             direction = torch.randn(parameter.shape, generator=generator)
             direction /= direction.norm()
             gradient = found[parameter_name]
-            values = []
-            h = 1e-5 * max(1e-2, float(parameter.detach().norm()))
-            with torch.no_grad():
-                before = parameter.clone()
-                for sign in (-1, 1):
-                    parameter.copy_(before + sign * h * direction)
-                    values.append(case.loss(model, batch).item())
-                parameter.copy_(before)
-            slope = (values[1] - values[0]) / (2 * h)
-            expected = float((gradient * direction).sum())
-            assert slope == pytest.approx(expected, rel=1e-5, abs=1e-6 * float(gradient.norm()) + 1e-10), parameter_name
+            expected = pytest.approx(float((gradient * direction).sum()), rel=1e-5, abs=1e-6 * float(gradient.norm()))
+            slopes = []
+            for h in (1e-3, 1e-4, 1e-5):
+                slopes.append(slope(parameter, direction, h))
+                if slopes[-1] == expected or abs(slopes[-1] - expected.expected) < 4e-16 * float(loss) / h:
+                    break
+            else:
+                pytest.fail(f"{parameter_name}: {slopes} {expected}")
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.TWELVE if name.split("-")[0] in roles.TIED_READOUT])
 @each_storage
 def test_gradients_of_tied_weights(name: str, storage: str) -> None:
-    """A tied weight W with factor c in the readout: the untied model with V = c · W there has g(W) = g(E) + c · g(V)."""
+    """A tied weight W with factor c in the readout: untied, V = c · W there, g(W) = g(E) + c · g(V)."""
     case, family = EVERY_CASE[name], name.split("-")[0]
     with widest(case):
         model, plan = prepared(case, storage=storage)
@@ -458,7 +465,7 @@ def test_kinds_of_branches(name: str) -> None:
 
 
 def branch_factors(family: str) -> dict[str, list[float]]:
-    """Of each branch in order, by the first part of a glob for its stack: α/√L, or τ_i after the norm."""
+    """Of each branch in order, by its stack's name: L^-½, or τ_i where norms follow."""
     if family in ("t5", "whisper"):
         return {"encoder": [2**-0.5] * 4, "decoder": [3**-0.5] * 6}
     if family == "bert":

@@ -20,7 +20,17 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_unitscale import UnitScaling, cli, config
-from lightning_unitscale.data import BOS, IGNORED, ByteText, decode, encode, hold_out, python_topics, text_files
+from lightning_unitscale.data import (
+    BOS,
+    IGNORED,
+    ByteText,
+    decode,
+    encode,
+    hold_out,
+    hugging_face,
+    python_topics,
+    text_files,
+)
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.interrupt import SaveOnInterrupt
 from lightning_unitscale.monitor import measure_rms
@@ -99,6 +109,18 @@ def test_no_text_is_an_error(path: str, message: str, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         text_files(path)
+
+
+def test_hugging_face_rows_are_documents(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    rows = [{"text": f"document {number}", "label": number} for number in range(5)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    documents = hugging_face(str(tmp_path), max_documents=3)
+    assert list(documents.values()) == [b"document 0", b"document 1", b"document 2"]
+    with pytest.raises(InputError, match=r"data\.column=label: not a text column .* text, label"):
+        hugging_face(str(tmp_path), column="label")
+    with pytest.raises(InputError, match="the hub did not deliver it"):
+        hugging_face(str(tmp_path / "nothing"))
 
 
 def test_short_text_is_an_error() -> None:

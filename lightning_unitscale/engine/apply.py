@@ -77,10 +77,15 @@ class ScopedForward:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        return self.replaced if self.replaced is not None else MethodType(getattr(type(self.module), self.method), self.module)
+        return (
+            self.replaced
+            if self.replaced is not None
+            else MethodType(getattr(type(self.module), self.method), self.module)
+        )
 
     @property
     def name(self) -> str:
+        """As it is called in messages."""
         return f"{type(self.module).__name__}.{self.method}"
 
     @property
@@ -88,6 +93,7 @@ class ScopedForward:
         return self.method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method in a frame, inside the interceptor of the plan."""
         interceptor = _current(self.rules)
         if interceptor is not None:
             return interceptor.run(self, args, kwargs)
@@ -100,6 +106,7 @@ class ScopedForward:
             _running().pop()
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run what the scope stands in for."""
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
         return getattr(type(self.module), self.method)(self.module, *args, **kwargs)

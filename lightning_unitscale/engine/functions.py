@@ -71,7 +71,7 @@ VIEWS = frozenset({
     "swapaxes", "swapdims", "index_select", "gather", "take_along_dim", "roll", "flip", "view_as", "reshape_as",
     "unfold", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "adjoint", "broadcast_to", "ravel",
     "swapaxes_", "transpose_", "squeeze_", "unsqueeze_", "t_", "diagonal", "tril", "triu", "masked_select", "rot90",
-    "view_as_real", "view_as_complex", "real", "imag", "as_strided", "fold", "split_copy", "unsafe_chunk", "unsafe_split",
+    "view_as_real", "view_as_complex", "real", "imag", "as_strided", "fold", "unsafe_chunk", "unsafe_split",
 })  # fmt: skip
 CASTS = frozenset({
     "to", "float", "half", "bfloat16", "double", "type", "type_as", "clone", "detach", "detach_", "alias", "cpu",

@@ -101,7 +101,9 @@ def remove(module: nn.Module) -> None:
     folded = folded_copy(plan)
     left = folded.explicit_sites
     if left:
-        sites = ", ".join(f"{site.name} ({site.role}; {site.reason or 'two factors for one weight'})" for site in left[:3])
+        sites = ", ".join(
+            f"{site.name} ({site.role}; {site.reason or 'two factors for one weight'})" for site in left[:3]
+        )
         raise UnitScalingError(
             f"{len(left)} factors cannot be moved into weights: {sites}{' …' if len(left) > 3 else ''}. "
             "The model was left as it was; keep unit scaling in place, or untie the weights named."

@@ -186,13 +186,13 @@ class Recorder(TorchFunctionMode):
                 return None, 0
             if code.co_argcount:
                 owner = python_frame.f_locals.get(code.co_varnames[0])
-                if isinstance(owner, nn.Module) and id(owner) in self._module_names:
-                    if hasattr(type(owner), code.co_name):
-                        self._frames[id(python_frame)] = python_frame
-                        key = (id(python_frame), name)
-                        ordinal = self._ordinals.get(key, 0)
-                        self._ordinals[key] = ordinal + counts
-                        return Frame(self._module_names[id(owner)], code.co_name), ordinal
+                module = self._module_names.get(id(owner)) if isinstance(owner, nn.Module) else None
+                if module is not None and hasattr(type(owner), code.co_name):
+                    self._frames[id(python_frame)] = python_frame
+                    key = (id(python_frame), name)
+                    ordinal = self._ordinals.get(key, 0)
+                    self._ordinals[key] = ordinal + counts
+                    return Frame(module, code.co_name), ordinal
             python_frame = python_frame.f_back
         return None, 0
 

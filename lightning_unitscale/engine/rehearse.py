@@ -375,7 +375,7 @@ class _Copies:
         return twin
 
 
-class _WriteGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _WriteGuard(TorchDispatchMode):
     """Saves the memory of each tensor that was there before, at the first write to it, and puts it back on leaving."""
 
     supports_higher_order_operators = True
@@ -485,7 +485,7 @@ def _random_numbers_kept(generators: Any) -> Iterator[None]:
         partial(torch.set_rng_state, torch.get_rng_state()),
         *(partial(generator.set_state, generator.get_state()) for generator in generators),
     ]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
         restore.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
     if torch.backends.mps.is_available():
         restore.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
@@ -515,7 +515,7 @@ def _storages(tree: Any) -> Iterator[tuple[int, torch.UntypedStorage]]:
 
 
 def _saved(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    memory: torch.UntypedStorage = torch.UntypedStorage(storage.nbytes(), device=storage.device)  # type: ignore[no-untyped-call]
+    memory: torch.UntypedStorage = torch.UntypedStorage(storage.nbytes(), device=storage.device)
     memory.copy_(storage)
     return memory
 

@@ -43,10 +43,12 @@ class Use:
 
     @property
     def id(self) -> tuple[str, str]:
+        """What rules are keyed by."""
         return self.key, self.op
 
     @property
     def parameters(self) -> tuple[str, ...]:
+        """The names in the key."""
         return tuple(self.key.split("+"))
 
 

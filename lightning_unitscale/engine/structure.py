@@ -9,7 +9,6 @@ from, `targets` follows them downward to where it is really used.
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -94,6 +93,7 @@ class Stream:
 
     @property
     def branch_count(self) -> int:
+        """Branches of all its additions; parallel ones counted each."""
         return sum(len(residual.branches) for residual in self.residuals)
 
 
@@ -284,6 +284,7 @@ class Structure:
 
     @property
     def sites(self) -> list[Call]:
+        """The matmul-like calls with a parameter, in order."""
         return list(self._sites.values())
 
     def weights_of(self, call: Call) -> dict[Value, str]:
@@ -342,10 +343,14 @@ class Structure:
                 for call in pending.pop().consumers:
                     if call.name in PASSTHROUGH:
                         pending.extend(call.outputs)
-                    elif call.name in ("mul", "add") and any(value.parameters for value in call.inputs):
-                        if call not in found and call not in self.norms:
-                            found[call] = norm
-                            pending.extend(call.outputs)
+                    elif (
+                        call.name in ("mul", "add")
+                        and any(value.parameters for value in call.inputs)
+                        and call not in found
+                        and call not in self.norms
+                    ):
+                        found[call] = norm
+                        pending.extend(call.outputs)
         return found
 
     def goes_only_into_norms(self, value: Value) -> bool:
@@ -417,6 +422,7 @@ class Structure:
 
     @property
     def attentions(self) -> list[Attention]:
+        """The products of queries and keys, in order."""
         return self._logits[0]
 
     @property
@@ -538,9 +544,7 @@ class Structure:
             for skip in same:
                 origin = self._origin(skip)
                 branches = [
-                    branch
-                    for term in same
-                    if term is not skip and (branch := self._branch(term, origin)) is not None
+                    branch for term in same if term is not skip and (branch := self._branch(term, origin)) is not None
                 ]
                 if branches and (best is None or len(branches) > len(best[1])):
                     best = (skip, branches)
@@ -666,7 +670,8 @@ class Structure:
     @cached_property
     def activations(self) -> list[Activation]:
         """Elementwise functions, those inside a parameter-free elementwise module taken as that module."""
-        found, inside = [], set()
+        found: list[Activation] = []
+        inside: set[int] = set()
         for span in self.trace.spans:
             if self._is_elementwise(span):
                 inside.update(span.calls)
@@ -698,5 +703,3 @@ def _number(argument: object) -> float | None:
     if isinstance(argument, (int, float)) and not isinstance(argument, bool):
         return float(argument)
     return argument.number if isinstance(argument, Value) else None
-
-

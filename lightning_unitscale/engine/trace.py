@@ -65,6 +65,7 @@ class Call:
 
     @property
     def output(self) -> Value:
+        """The first output."""
         return self.outputs[0]
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:

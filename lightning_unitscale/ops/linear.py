@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from lightning_unitscale.ops.matmul import Matmul, Shape, argument, present
 

@@ -40,8 +40,8 @@ class Convolution(Matmul):
             return channels * prod(kernel)
         groups = argument(args, kwargs, 6, "groups", 1)
         stride = argument(args, kwargs, 3, "stride", 1)
-        strides = prod(stride) if isinstance(stride, (tuple, list)) else stride ** len(kernel)
-        return max(1, shapes["weight"][0] // groups * prod(kernel) // strides)
+        strides: int = prod(stride) if isinstance(stride, (tuple, list)) else stride ** len(kernel)
+        return max(1, int(shapes["weight"][0] // groups * prod(kernel) // strides))
 
     def scaled(
         self,

@@ -133,7 +133,12 @@ class Draft:
         """Matmul-like calls of two activations, which no scheme gives a factor unless they make attention logits."""
         sites: dict[tuple[str, str, str, int], Site] = {}
         for call in self.trace.calls:
-            if call.name not in MATMULS or self.structure.is_site(call) or call.output.parameters or call.output.constant:
+            if (
+                call.name not in MATMULS
+                or self.structure.is_site(call)
+                or call.output.parameters
+                or call.output.constant
+            ):
                 continue
             frame = call.frame or Frame("", "<hook>")
             key = (frame.module, frame.method, call.name, call.ordinal)

@@ -49,14 +49,11 @@ def _like(parameter: ParameterPlan, model: ParameterPlan) -> ParameterPlan:
 def _copy_sites(plan: Plan, name: str, model_name: str, own_module: str, model_module: str) -> None:
     for site in list(plan.sites):
         if model_name in site.multipliers:
-            twin = next(
-                (s for s in plan.sites if s.op == site.op and s.module == _renamed(site.module, model_module, own_module)
-                 and s.ordinal is None and s.params and s.calls == 0),
-                None,
-            )  # fmt: skip
+            where = _renamed(site.module, model_module, own_module)
+            twin = next((s for s in plan.sites if (s.module, s.op, s.calls) == (where, site.op, 0)), None)
             if twin is None:
                 twin = deepcopy(site)
-                twin.module, twin.calls = _renamed(site.module, model_module, own_module), 0
+                twin.module, twin.calls = where, 0
                 twin.params, twin.multipliers, twin.rms_before = [], {}, {}
                 plan.sites.append(twin)
             twin.params.append(name)

@@ -95,9 +95,9 @@ class _Planner:
     def _multiplier(self, use: Use, call: Call, value: Value) -> float:
         if not self.options.weights or self.draft.is_alone(use.key):
             return 1.0
-        drawn = value.rms or 1.0 if len(use.parameters) > 1 else 1.0  # an expression keeps the scale it has
+        drawn = (value.rms or 1.0) if len(use.parameters) > 1 else 1.0  # an expression keeps the scale it has
         if use.role == "hidden":
-            return use.fan_in**-0.5 / self._own_constant_of_input(call) / drawn
+            return 1 / (sqrt(use.fan_in) * self._own_constant_of_input(call) * drawn)
         if use.role == "readout":
             own = self._own_constant_of_input(call) * self.structure.own_constant_after(call.output)
             return 1 / use.fan_in / own / drawn
@@ -266,9 +266,7 @@ class _Planner:
             if site is None:
                 continue
             targets = self.structure.targets(activation.output)
-            weights = [
-                (call, value.key) for call in targets or [] for value in self.structure.weights_of(call)
-            ]
+            weights = [(call, value.key) for call in targets or [] for value in self.structure.weights_of(call)]
             if not weights or any(self.draft.is_alone(key) for _, key in weights):
                 site.multiplier, site.reason = 1.0, "its output does not go into scaled matmuls alone"
             else:
