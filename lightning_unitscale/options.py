@@ -11,6 +11,10 @@ SCHEMES = ("umup", "preserve")
 FORMATS: tuple[str, ...] = ()
 STORAGES = ("folded", "unit")
 LR_UNITS = ("standard", "umup")
+ROLES = (
+    *("embedding", "position", "token", "hidden", "readout", "bias", "norm"),
+    *("relative_position", "scale", "other"),
+)
 OVERRIDE_KEYS = ("role", "multiplier", "lr_multiplier", "skip")
 
 
@@ -67,6 +71,8 @@ class Options:
         for glob, value in overrides.items():
             for key in value:
                 _choose(f"overrides[{glob!r}] key", key, OVERRIDE_KEYS)
+            if "role" in value:
+                _choose(f"overrides[{glob!r}] role", value["role"], ROLES)
         object.__setattr__(self, "overrides", overrides)
 
     def to_dict(self) -> dict[str, Any]:

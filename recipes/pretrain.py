@@ -28,6 +28,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightning_unitscale import unit_scale
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.data import BOS, IGNORED, ByteText, decode, encode
 from lightning_unitscale.errors import InputError
@@ -99,8 +100,6 @@ class CausalLM(pl.LightningModule):
         self.eval()
         length = self.model.config.max_position_embeddings
         tokens = encode(prompt.encode()).to(self.device)  # [prompt]
-        if len(tokens) >= length:
-            raise InputError(f"task.sample.prompt has {len(tokens) - 1} bytes; the context holds {length - 1}")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             texts = self.model.generate(
@@ -211,6 +210,9 @@ def check(cfg: DictConfig) -> None:
             f"model.width={cfg.model.width} is not a multiple of model.head_width={cfg.model.head_width}; "
             "change one of them"
         )
+    prompt = len(str(cfg.task.sample.prompt).encode())
+    if prompt > cfg.task.sequence_length - 2:
+        raise InputError(f"task.sample.prompt has {prompt} bytes; there is room for {cfg.task.sequence_length - 2}")
     if cfg.ckpt_path and not Path(cfg.ckpt_path).is_file():
         raise InputError(f"ckpt_path={cfg.ckpt_path}: no such file (looked in {Path.cwd()})")
 
@@ -251,12 +253,10 @@ def compare_rms(cfg: DictConfig, trained: CausalLM, data: ByteText) -> dict[str,
         loss: Tensor = module.loss((inputs, targets))[0]
         return loss
 
-    pl.seed_everything(cfg.seed)
+    pl.seed_everything(cfg.seed, verbose=False)
     twin = new_module(cfg).to(trained.device)
     rms = {"untouched, step 0": measure_rms(twin, loss_of)}
     if cfg.unitscale:
-        from lightning_unitscale import unit_scale
-
         unit_scale(twin, loss_of, **instantiate(cfg.unitscale, _target_="builtins.dict"))
         rms["scaled, step 0"] = measure_rms(twin, loss_of)
     rms[f"{'scaled' if cfg.unitscale else 'untouched'}, trained"] = measure_rms(trained, loss_of)

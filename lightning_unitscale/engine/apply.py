@@ -159,13 +159,16 @@ class Interceptor(TorchFunctionMode):
         if name in self.rules.free:
             site = self._site(name, args)
             if site is not None:
-                return _run_site(site, function in self.rules.in_place, function, args, kwargs)
-        result = self._run(name, function, args, kwargs) if name in self.rules.ops else function(*args, **kwargs)
+                return self._run_site(site, name, function, args, kwargs)
+        result = self._run(name, function, args, kwargs)
         if name in self.rules.followed:
             self._follow(args, kwargs, result)
         return result
 
     def _run(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call with the factors of its parameters."""
+        if name not in self.rules.ops:
+            return function(*args, **kwargs)
         op = MATMULS.get(name)
         if op is None:
             scaled = tuple(self._scaled(argument, name) for argument in args)
@@ -176,6 +179,26 @@ class Interceptor(TorchFunctionMode):
             if factor != 1.0:
                 factors[label] = factor
         return op.scaled(function, args, kwargs, factors) if factors else function(*args, **kwargs)
+
+    def _run_site(
+        self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The call with the factor of the parameter-free site that it is."""
+        a, in_place = site.factors[""], function in self.rules.in_place
+        if site.role == "attention":
+            if site.op == DotProductAttention.name:
+                return DotProductAttention.scaled_logits(function, args, kwargs, a)
+            if site.op == "baddbmm":
+                return function(*args, **{**kwargs, "alpha": kwargs.get("alpha", 1) * a})
+            position = next(i for i, argument in enumerate(args) if isinstance(argument, Tensor))
+            return function(*args[:position], args[position] * a, *args[position + 1 :], **kwargs)
+        if site.role == "residual":
+            left, right = args[:2]
+            if site.operand == 1:
+                return left.add_(right, alpha=a) if in_place else torch.add(left, right, alpha=a)
+            return left.mul_(a).add_(right) if in_place else torch.add(right, left, alpha=a)
+        result = self._run(name, function, args, kwargs)
+        return result.mul_(a) if in_place else result * a
 
     def _scaled(self, argument: Any, name: str) -> Any:
         if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
@@ -240,26 +263,6 @@ class Interceptor(TorchFunctionMode):
                     "record a step that takes both paths."
                 )
         return site
-
-
-def _run_site(
-    site: Site, in_place: bool, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    a = site.factors[""]
-    if site.role == "attention":
-        if site.op == DotProductAttention.name:
-            return DotProductAttention.scaled_logits(function, args, kwargs, a)
-        if site.op == "baddbmm":
-            return function(*args, **{**kwargs, "alpha": kwargs.get("alpha", 1) * a})
-        position = next(i for i, argument in enumerate(args) if isinstance(argument, Tensor))
-        return function(*args[:position], args[position] * a, *args[position + 1 :], **kwargs)
-    if site.role == "residual":
-        left, right = args[:2]
-        if site.operand == 1:
-            return left.add_(right, alpha=a) if in_place else torch.add(left, right, alpha=a)
-        return left.mul_(a).add_(right) if in_place else torch.add(right, left, alpha=a)
-    result = function(*args, **kwargs)
-    return result.mul_(a) if in_place else result * a
 
 
 def _called_by_hook() -> bool:

@@ -264,6 +264,7 @@ class Plan:
         Raises:
             UnitScalingError: the model has other parameters or shapes than the plan, naming the first few.
         """
+        modules = {name for name, _ in module.named_modules()}
         shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
         missing = sorted(set(self.parameters) - set(shapes))
         added = sorted(set(shapes) - set(self.parameters))
@@ -272,9 +273,15 @@ class Plan:
             for name, parameter in self.parameters.items()
             if name in shapes and shapes[name] != parameter.shape
         )
+        gone = sorted({where for where, _, _ in self.frames} - modules)
         problems = [
             f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-            for what, names in (("missing", missing), ("added", added), ("other shape", changed))
+            for what, names in (
+                ("missing", missing),
+                ("added", added),
+                ("other shape", changed),
+                ("missing module", gone),
+            )
             if names
         ]
         if problems:

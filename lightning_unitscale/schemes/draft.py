@@ -48,6 +48,10 @@ class Draft:
         """Whether any parameter of the use's key is left alone."""
         return any(name in self.alone for name in key.split("+"))
 
+    def is_skipped(self, module: str) -> bool:
+        """Whether the options leave a module, or one that it belongs to, alone."""
+        return _matches(module, self.options.skip)
+
     def in_loss_code(self, frame: Frame | None) -> bool:
         """Whether parameter-free calls of this frame are loss code, or made by a hook."""
         return frame is None or (frame.module == "" and frame.method.endswith("_step"))
@@ -190,18 +194,18 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def _overrides_by_parameter(module: nn.Module, trace: Trace, options: Options) -> dict[str, dict[str, Any]]:
-    names = list(trace.facts)
+    names = [*trace.facts, *(name for name, _ in module.named_modules() if name)]
     for where, globs in (("skip", options.skip), ("overrides", tuple(options.overrides))):
         for glob in globs:
             if not any(_matches(name, (glob,)) for name in names):
                 shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
                 raise UnitScalingError(
                     f"{where}: the glob {glob!r} matches no parameter or module of {type(module).__name__}; "
-                    f"its parameters are {shown}"
+                    f"it has {shown}"
                 )
     found: dict[str, dict[str, Any]] = {}
     for glob, override in options.overrides.items():
-        for name in names:
+        for name in trace.facts:
             if _matches(name, (glob,)):
                 found.setdefault(name, {}).update(override)
     return found

@@ -205,7 +205,7 @@ class _Planner:
             return
         call = next(call for call in residual.calls if value in call.inputs)
         if self.draft.in_loss_code(call.frame):
-            self.notes.append(f"the residual addition at {call.frame} is in loss code and was left alone")
+            self.notes.append(f"the residual addition at {call.frame} was left alone: its frame cannot be found again")
             return
         own = max((source.own for source in self.structure.sources(value)[0]), default=1.0)
         site = parameter_free_site(call, "residual", factor / own, value)
@@ -245,7 +245,8 @@ class _Planner:
         for attention in self.structure.attentions:
             call = attention.call
             if self.draft.in_loss_code(call.frame):
-                self.notes.append(f"the attention at {call.frame} is in loss code or a hook and was left alone")
+                where = f"at {call.frame}" if call.frame else "in a hook, or in a module made while running,"
+                self.notes.append(f"the attention {where} was left alone: its frame cannot be found again")
                 continue
             factor = ATTENTION_MULTIPLIER / attention.head_dim / attention.own
             site = parameter_free_site(call, "attention", factor, attention.query)
@@ -290,6 +291,8 @@ class _Planner:
     # --- parameter-free sites -------------------------------------------------------------------------------------
 
     def _add_free(self, site: Site, targets: list[Call]) -> None:
+        if self.draft.is_skipped(site.module):
+            site.multiplier, site.fold_into, site.reason = 1.0, [], "skipped by the options"
         self.free[site.module, site.method, site.op, site.ordinal].append((site, targets))
 
     def _free_sites(self) -> list[Site]:
@@ -299,7 +302,7 @@ class _Planner:
         for entries in self.free.values():
             first = entries[0][0]
             first.calls = len(entries)
-            if any(site.multiplier == 1.0 and site.role == "activation" for site, _ in entries):
+            if any(site.multiplier == 1.0 for site, _ in entries):
                 first.multiplier, first.fold_into = 1.0, []
                 first.reason = first.reason or "not all its calls go into scaled matmuls alone"
             else:
