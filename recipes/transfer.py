@@ -115,8 +115,11 @@ def configuration(cfg: DictConfig, run: Run) -> DictConfig:
     cfg.trainer.val_check_interval = cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
     if run.parametrization == "standard":
         cfg.unitscale = None
+    elif run.parametrization == "drop-in":
+        cfg.unitscale.lr_units = "standard"
     else:
-        cfg.unitscale.lr_units = "umup" if run.parametrization == "umup" else "standard"
+        cfg.unitscale.lr_units = "umup"
+        cfg.optimizer.weight_decay = cfg.sweep.umup_weight_decay
     return cfg
 
 

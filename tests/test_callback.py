@@ -46,6 +46,11 @@ class Seen(pl.Callback):
         self.gradients: list[Any] = []
         self.batches: list[int] = []
 
+    def differences(self, other: "Seen") -> list[str]:
+        """What differs; comparing the lists in an assert would print them for minutes."""
+        names = ("losses", "logged", "rates", "gradients", "batches")
+        return [name for name in names if repr(getattr(self, name)) != repr(getattr(other, name))]
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.batches.append(int(next(iter(batch.values())).sum()))
         self.losses.append(float(outputs["loss"]) if outputs else None)
@@ -108,7 +113,7 @@ def test_every_door_gives_one_training(tmp_path: Path, preparations: list[Any], 
     assert len(preparations) == len(runs)
     assert callback.plan is plan_of(runs["callback"])
     assert callback.plan.storage == storage
-    assert expected.losses[-1] < expected.losses[0] - 0.5
+    assert expected.losses[-1] < expected.losses[0] - 0.2
     for name, run in runs.items():
         assert run.losses == expected.losses, name
         assert_same_state(run, expected)
@@ -129,11 +134,11 @@ def test_modules_in_unusual_places(tmp_path: Path, preparations: list[Any], name
     untouched, seen = train(name, tmp_path)
     preserved, preserved_seen = train(name, tmp_path, UnitScaling("preserve"))
     assert_same_state(preserved, untouched)
-    assert vars(preserved_seen) == vars(seen)
+    assert not preserved_seen.differences(seen)
 
     folded, folded_seen = train(name, tmp_path, UnitScaling())
     _, named_seen = train(name, tmp_path, strategy="unitscale")
-    assert vars(named_seen) == vars(folded_seen)
+    assert not named_seen.differences(folded_seen)
     unit = UnitScaling(storage="unit")
     _, unit_seen = train(name, tmp_path, unit)
     assert len(preparations) == 4
@@ -187,7 +192,7 @@ def test_preserve_is_the_identity(tmp_path: Path, name: str, storage: str) -> No
 
     (untouched, theirs), (preserved, ours) = run(), run(UnitScaling("preserve", storage=storage))
     assert len(theirs.losses) >= STEPS and "train_loss_epoch" in theirs.logged[-1]
-    assert vars(ours) == vars(theirs)
+    assert not ours.differences(theirs)
     assert preserved.losses == untouched.losses
     assert_same_state(preserved, untouched)
 
@@ -208,6 +213,9 @@ class Sized(Language):
     def train_dataloader(self) -> Any:
         rows = [{name: value[0] for name, value in next_token_batch(seed).items()} for seed in range(32)]
         return DataLoader(rows, batch_size=self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return batches(1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.sizes.append(len(batch["labels"]))
@@ -271,14 +279,14 @@ def test_weight_averaging(tmp_path: Path, name: str, order: int) -> None:
 
     untouched, theirs = run(*with_averaging())
     preserved, ours = run(*with_averaging(UnitScaling("preserve")))
-    assert vars(ours) == vars(theirs)
+    assert not ours.differences(theirs)
     assert_same_state(preserved, untouched)
     _, folded = run(*with_averaging(UnitScaling()))
     _, unit = run(*with_averaging(UnitScaling(storage="unit")))
     _, plain = run(UnitScaling(storage="unit"))
     for one, other in zip(folded.logged, unit.logged, strict=True):
-        assert one == pytest.approx(other, rel=1e-3)
-    assert abs(plain.logged[-1]["val_loss"] - unit.logged[-1]["val_loss"]) > 1e-3, "averaging changed nothing"
+        assert one == pytest.approx(other, rel=2e-5)
+    assert abs(plain.logged[-1]["val_loss"] - unit.logged[-1]["val_loss"]) > 2e-4, "averaging changed nothing"
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -329,7 +337,7 @@ def test_backbone_finetuning(tmp_path: Path) -> None:
 
     untouched, theirs = run()
     preserved, ours = run(UnitScaling("preserve"))
-    assert vars(ours) == vars(theirs)
+    assert not ours.differences(theirs)
     assert_same_state(preserved, untouched)
 
     callback = UnitScaling()
@@ -448,7 +456,7 @@ def test_exceptions_undo_the_patches(tmp_path: Path, error: BaseException, door:
     callbacks = [UnitScaling(storage="unit")] if door != "strategy" else []
     named = {} if door == "callback" else {"strategy": UnitScalingStrategy(storage="unit")}
     saving = OnExceptionCheckpoint(tmp_path, filename="exception")
-    loop = trainer(tmp_path, Stop(error, place), saving, *callbacks, max_steps=STEPS, **named)
+    loop = trainer(tmp_path, Stop(error, place), saving, *callbacks, enable_checkpointing=True, **named)
     methods = set(vars(loop.strategy))
     optimizers: list[Any] = []
     loop.callbacks.append(Remember(optimizers))  # type: ignore[attr-defined]

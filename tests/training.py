@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from zoo import Batch, next_token_batch
-from zoo_modules import VOCAB, WIDTH, Block
+from zoo_modules import VOCAB, WIDTH, Attention, Block, FeedForward
 
 STEPS = 20
 KNOWN: dict[str, Any] = {"enable_checkpointing": False, "max_epochs": 1000}
@@ -32,7 +32,7 @@ class Language(pl.LightningModule):
         self.save_hyperparameters()
         self.embedding = nn.Embedding(VOCAB, width)
         self.dropout = nn.Dropout(dropout)
-        self.block = Block(width)
+        self.block = Block(Attention(width), FeedForward(width))
         self.norm = nn.BatchNorm1d(width) if batch_norm else nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCAB)
         self.losses: list[float] = []

@@ -190,8 +190,9 @@ class Interceptor(TorchFunctionMode):
                 return DotProductAttention.scaled_logits(function, args, kwargs, a)
             if site.op == "baddbmm":
                 return function(*args, **{**kwargs, "alpha": kwargs.get("alpha", 1) * a})
-            position = next(i for i, argument in enumerate(args) if isinstance(argument, Tensor))
-            return function(*args[:position], args[position] * a, *args[position + 1 :], **kwargs)
+            at = site.operand
+            if at is not None:
+                return function(*args[:at], args[at] * a, *args[at + 1 :], **kwargs)
         if site.role == "residual":
             left, right = args[:2]
             if site.operand == 1:
@@ -254,11 +255,11 @@ class Interceptor(TorchFunctionMode):
                 "here than in the recorded step; list the module in skip, or record a step that takes both paths."
             )
         site = frame.scope.sites.get((name, EVERY_CALL)) or frame.scope.sites.get((name, ordinal))
-        if site is not None and site.last_dim is not None and args and isinstance(args[0], Tensor):
-            found = args[0].shape[-1] if args[0].dim() else None
+        if site is not None and site.last_dim is not None and site.operand is not None:
+            found = args[site.operand].shape[-1]
             if found != site.last_dim:
                 raise UnitScalingError(
-                    f"{site.name}: the recorded call had a last dimension of {site.last_dim}, this one has {found}. "
+                    f"{site.name}: the recorded operand had a last dimension of {site.last_dim}, this one has {found}. "
                     "The model takes another path here than in the recorded step; list the module in skip, or "
                     "record a step that takes both paths."
                 )
@@ -342,7 +343,7 @@ def install(module: nn.Module, plan: Plan) -> None:
     keys_with_factor = {key for key, _ in factors}
     tracked = {name for key in keys_with_factor for name in key.split("+")}
     modules = dict(module.named_modules())
-    enclosing = _enclosing_frames(factors, modules)
+    enclosing = _enclosing_frames(plan, factors, modules)
     for where, method, keys in [*_scoped_frames(plan, modules), *((*frame, []) for frame in enclosing)]:
         own = modules[where]
         touched = [key for key in keys if key in tracked]
@@ -378,11 +379,13 @@ def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> list[tuple[str,
     return [(where, method, keys) for (where, method), keys in frames.items()]
 
 
-def _enclosing_frames(factors: dict[tuple[str, str], float], modules: dict[str, nn.Module]) -> set[tuple[str, str]]:
-    """Frames in which a weight made of several parameters is both made and used: a property makes it on access."""
+def _enclosing_frames(
+    plan: Plan, factors: dict[tuple[str, str], float], modules: dict[str, nn.Module]
+) -> set[tuple[str, str]]:
+    """Frames in which a weight computed from parameters is both made and used: a property makes it on access."""
     found = set()
     for key, _ in factors:
-        if "+" in key:
+        if key not in plan.parameters or plan.parameters[key].fixed:
             path = key.split("+")[0].split(".")[:-1]
             for length in range(len(path) + 1):
                 where = ".".join(path[:length])

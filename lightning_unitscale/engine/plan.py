@@ -43,6 +43,7 @@ class ParameterPlan:
         relative_lr: learning rate of F in units of the user's own ("standard") is this times |multiplier|.
         depth_lr: the part of `unit_lr` that comes from depth (L^-½ inside a residual branch).
         lr_override: set by the user; takes the place of every learning-rate multiplier.
+        fixed: it enters the function through an expression, so its stored scale is kept and factors stay explicit.
         reason: why it is left alone; empty when it is scaled.
     """
 
@@ -77,8 +78,8 @@ class Site:
         factors: what of them stays explicit in the forward pass, by key ("" for a parameter-free site).
         ordinal: how-manieth call of `op` in its frame, for a parameter-free site; EVERY_CALL for all of them.
         calls_in_frame: how many calls of `op` one run of its frame makes at most, for a parameter-free site.
-        operand: position of the operand that the factor of a parameter-free "residual" site applies to.
-        last_dim: size of the last dimension its first operand must have, for a parameter-free site.
+        operand: position of the argument that takes the factor: the branch of an addition, the query of a product.
+        last_dim: size of the last dimension that argument must have, where it does not depend on the data.
         fold_into: the uses (key, op) whose multipliers can take the factor; empty where none can.
         folded: nothing stays explicit.
         calls: how often it was called in the recorded step.

@@ -128,11 +128,12 @@ class Recorder(TorchFunctionMode):
         parameters: tuple[str, ...] = ()
         if not constant and not name.startswith("embedding") and all(v.constant or v.parameters for v in inputs):
             parameters = tuple(sorted({parameter for value in inputs for parameter in value.parameters}))
+        expression = name not in PASSTHROUGH or any(value.expression for value in inputs)
         in_place = args and isinstance(args[0], Tensor) and outputs[0] is args[0]
         for tensor in outputs:
-            call.outputs.append(self._add(tensor, call, parameters=parameters, constant=constant))
+            call.outputs.append(self._add(tensor, call, parameters, expression, constant))
         if in_place and args[0]._base is not None and args[0]._base in self._values:
-            self._add(args[0]._base, call, parameters=parameters, constant=constant)
+            self._add(args[0]._base, call, parameters, expression, constant)
         if name in MATMULS and not parameters:
             self._measure(call, args, kwargs, outputs[0])
         if frame is not None:
@@ -161,7 +162,12 @@ class Recorder(TorchFunctionMode):
         return argument
 
     def _add(
-        self, tensor: Tensor, producer: Call | None, parameters: tuple[str, ...] = (), constant: bool = False
+        self,
+        tensor: Tensor,
+        producer: Call | None,
+        parameters: tuple[str, ...] = (),
+        expression: bool = False,
+        constant: bool = False,
     ) -> Value:
         self._value_count += 1
         value = Value(
@@ -171,6 +177,7 @@ class Recorder(TorchFunctionMode):
             requires_grad=tensor.requires_grad,
             producer=producer,
             parameters=parameters,
+            expression=expression and bool(parameters),
             constant=constant,
             number=_number(tensor) if constant else None,
         )
@@ -187,7 +194,7 @@ class Recorder(TorchFunctionMode):
             if code.co_argcount:
                 owner = python_frame.f_locals.get(code.co_varnames[0])
                 module = self._module_names.get(id(owner)) if isinstance(owner, nn.Module) else None
-                if module is not None and hasattr(type(owner), code.co_name):
+                if module is not None and callable(getattr(type(owner), code.co_name, None)):
                     self._frames[id(python_frame)] = python_frame
                     key = (id(python_frame), name)
                     ordinal = self._ordinals.get(key, 0)

@@ -47,6 +47,11 @@ class Use:
         return self.key, self.op
 
     @property
+    def is_expression(self) -> bool:
+        """Whether what is used is computed from the parameters, so that their own scale is not its scale."""
+        return any(value.expression for value in self.values)
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         """The names in the key."""
         return tuple(self.key.split("+"))

@@ -27,6 +27,7 @@ from lightning_unitscale.engine.trace import Call, ModuleSpan, Trace, Value
 from lightning_unitscale.ops import MATMULS
 
 _LOGITS_PASS = PASSTHROUGH | {"masked_fill", "where", "clamp", "tanh", "maximum", "minimum"}
+_BIAS_PASS = PASSTHROUGH | {"add", "sub", "mul", "where", "masked_fill", "sum", "sigmoid", "neg", "log"}
 _REDUCED_PASS = PASSTHROUGH | {"add", "clamp", "clamp_min", "reciprocal", "mul", "div", "rdiv", "maximum", "square"}
 
 
@@ -113,6 +114,16 @@ class Activation:
     output: Value
     call: Call | None
     span: ModuleSpan | None
+
+
+@dataclass
+class _Logits:
+    """Attention logits: their products (with the own constants after them), softmaxes, additions and biases."""
+
+    products: dict[int, tuple[Call, float]] = field(default_factory=dict)
+    ends: set[int] = field(default_factory=set)
+    additions: set[int] = field(default_factory=set)
+    biases: set[Value] = field(default_factory=set)
 
 
 class Structure:
@@ -211,10 +222,16 @@ class Structure:
         return product
 
     def own_constant_after(self, value: Value) -> float:
-        """The model's own constants that multiply `value` before anything not linear uses it."""
+        """The model's own constants that multiply `value` before anything not linear uses it.
+
+        A soft cap, c · tanh(x / c), has slope 1 and is no such constant.
+        """
         product = 1.0
         while len(value.consumers) == 1:
             (call,) = value.consumers
+            if call.name == "tanh":
+                value = call.output
+                continue
             if self.is_site(call) or call.name not in PASSTHROUGH | {"mul", "div", "neg"}:
                 break
             above = self.linear_inputs(call)
@@ -398,41 +415,39 @@ class Structure:
     # --- attention --------------------------------------------------------------------------------------------
 
     @cached_property
-    def _logits(self) -> tuple[list[Attention], set[Value]]:
-        attentions: dict[int, Attention] = {}
-        biases: set[Value] = set()
+    def _logits(self) -> _Logits:
+        found = _Logits()
         for call in self.trace.calls:
             if call.name == "scaled_dot_product_attention":
-                operands = MATMULS[call.name].operands(call.args, call.kwargs)
-                query, key = operands["query"], operands["key"]
-                scale = call.argument(6, "scale")
-                own = query.shape[-1] ** -0.5 if scale is None else abs(float(_number(scale) or 1.0))
-                attentions[call.index] = self._attention(call, own, query.shape[-1], query, key)
+                query = MATMULS[call.name].operands(call.args, call.kwargs)["query"]
+                scale = _number(call.argument(6, "scale"))
+                found.products[call.index] = (call, query.shape[-1] ** -0.5 if scale is None else abs(scale))
+                found.ends.add(call.index)
                 mask = call.argument(3, "attn_mask")
                 if isinstance(mask, Value):
-                    biases |= self._ancestry(mask)
+                    found.biases |= self._ancestry(mask)
             elif call.name in SOFTMAX:
-                found = self._product_above(call.inputs[0], biases)
-                if found is not None and found[0].index not in attentions:
-                    product, own = found
-                    left, right = list(MATMULS[product.name].operands(product.args, product.kwargs).values())[-2:]
-                    head_dim = self._contraction(product)
-                    attentions[product.index] = self._attention(product, own, head_dim, left, right)
-        return list(attentions.values()), biases
+                above = self._product_above(call.inputs[0], found)
+                if above is not None:
+                    found.products.setdefault(above[0].index, above)
+                    found.ends.add(call.index)
+        return found
 
-    @property
+    @cached_property
     def attentions(self) -> list[Attention]:
         """The products of queries and keys, in order."""
-        return self._logits[0]
+        found = []
+        for call, own in self._logits.products.values():
+            operands = list(MATMULS[call.name].operands(call.args, call.kwargs).values())
+            query, key = operands[:2] if call.name == "scaled_dot_product_attention" else operands[-2:]
+            own *= self._shared_own(query) * self._shared_own(key)
+            found.append(Attention(call, own, self._contraction(call), query, key))
+        return found
 
     @property
     def logit_biases(self) -> set[Value]:
         """Values that are added to attention logits (masks, relative positions)."""
-        return self._logits[1]
-
-    def _attention(self, call: Call, own: float, head_dim: int, query: Value, key: Value) -> Attention:
-        own *= self._shared_own(query) * self._shared_own(key)
-        return Attention(call, own, head_dim, query, key)
+        return self._logits.biases
 
     def _shared_own(self, value: Value) -> float:
         return max((source.own for source in self.sources(value)[0]), default=1.0)
@@ -448,7 +463,7 @@ class Structure:
         label = next(iter(shapes))
         return max(1, op.fan_in(label, shapes, call.args, call.kwargs))
 
-    def _product_above(self, value: Value, biases: set[Value]) -> tuple[Call, float] | None:
+    def _product_above(self, value: Value, found: _Logits) -> tuple[Call, float] | None:
         """The product of two activations above a softmax, with the constants on the way."""
         own, depth = 1.0, 0
         while value.producer is not None and depth < 32:
@@ -458,12 +473,13 @@ class Structure:
                 return (call, own) if self._is_query_key_product(call) else None
             if call.name in ("add", "sub"):
                 terms = [v for v in call.inputs if v.is_float]
-                leading = [v for v in terms if self._product_above(v, set()) is not None]
+                leading = [v for v in terms if self._product_above(v, _Logits()) is not None]
                 if len(leading) != 1:
                     return None
+                found.additions.add(call.index)
                 for term in terms:
                     if term is not leading[0]:
-                        biases |= self._ancestry(term)
+                        found.biases |= self._ancestry(term)
                 value = leading[0]
             elif call.name in ("mul", "div"):
                 above = self._product_inputs(call)
@@ -485,7 +501,9 @@ class Structure:
         operands = [v for v in MATMULS[call.name].operands(call.args, call.kwargs).values() if isinstance(v, Value)]
         return all(not value.constant for value in operands[-2:])
 
-    def _ancestry(self, value: Value) -> set[Value]:
+    @staticmethod
+    def _ancestry(value: Value) -> set[Value]:
+        """What a logit bias is made of, up to the table or product it comes from."""
         found: set[Value] = set()
         pending = [value]
         while pending:
@@ -493,7 +511,7 @@ class Structure:
             if current in found:
                 continue
             found.add(current)
-            if current.producer is not None and not self.is_site(current.producer):
+            if current.producer is not None and current.producer.name in _BIAS_PASS:
                 pending.extend(current.producer.inputs)
         return found
 
@@ -537,6 +555,8 @@ class Structure:
         found = []
         for calls, terms in self._additions:
             output = calls[-1].output
+            if calls[-1].index in self._logits.additions:
+                continue
             same = [v for v in terms if v.shape == output.shape and v.requires_grad and not v.parameters]
             if len(same) < 2:
                 continue
@@ -583,19 +603,7 @@ class Structure:
             pending.extend((above, through) for above in call.inputs)
         if not reached:
             return None
-        attends = any(attention.call.index in calls for attention in self._attention_calls)
-        return Branch(value, "attention" if attends else "mlp", frozenset(calls))
-
-    @cached_property
-    def _attention_calls(self) -> list[Attention]:
-        # Attention is looked for before residuals, whose search ends walks that attention does not need ended.
-        calls = []
-        for call in self.trace.calls:
-            if call.name == "scaled_dot_product_attention" or (
-                call.name in SOFTMAX and self._product_above(call.inputs[0], set()) is not None
-            ):
-                calls.append(Attention(call, 1.0, 1, call.inputs[0], call.inputs[0]))
-        return calls
+        return Branch(value, "mlp" if calls.isdisjoint(self._logits.ends) else "attention", frozenset(calls))
 
     @cached_property
     def streams(self) -> list[Stream]:

@@ -16,6 +16,7 @@ class Value:
     Attributes:
         parameters: names of the parameters it is computed from, if from nothing else but constants
             (a view, a cast, a weight-norm expression); empty for an activation.
+        expression: something else than views and casts was done to the parameters (1 + w, weight norm).
         constant: no parameter and no input of the step went into it.
         number: its value, when it is a 0-dim constant.
         rms: root mean square, taken only for operands and outputs of matmul-like calls.
@@ -27,6 +28,7 @@ class Value:
     requires_grad: bool
     producer: Call | None = None
     parameters: tuple[str, ...] = ()
+    expression: bool = False
     constant: bool = False
     number: float | None = None
     rms: float | None = None

@@ -161,11 +161,12 @@ class Draft:
         return [[f.module, f.method, []] for f in sorted(frames, key=str) if (f.module, f.method) not in known]
 
 
-def parameter_free_site(call: Call, role: str, multiplier: float, first: Value | None) -> Site:
-    """A site known by its frame and by how-manieth call of its function it is there."""
+def parameter_free_site(call: Call, role: str, multiplier: float, operand: Value | None = None) -> Site:
+    """A site known by its frame and by how-manieth call of its function it is there; `operand` takes the factor."""
     assert call.frame is not None
     site = Site(call.frame.module, call.frame.method, call.name, role, multiplier=multiplier, ordinal=call.ordinal)
-    site.last_dim = first.shape[-1] if first is not None and first.shape else None
+    if operand is not None:
+        site.operand = next((i for i, argument in enumerate(call.args) if argument is operand), None)
     site.rms_before = _operand_rms(call) if call.name in MATMULS else {}
     return site
 

@@ -95,7 +95,7 @@ class _Planner:
     def _multiplier(self, use: Use, call: Call, value: Value) -> float:
         if not self.options.weights or self.draft.is_alone(use.key):
             return 1.0
-        drawn = (value.rms or 1.0) if len(use.parameters) > 1 else 1.0  # an expression keeps the scale it has
+        drawn = (value.rms or 1.0) if use.is_expression else 1.0  # an expression keeps the scale it has
         if use.role == "hidden":
             return 1 / (sqrt(use.fan_in) * self._own_constant_of_input(call) * drawn)
         if use.role == "readout":
@@ -126,10 +126,10 @@ class _Planner:
             parameter.unit_lr = (use.fan_in * depth) ** -0.5
         elif use.role in ("embedding", "position", "token"):
             parameter.unit_lr = width**-0.5
+        parameter.fixed = use.is_expression
         if use.role in WEIGHT_ROLES:
             parameter.relative_lr = 1 / facts.rms if facts.rms else use.fan_in**0.5
-            if len(use.parameters) > 1:
-                parameter.fixed = True
+            if parameter.fixed:
                 parameter.multiplier = parameter.stored = facts.rms or 1.0
             elif facts.rms:
                 parameter.initial_factor = 1 / facts.rms
@@ -209,7 +209,6 @@ class _Planner:
             return
         own = max((source.own for source in self.structure.sources(value)[0]), default=1.0)
         site = parameter_free_site(call, "residual", factor / own, value)
-        site.operand = [v for v in call.args if isinstance(v, Value)].index(value)
         site.reason = "the branch does not end in a matmul or norm of its own"
         self._add_free(site, [])
 
@@ -225,7 +224,7 @@ class _Planner:
             for push in pushes:
                 self._push(push or [], factor, absorb=False)
         elif not self.draft.in_loss_code(addition.call.frame):
-            site = parameter_free_site(addition.call, "sum", factor, addition.call.output)
+            site = parameter_free_site(addition.call, "sum", factor)
             site.reason = "a term is used elsewhere too, or is left alone"
             self._add_free(site, [])
 
@@ -250,6 +249,7 @@ class _Planner:
                 continue
             factor = ATTENTION_MULTIPLIER / attention.head_dim / attention.own
             site = parameter_free_site(call, "attention", factor, attention.query)
+            site.last_dim = attention.head_dim if attention.query.shape[-1] == attention.head_dim else None
             into: list[tuple[int, str]] = []
             for side in (attention.query, attention.key):
                 pushes = self._can_push(side, {call.index})
@@ -284,7 +284,7 @@ class _Planner:
         assert call is not None
         if self.draft.in_loss_code(call.frame):
             return None
-        site = parameter_free_site(call, "activation", 1.0, activation.output)
+        site = parameter_free_site(call, "activation", 1.0)
         site.multiplier = 1 / _call_rms(call)
         return site
 
