@@ -76,4 +76,3 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, strict: bool = True)
     prepare_for_loading(module, plan)
     module.load_state_dict(checkpoint.get("state_dict", checkpoint), strict=strict)
     return plan
-

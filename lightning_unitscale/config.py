@@ -37,6 +37,7 @@ class UnitScalingNode:
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
     recalibrate: list[int] = field(default_factory=list)
     verify: bool = True
+    optimizer_family: str | None = None
 
 
 def register() -> None:

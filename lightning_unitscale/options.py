@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any
 
 SCHEMES = ("umup", "preserve")
@@ -31,6 +32,16 @@ def _choose(name: str, value: object, allowed: Sequence[str]) -> None:
     near = get_close_matches(str(value), allowed, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UnitScalingError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, allowed))}.{hint}")
+
+
+def _check_override(glob: str, value: Mapping[str, Any]) -> None:
+    for key, allowed in (("multiplier", "a number other than 0"), ("lr_multiplier", "a number of at least 0")):
+        number = value.get(key, 1.0)
+        fits = isinstance(number, (int, float)) and not isinstance(number, bool) and isfinite(number)
+        if not fits or (number == 0 if key == "multiplier" else number < 0):
+            raise UnitScalingError(f"overrides[{glob!r}]: {key}={number!r} must be {allowed}.")
+    if not isinstance(value.get("skip", False), bool):
+        raise UnitScalingError(f"overrides[{glob!r}]: skip={value['skip']!r} must be True or False.")
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class Options:
         for glob, value in overrides.items():
             for key in value:
                 _choose(f"overrides[{glob!r}] key", key, OVERRIDE_KEYS)
+            _check_override(glob, value)
             if "role" in value:
                 _choose(f"overrides[{glob!r}] role", value["role"], ROLES)
         object.__setattr__(self, "overrides", overrides)

@@ -74,9 +74,9 @@ class CausalLM(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Loss, perplexity and bits, all per byte."""
         loss = self.held_out_loss.compute()
-        self.log("val/loss", loss, prog_bar=True)
-        self.log("val/bits_per_byte", loss / math.log(2))
-        self.log("val/perplexity", self.perplexity.compute())
+        self.log("val/loss", loss, prog_bar=True, sync_dist=True)
+        self.log("val/bits_per_byte", loss / math.log(2), sync_dist=True)
+        self.log("val/perplexity", self.perplexity.compute(), sync_dist=True)
         self.held_out_loss.reset()
         self.perplexity.reset()
 

@@ -125,11 +125,11 @@ def configuration(cfg: DictConfig, run: Run) -> DictConfig:
 
 def settings(cfg: DictConfig) -> str:
     """A hash of everything in the configuration that decides the result of a run."""
-    cfg = cfg.copy()
-    cfg.trainer.default_root_dir = None
-    names = ("seed", "model", "data", "task", "optimizer", "schedule", "unitscale", "trainer")
-    relevant = {name: OmegaConf.to_container(cfg, resolve=True)[name] for name in names}  # type: ignore[index, call-overload]
-    return hashlib.blake2b(json.dumps(relevant, sort_keys=True).encode(), digest_size=8).hexdigest()
+    names = ["seed", "model", "data", "task", "optimizer", "schedule", "unitscale", "trainer"]
+    relevant = OmegaConf.masked_copy(cfg, names)
+    relevant.trainer.default_root_dir = None
+    text = json.dumps(OmegaConf.to_container(relevant, resolve=True), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 class Curve(pl.Callback):

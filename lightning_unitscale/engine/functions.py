@@ -93,6 +93,12 @@ ACCUMULATES = frozenset({
     "copy",
 })  # fmt: skip
 
+# What they return is data, though no tensor went in.
+RANDOM = frozenset({
+    "rand", "randn", "randint", "randperm", "normal", "bernoulli", "poisson", "multinomial", "rand_like", "randn_like",
+    "randint_like", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "log_normal_",
+})  # fmt: skip
+
 NORMS = frozenset({
     "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "local_response_norm", "normalize",
     "native_layer_norm", "native_batch_norm", "native_group_norm", "_fused_rms_norm",

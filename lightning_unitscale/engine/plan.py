@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -236,6 +237,7 @@ class Plan:
                 f"the plan has version {data['version']}, this package reads version {PLAN_VERSION}; "
                 "load it with the package version that wrote it."
             )
+        data = deepcopy(dict(data))
         known = {f.name for f in fields(cls)} - {"parameters", "sites"}
         plan = cls(**{name: value for name, value in data.items() if name in known})
         plan.parameters = {name: ParameterPlan(**value) for name, value in data["parameters"].items()}

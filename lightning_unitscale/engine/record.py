@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.functions import PASSTHROUGH, is_in_place, short_name
+from lightning_unitscale.engine.functions import PASSTHROUGH, RANDOM, is_in_place, short_name
 from lightning_unitscale.engine.trace import Call, Frame, ModuleSpan, ParameterFacts, Trace, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import open_multi_head_attention
@@ -124,9 +124,9 @@ class Recorder(TorchFunctionMode):
         self.trace.calls.append(call)
         for value in dict.fromkeys(inputs):
             value.consumers.append(call)
-        constant = all(value.constant for value in inputs)
+        constant = name not in RANDOM and all(value.constant for value in inputs)
         parameters: tuple[str, ...] = ()
-        if not constant and not name.startswith("embedding") and all(v.constant or v.parameters for v in inputs):
+        if not constant and not _makes_activation(call) and all(v.constant or v.parameters for v in inputs):
             parameters = tuple(sorted({parameter for value in inputs for parameter in value.parameters}))
         expression = name not in PASSTHROUGH or any(value.expression for value in inputs)
         in_place = args and isinstance(args[0], Tensor) and outputs[0] is args[0]
@@ -241,6 +241,18 @@ def _wide(tensor: Tensor) -> torch.dtype:
     if tensor.is_complex():
         return torch.complex128 if tensor.dtype == torch.complex128 else torch.complex64
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _makes_activation(call: Call) -> bool:
+    """Whether a call on constants and parameters gives an activation rather than another weight.
+
+    A lookup does, and so does a product with a constant batch; a product inside a parametrization does not.
+    """
+    if call.name.startswith("embedding"):
+        return True
+    if call.name not in MATMULS or (call.frame is not None and "parametrizations" in call.frame.module.split(".")):
+        return False
+    return any(value.constant and value.is_float and len(value.shape) > 1 for value in call.inputs)
 
 
 def _is_constant(tensor: Tensor) -> bool:

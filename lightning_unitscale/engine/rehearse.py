@@ -165,7 +165,8 @@ class Rehearsal:
                 f"{type(self._module).__name__}.training_step takes `dataloader_iter`; a rehearsal would consume its "
                 "batches. Let it take `batch` instead."
             )
-        arguments = [self._copies.of(batch, "batch")]
+        with torch._C.DisableTorchFunction():  # a recorder must meet the copy as an input, not see it made
+            arguments = [self._copies.of(batch, "batch")]
         if is_param_in_hook_signature(step, "batch_idx", min_args=2):
             arguments.append(batch_idx)
         with torch.enable_grad(), self._trainer.precision_plugin.train_step_context():

@@ -41,10 +41,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation: `x` is what it normalises, `output` what leaves it (after the gain, if there is one)."""
+    """A normalisation of `x`; `statistics` are the calls that compute its scale, where it is spelled out."""
 
     call: Call
     x: Value
+    statistics: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,11 @@ class Structure:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
+        for call in trace.calls:
+            if call.frame is None and call.index not in self.to_loss:  # a logging hook must not change the plan
+                for value in dict.fromkeys(call.inputs):
+                    if call in value.consumers:
+                        value.consumers.remove(call)
 
     # --- linear following -------------------------------------------------------------------------------------
 
@@ -329,7 +335,7 @@ class Structure:
                 orders = [call.inputs, call.inputs[::-1]] if call.name == "mul" else [call.inputs]
                 for x, scale in orders:
                     if self._is_normalizer(scale, x):
-                        found[call] = Norm(call, x)
+                        found[call] = Norm(call, x, self._calls_between(x, scale))
                         break
         return found
 
@@ -349,6 +355,17 @@ class Structure:
                 return False
             value, depth = moving[0], depth + 1
         return False
+
+    @staticmethod
+    def _calls_between(start: Value, end: Value) -> frozenset[int]:
+        found: set[int] = set()
+        pending = [end]
+        while pending:
+            call = pending.pop().producer
+            if call is not None and call.index not in found and call.output.index > start.index:
+                found.add(call.index)
+                pending.extend(value for value in call.inputs if value is not start)
+        return frozenset(found)
 
     @cached_property
     def gains(self) -> dict[Call, Norm]:
@@ -373,18 +390,19 @@ class Structure:
     def goes_only_into_norms(self, value: Value) -> bool:
         """Whether every use of `value` (through views and casts) is as the input of a norm."""
         pending, reached = [value], False
-        normalised = {norm.x for norm in self.norms.values()}
         while pending:
             current = pending.pop()
-            if current in normalised:
-                reached = True
-                continue
-            if not current.consumers:
-                return False
+            norms = [norm for norm in self.norms.values() if norm.x is current]
+            inside = {norm.call.index for norm in norms}.union(*(norm.statistics for norm in norms))
+            reached = reached or bool(norms)
             for call in current.consumers:
+                if call.index in inside:
+                    continue
                 if call.name not in PASSTHROUGH:
                     return False
                 pending.extend(call.outputs)
+            if not current.consumers:
+                return False
         return reached
 
     # --- the way to the loss ----------------------------------------------------------------------------------

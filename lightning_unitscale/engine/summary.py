@@ -30,6 +30,9 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
         rates = sorted({lr[key] for site in sites for key in site.params[:1] if key in lr})
         rate = " … ".join(dict.fromkeys(f"{r:.3g}" for r in (rates[:1] + rates[-1:])))
         table.add_row(name, str(len(sites)), role, multiplier, kept, rate, reason)
+    placed = {name for site in plan.sites for key in site.params for name in key.split("+")}
+    for reason, names in _by_reason(plan, placed).items():
+        table.add_row(f"{names[0]}{' …' if len(names) > 1 else ''}", str(len(names)), "unused", "", "-", "", reason)
     text = StringIO()
     console = Console(file=text, width=_WIDTH, color_system=None)
     console.print(_headline(plan))
@@ -39,6 +42,15 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
     for note in plan.notes:
         console.print(f"note: {note}")
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _by_reason(plan: Plan, placed: set[str]) -> dict[str, list[str]]:
+    """The parameters that no site uses."""
+    found: dict[str, list[str]] = {}
+    for parameter in plan.parameters.values():
+        if parameter.name not in placed:
+            found.setdefault(parameter.reason, []).append(parameter.name)
+    return found
 
 
 def _headline(plan: Plan) -> str:

@@ -1,28 +1,22 @@
 """Experts that got no token in the recorded step take the rule of those that did.
 
-Siblings are parameters whose names differ in numbers alone ("experts.3.w1.weight", "experts.5.w1.weight").
+Siblings are parameters of one shape whose names differ in one number ("experts.3.w1.weight", "experts.5.w1.weight").
 """
 
 from __future__ import annotations
 
-import re
 from copy import deepcopy
 
 from lightning_unitscale.engine.plan import ParameterPlan, Plan
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-
 
 def include_siblings(plan: Plan) -> None:
     """Give every unused parameter the rule of a sibling that was used, in place."""
-    used: dict[str, ParameterPlan] = {}
-    for parameter in plan.parameters.values():
-        if parameter.role != "unused":
-            used.setdefault(_family(parameter.name), parameter)
+    used = [parameter for parameter in plan.parameters.values() if parameter.role != "unused"]
     renames: dict[str, str] = {}
     for name, parameter in plan.parameters.items():
-        model = used.get(_family(name))
-        if parameter.role == "unused" and model is not None and model.shape == parameter.shape:
+        model = next((other for other in used if _are_siblings(parameter, other)), None)
+        if parameter.role == "unused" and model is not None:
             plan.parameters[name] = _like(parameter, model)
             renames[name] = model.name
     if not renames:
@@ -33,8 +27,12 @@ def include_siblings(plan: Plan) -> None:
     plan.notes.append(f"{len(renames)} parameters got no data in the recorded step and take the rule of their siblings")
 
 
-def _family(name: str) -> str:
-    return _NUMBER.sub("#", name)
+def _are_siblings(one: ParameterPlan, other: ParameterPlan) -> bool:
+    if one.shape != other.shape:
+        return False
+    left, right = one.name.split("."), other.name.split(".")
+    differing = [(a, b) for a, b in zip(left, right, strict=False) if a != b]
+    return len(left) == len(right) and len(differing) == 1 and all(part.isdigit() for part in differing[0])
 
 
 def _like(parameter: ParameterPlan, model: ParameterPlan) -> ParameterPlan:

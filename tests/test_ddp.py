@@ -1,0 +1,186 @@
+"""The same global batch gives the same training, cut into processes or into accumulated pieces, in float64."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from training import Language, trainer
+from zoo import Batch, default_dtype, next_token_batch
+from zoo_modules import LoopExperts
+
+from lightning_unitscale import UnitScaling
+from lightning_unitscale.engine.plan import plan_of
+from lightning_unitscale.strategy import UnitScalingDDPStrategy
+
+TESTS = Path(__file__).parent
+ROWS, STEPS = 8, 6
+
+
+def global_batch(step: int) -> Batch:
+    parts = [next_token_batch(1000 * step + part) for part in range(ROWS // 4)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class Shared(Language):
+    """Each process takes its rows of the global batch, interleaved."""
+
+    rows, tokens = ROWS, None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        mine = slice(self.global_rank, self.rows, self.trainer.world_size)
+        rows = {name: value[mine, : self.tokens] for name, value in batch.items()}
+        loss = self.loss(rows)
+        self.log("train_loss", loss, sync_dist=True)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+
+class Routed(Shared):
+    """Each process sees few tokens, and so few of the experts."""
+
+    rows, tokens = 2, 1
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.block.mlp = LoopExperts()
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def train(
+    cls: type[Shared], folder: Path, storage: str, pieces: int = 1, strategy: Any = "auto", callback: bool = True
+) -> Shared:
+    """`STEPS` steps on the global batches; each cut into `pieces` that are accumulated."""
+    with default_dtype(torch.float64):
+        torch.manual_seed(0)
+        module = cls(batch_norm=False, optimizer="sgd", lr=0.05)
+        data = []
+        for step in range(STEPS):
+            batch = global_batch(step)
+            cut = {name: value.chunk(pieces) for name, value in batch.items()}
+            data += [{name: value[piece] for name, value in cut.items()} for piece in range(pieces)]
+        loop = trainer(
+            folder,
+            *([UnitScaling(storage=storage)] if callback else []),
+            strategy=strategy,
+            devices=2 if isinstance(strategy, DDPStrategy) else 1,
+            use_distributed_sampler=False,
+            accumulate_grad_batches=pieces,
+            max_steps=STEPS,
+        )
+        loop.fit(module, DataLoader(data, batch_size=None))
+    return module
+
+
+IN_TWO: dict[str, tuple[type[Shared], str, Callable[[], DDPStrategy], bool]] = {
+    "callback-folded": (Shared, "folded", DDPStrategy, True),
+    "callback-unit": (Shared, "unit", DDPStrategy, True),
+    "strategy-unit": (Shared, "unit", lambda: UnitScalingDDPStrategy(storage="unit"), False),
+    "routed-folded": (Routed, "folded", lambda: UnitScalingDDPStrategy(find_unused_parameters=True), False),
+    "routed-unit": (Routed, "unit", lambda: DDPStrategy(find_unused_parameters=True), True),
+}
+
+
+def one_of_two(folder: str) -> None:
+    """Runs in each of the two processes."""
+    rank = os.environ["LOCAL_RANK"]
+    for name, (cls, storage, strategy, callback) in IN_TWO.items():
+        module = train(cls, Path(folder), storage, strategy=strategy(), callback=callback)
+        plan = plan_of(module)
+        assert plan is not None
+
+        result = {"losses": module.losses, "weights": weights_of(module), "plan": plan.to_dict()}
+        torch.save(result, Path(folder, f"{name}-{rank}.pt"))
+
+
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    common = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    code = "import sys; from test_ddp import one_of_two; one_of_two(sys.argv[1])"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)],
+            env={**common, "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(error[-3000:] for error in errors)
+    return folder
+
+
+def assert_close(weights: dict[str, Tensor], expected: dict[str, Tensor], start: dict[str, Tensor]) -> None:
+    for name, value in weights.items():
+        tolerance = 1e-12 * max(float(expected[name].abs().max()), 1e-2)  # the gradient of the key's bias is 0
+        assert float((value - expected[name]).abs().max()) <= tolerance, name
+    assert any(not torch.equal(value, start[name]) for name, value in expected.items())
+
+
+def what_it_does(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan without what each process measured on its own rows after it was put in force."""
+    return {**plan, "sites": [{**site, "rms_after": {}} for site in plan["sites"]]}
+
+
+def started(module: Shared) -> dict[str, Tensor]:
+    with default_dtype(torch.float64):
+        torch.manual_seed(0)
+        return weights_of(type(module)(batch_norm=False))
+
+
+@pytest.mark.parametrize("name", IN_TWO)
+def test_two_processes_are_one(tmp_path: Path, in_two: Path, name: str) -> None:
+    cls, storage, _, _ = IN_TWO[name]
+    whole = train(cls, tmp_path, storage)
+    halves = [torch.load(in_two / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+    one, other = (what_it_does(half["plan"]) for half in halves)
+    assert one == other
+    assert halves[0]["losses"] != halves[1]["losses"]
+    for half in halves:
+        assert_close(half["weights"], weights_of(whole), started(whole))
+    means = [(one + other) / 2 for one, other in zip(halves[0]["losses"], halves[1]["losses"], strict=True)]
+    assert means == pytest.approx(whole.losses, rel=1e-12)
+
+
+def test_the_first_tokens_go_to_different_experts() -> None:
+    """What `routed` is about: by itself, each process would have recorded another model."""
+    with default_dtype(torch.float64):
+        torch.manual_seed(0)
+        model = Routed(batch_norm=False)
+        routes = []
+        model.block.mlp.router.register_forward_hook(
+            lambda module, args, output: routes.append(set(output[1].tolist()))
+        )
+        for rank in range(2):
+            model(global_batch(0)["input_ids"][rank:2:2, :1])
+    assert routes[0] != routes[1]
+
+
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+def test_accumulated_pieces_are_one_batch(tmp_path: Path, storage: str) -> None:
+    whole = train(Shared, tmp_path, storage)
+    pieces = train(Shared, tmp_path, storage, pieces=4)
+    assert len(pieces.losses) == 4 * len(whole.losses)
+    assert_close(weights_of(pieces), weights_of(whole), started(whole))

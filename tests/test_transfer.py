@@ -1,0 +1,203 @@
+"""The transfer recipe: what it runs, that a stopped sweep goes on, and what it concludes from given results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from lightning_unitscale import cli, config
+
+FEW = ["sweep.widths=[32]", "sweep.umup=[0]", "sweep.standard=[-8]", "trainer.max_steps=2"]
+
+
+@pytest.fixture(scope="module")
+def transfer() -> Iterator[ModuleType]:
+    """The recipe as a module."""
+    folder = str(config.shipped("recipes"))
+    sys.path.insert(0, folder)
+    yield importlib.import_module("transfer")
+    sys.path.remove(folder)
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    config.register()
+    with initialize_config_dir(str(config.shipped("conf")), version_base="1.3"):
+        return compose(name, overrides=["trainer.default_root_dir=.", *overrides])
+
+
+def command(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["unitscale", *arguments])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    GlobalHydra.instance().clear()
+    cli.main()
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_the_full_sweep(transfer: ModuleType) -> None:
+    sweep = composed("transfer").sweep
+    runs = transfer.planned(sweep)
+    assert len(runs) == len(set(runs))
+    count = len(sweep.widths) * (len(sweep.standard) + len(sweep.umup))
+    count += 2 * len(sweep.drop_in.widths) * len(sweep.drop_in.learning_rates)
+    assert len(runs) == len(sweep.seeds) * count
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+
+
+def test_parametrizations_differ_in_what_they_should(transfer: ModuleType) -> None:
+    cfg = composed("transfer")
+    standard, umup, drop_in = (
+        transfer.configuration(cfg, transfer.Run(name, 128, 0.5, 2)) for name in ("standard", "umup", "drop-in")
+    )
+    assert standard.unitscale is None
+    assert (umup.unitscale.lr_units, drop_in.unitscale.lr_units) == ("umup", "standard")
+    assert standard.optimizer == drop_in.optimizer
+    for run in (standard, umup, drop_in):
+        assert (run.model.config.hidden_size, run.optimizer.lr, run.seed) == (128, 0.5, 2)
+        assert run.optimizer.betas == cfg.optimizer.betas
+    # What weight decay takes off in a step is the same at the learning rates that the two are made for.
+    assert umup.optimizer.weight_decay * 1 == pytest.approx(cfg.optimizer.weight_decay * 2**-9, rel=0.05)
+
+
+def test_hash_covers_what_decides_the_result_and_nothing_else(transfer: ModuleType) -> None:
+    run = transfer.Run("umup", 64, 1.0, 1)
+
+    def key(*overrides: str) -> str:
+        return transfer.settings(transfer.configuration(composed("transfer", *overrides), run))
+
+    assert key() == key("sweep.widths=[64]", "threads=1", "trainer.default_root_dir=elsewhere")
+    changed = [
+        "model.depth=2",
+        "unitscale.storage=unit",
+        "data.batch_size=4",
+        "schedule.final=0",
+        "trainer.max_steps=9",
+    ]
+    assert len({key(), *map(key, changed)}) == 1 + len(changed)
+
+
+def test_a_run_is_that_of_the_pretrain_recipe(
+    transfer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["experiment=tiny", "unitscale.lr_units=umup", "optimizer.lr=0.5", "seed=3"]
+    command(tmp_path, monkeypatch, "pretrain", *overrides)
+    (metrics,) = tmp_path.glob("outputs/pretrain/*/report/metrics.json")
+    held_out, curve = transfer.train(composed("pretrain", *overrides))
+    assert held_out == json.loads(metrics.read_text())["held-out loss, nats per byte"]
+    assert len(curve) == 1
+
+
+def test_a_stopped_sweep_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    command(tmp_path, monkeypatch, "transfer", "sweep=quick", *FEW)
+    folder = tmp_path / "outputs" / "transfer" / "quick"
+    lines = (folder / "runs.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert capsys.readouterr().out.count("[4/4] drop-in") == 1
+    first = json.loads((folder / "transfer.json").read_text())["runs"]
+    assert [run["held_out"] > 0 for run in first] == [True] * 4
+    assert (folder / "transfer.png").stat().st_size > 0
+    assert "Best held-out loss" in (folder / "transfer.txt").read_text()
+
+    command(tmp_path, monkeypatch, "transfer", "sweep=quick", *FEW)
+    assert "/4]" not in capsys.readouterr().out
+
+    (folder / "runs.jsonl").write_text("\n".join([*lines[:3], lines[3][:50]]))  # stopped while it wrote
+    command(tmp_path, monkeypatch, "transfer", "sweep=quick", *FEW)
+    assert "[1/1] drop-in" in capsys.readouterr().out
+    again = json.loads((folder / "transfer.json").read_text())["runs"]
+    assert [run["held_out"] for run in again] == [run["held_out"] for run in first]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("unitscale=none", "needs unitscale=umup"),
+        ("sweep.seeds=[]", "the sweep is empty"),
+        ("sweep.widths=[48]", r"model\.width=48 is not a multiple of model\.head_width=32"),
+        ("sweep=fast", "sweep=fast is not known; choose one of full, quick"),
+    ],
+)
+def test_wrong_settings_are_named(override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = [] if override.startswith("sweep=") else ["sweep=quick"]
+    with pytest.raises(SystemExit, match=message):
+        command(tmp_path, monkeypatch, "transfer", *quick, override)
+
+
+# --- what the results say ---------------------------------------------------------------------------------------------
+
+
+def results(transfer: ModuleType, losses: dict[tuple[str, int, float], list[float]]) -> list:
+    return [
+        transfer.Result(transfer.Run(name, width, rate, seed), "", loss)
+        for (name, width, rate), all_ in losses.items()
+        for seed, loss in enumerate(all_)
+    ]
+
+
+def test_best_is_that_of_the_mean_over_whole_sets_of_seeds(transfer: ModuleType) -> None:
+    found = results(
+        transfer,
+        {
+            ("umup", 64, 0.25): [1.9, 1.9],
+            ("umup", 64, 0.5): [1.5, 1.8],
+            ("umup", 64, 1.0): [1.6, 1.6],
+            ("umup", 64, 2.0): [1.0, math.inf],  # one seed diverged
+            ("umup", 64, 4.0): [0.9],  # a seed is missing
+            ("umup", 64, 0.003): [0.5, 0.5],  # not on the grid
+        },
+    )
+    best = transfer.best_of(found, "umup", 64)
+    assert (best.learning_rate, best.losses, best.at_edge) == (1.0, (1.6, 1.6), False)
+    assert transfer.best_of(found, "umup", 128) is None
+    assert transfer.best_of(found[:4], "umup", 64).at_edge
+
+
+def test_findings(transfer: ModuleType) -> None:
+    cfg = composed("transfer", "sweep.widths=[64,128]", "sweep.drop_in.widths=[64]")
+    good = {
+        ("standard", 64, 2**-8): [1.9],
+        ("standard", 64, 2**-9): [2.0],
+        ("standard", 128, 2**-8): [2.0],
+        ("standard", 128, 2**-9): [1.8],
+        ("umup", 64, 1.0): [1.7],
+        ("umup", 128, 0.5): [1.6],
+        ("standard", 64, 3e-3): [2.0],
+        ("drop-in", 64, 3e-3): [2.05],
+    }
+    assert [holds for holds, _ in transfer.findings(cfg, results(transfer, good))] == [True] * 5
+    bad = {**good, ("umup", 128, 0.25): [1.4], ("umup", 64, 1.0): [1.3], ("drop-in", 64, 3e-3): [2.2]}
+    shown = list(transfer.findings(cfg, results(transfer, bad)))
+    assert [holds for holds, _ in shown] == [True, False, True, False, False]
+    assert "(2^2)" in shown[1][1]
+    assert "+0.100 nats" in shown[3][1]
+    assert "worst +0.200" in shown[4][1]
+    assert list(transfer.findings(cfg, [])) == []
+
+
+def test_a_result_survives_its_line(transfer: ModuleType) -> None:
+    for loss in (1.25, math.inf):
+        result = transfer.Result(transfer.Run("umup", 64, 2.0, 1), "abc", loss, [2.0, 1.5], 3.0)
+        assert transfer.Result.from_json(result.to_json()) == result
+        assert "Infinity" not in result.to_json()
+
+
+def test_a_partial_sweep_is_drawn(transfer: ModuleType) -> None:
+    cfg = composed("transfer")
+    for found in ([], results(transfer, {("umup", 64, 1.0): [math.inf], ("drop-in", 64, 1e-3): [1.0, 1.2]})):
+        transfer.figure(cfg, found).canvas.draw()
+        transfer.transfer_table(cfg, found)
+        transfer.drop_in_table(cfg, found)
