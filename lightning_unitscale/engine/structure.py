@@ -132,11 +132,11 @@ class Structure:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        for call in trace.calls:
-            if call.frame is None and call.index not in self.to_loss:  # a logging hook must not change the plan
-                for value in dict.fromkeys(call.inputs):
-                    if call in value.consumers:
-                        value.consumers.remove(call)
+        # A logging hook must not change the plan.
+        self.calls = [call for call in trace.calls if call.frame is not None or call.index in self.to_loss]
+        for call in set(trace.calls).difference(self.calls):
+            for value in call.inputs:
+                value.consumers = [consumer for consumer in value.consumers if consumer is not call]
 
     # --- linear following -------------------------------------------------------------------------------------
 
@@ -303,7 +303,7 @@ class Structure:
 
     @cached_property
     def _sites(self) -> dict[int, Call]:
-        return {call.index: call for call in self.trace.calls if self.weights_of(call)}
+        return {call.index: call for call in self.calls if self.weights_of(call)}
 
     @property
     def sites(self) -> list[Call]:
@@ -328,7 +328,7 @@ class Structure:
     def norms(self) -> dict[Call, Norm]:
         """Normalisations: the functions of that name, and `x · rsqrt(mean(x²))` spelled out."""
         found = {}
-        for call in self.trace.calls:
+        for call in self.calls:
             if call.name in NORMS and call.inputs and not call.output.parameters:
                 found[call] = Norm(call, call.inputs[0])
             elif call.name in ("mul", "div") and len(call.inputs) == 2 and not call.output.parameters:
@@ -423,7 +423,7 @@ class Structure:
     def feeds_matmul(self) -> set[int]:
         """Indices of the calls whose output reaches a matmul with a parameter on the way to the loss."""
         found: set[int] = set()
-        for call in reversed(self.trace.calls):
+        for call in reversed(self.calls):
             for consumer in (c for output in call.outputs for c in output.consumers):
                 if consumer.index in self.to_loss and (consumer.index in found or self.is_site(consumer)):
                     found.add(call.index)
@@ -435,7 +435,7 @@ class Structure:
     @cached_property
     def _logits(self) -> _Logits:
         found = _Logits()
-        for call in self.trace.calls:
+        for call in self.calls:
             if call.name == "scaled_dot_product_attention":
                 query = MATMULS[call.name].operands(call.args, call.kwargs)["query"]
                 scale = _number(call.argument(6, "scale"))
@@ -544,7 +544,7 @@ class Structure:
         """Chains of same-shape additions as one: (calls, terms); the last call gives the sum."""
         found = []
         absorbed: set[int] = set()
-        for call in reversed(self.trace.calls):
+        for call in reversed(self.calls):
             if call.name != "add" or call.index in absorbed or not call.output.requires_grad:
                 continue
             calls, terms, pending = [call], [], list(call.inputs)
@@ -703,7 +703,7 @@ class Structure:
                 inside.update(span.calls)
                 assert span.output is not None
                 found.append(Activation(span.output, None, span))
-        for call in self.trace.calls:
+        for call in self.calls:
             if call.name in ACTIVATIONS and call.index not in inside and not call.output.parameters:
                 found.append(Activation(call.output, call, None))
         return sorted(found, key=lambda activation: activation.output.index)
