@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import hydra
@@ -12,9 +12,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from lightning_unitscale import cli, config
+from lightning_unitscale import UnitScaling, cli, config
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.options import Options
 
 CONF = config.shipped("conf")
 GROUPS = ("model", "data", "task", "optimizer", "unitscale", "trainer", "logger", "experiment")
@@ -93,11 +92,14 @@ def test_every_option_composes(group: str, option: str) -> None:
 
 
 def test_schema_has_the_arguments_and_defaults_of_the_callback() -> None:
-    expected = Options().to_dict()
+    arguments = inspect.signature(UnitScaling).parameters
     schema = OmegaConf.to_container(OmegaConf.structured(config.UnitScalingNode))
     assert isinstance(schema, dict)
-    assert {key: value for key, value in schema.items() if not str(key).startswith("_")} == expected
-    assert {option.name for option in fields(Options)} == set(expected)
+    defaults = {key: value for key, value in schema.items() if not key.startswith("_")}
+    assert set(defaults) == set(arguments)
+    for name, value in defaults.items():
+        expected = arguments[name].default
+        assert value == expected or not (value or expected), name  # [] for (), {} for None
 
 
 def test_the_node_for_other_applications_is_the_same() -> None:

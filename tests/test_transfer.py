@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_unitscale import cli, config
 
@@ -72,20 +72,16 @@ def test_parametrizations_differ_in_what_they_should(transfer: ModuleType) -> No
 
 
 def test_hash_covers_what_decides_the_result_and_nothing_else(transfer: ModuleType) -> None:
-    run = transfer.Run("umup", 64, 1.0, 1)
+    cfg, run = composed("transfer"), transfer.Run("umup", 64, 1.0, 1)
 
-    def key(*overrides: str) -> str:
-        return transfer.settings(transfer.configuration(composed("transfer", *overrides), run))
+    def key(name: str = "threads", value: object = 1) -> str:
+        changed = cfg.copy()
+        OmegaConf.update(changed, name, value)
+        return transfer.settings(transfer.configuration(changed, run))
 
-    assert key() == key("sweep.widths=[64]", "threads=1", "trainer.default_root_dir=elsewhere")
-    changed = [
-        "model.depth=2",
-        "unitscale.storage=unit",
-        "data.batch_size=4",
-        "schedule.final=0",
-        "trainer.max_steps=9",
-    ]
-    assert len({key(), *map(key, changed)}) == 1 + len(changed)
+    assert key() == key("sweep.widths", [64]) == key("trainer.default_root_dir", "elsewhere")
+    deciding = {"model.depth": 2, "unitscale.storage": "unit", "data.batch_size": 4, "schedule.final": 0}
+    assert len({key(), *(key(*item) for item in deciding.items())}) == 1 + len(deciding)
 
 
 def test_a_run_is_that_of_the_pretrain_recipe(

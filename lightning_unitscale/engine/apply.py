@@ -26,6 +26,8 @@ from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
 from lightning_unitscale.options import UnitScalingError
 
+# Functions whose backward pass reads their input alone: their output can be multiplied in place.
+_OUTPUT_IS_FREE = frozenset({"silu", "gelu", "mish"})
 STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 _MULTI_HEAD = "multi_head_attention_forward"
 
@@ -199,7 +201,7 @@ class Interceptor(TorchFunctionMode):
                 return left.add_(right, alpha=a) if in_place else torch.add(left, right, alpha=a)
             return left.mul_(a).add_(right) if in_place else torch.add(right, left, alpha=a)
         result = self._run(name, function, args, kwargs)
-        return result.mul_(a) if in_place else result * a
+        return result.mul_(a) if in_place or name in _OUTPUT_IS_FREE else result * a
 
     def _scaled(self, argument: Any, name: str) -> Any:
         if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):

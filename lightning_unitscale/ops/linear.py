@@ -13,6 +13,7 @@ neither a scaled copy of the weight nor of the activations is kept (Unit Scaling
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
@@ -49,6 +50,10 @@ class ScaledProduct(torch.autograd.Function):
             None,
             None,
         )
+
+
+# `Function.apply` asks for this signature at every call, and working it out costs as much as a small product.
+ScaledProduct.forward.__signature__ = inspect.signature(ScaledProduct.forward)  # type: ignore[attr-defined]
 
 
 def _product(left: Tensor, right: Tensor, a: float) -> Tensor:

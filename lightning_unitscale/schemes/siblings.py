@@ -40,7 +40,7 @@ def _like(parameter: ParameterPlan, model: ParameterPlan) -> ParameterPlan:
     copy.name, copy.aliases, copy.initial_rms = parameter.name, parameter.aliases, parameter.initial_rms
     scaled = copy.initial_factor not in (0.0, 1.0)
     if scaled and parameter.initial_rms:
-        copy.initial_factor = copy.relative_lr = 1 / parameter.initial_rms
+        copy.initial_factor = 1 / parameter.initial_rms
     return copy
 
 

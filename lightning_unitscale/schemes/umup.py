@@ -28,7 +28,7 @@ give the total. Under SGD, learning rates are fan_in (hidden) and width (others)
 from __future__ import annotations
 
 from collections import defaultdict
-from math import isclose, sqrt
+from math import isclose, log2, sqrt
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ class _Planner:
             parameter.unit_lr = width**-0.5
         parameter.fixed = use.is_expression
         if use.role in WEIGHT_ROLES:
-            parameter.relative_lr = 1 / facts.rms if facts.rms else use.fan_in**0.5
+            parameter.relative_lr = _rounded(1 / facts.rms) if facts.rms else use.fan_in**0.5
             if parameter.fixed:
                 parameter.multiplier = parameter.stored = facts.rms or 1.0
             elif facts.rms:
@@ -357,6 +357,11 @@ class _Planner:
                         site.fold_into, changed = [], True
                         site.reason = f"{key} is also called on other inputs"
                         break
+
+
+def _rounded(rate: float) -> float:
+    """To a sixteenth of an octave: weights drawn alike then share a learning rate, and groups stay few."""
+    return float(2 ** (round(16 * log2(rate)) / 16))
 
 
 def gaussian_rms(function: Any) -> float:
