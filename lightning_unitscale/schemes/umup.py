@@ -34,10 +34,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_unitscale.engine.activations import Activation
 from lightning_unitscale.engine.fold import resolve
+from lightning_unitscale.engine.graph import Source
 from lightning_unitscale.engine.plan import EVERY_CALL, ParameterPlan, Plan, Site
+from lightning_unitscale.engine.residuals import Residual, Stream
 from lightning_unitscale.engine.roles import WEIGHT_ROLES, Use
-from lightning_unitscale.engine.structure import Activation, Residual, Source, Stream, Sum
+from lightning_unitscale.engine.structure import Sum
 from lightning_unitscale.engine.trace import Call, Trace, Value
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes.draft import Draft, geometric_mean, parameter_free_site
