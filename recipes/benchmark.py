@@ -275,7 +275,8 @@ def one_line(error: BaseException) -> str:
     """An error as the table shows it."""
     if isinstance(error, ModuleNotFoundError):
         return "not installed (pip install unit-scaling)"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"[:200]
+    lines = str(error).strip().splitlines()[:2]  # the compiler names its cause in the second
+    return f"{type(error).__name__}: {' '.join(lines)}"[:200]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

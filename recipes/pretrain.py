@@ -28,7 +28,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_unitscale import Plan, unit_scale
+from lightning_unitscale import unit_scale
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.data import BOS, IGNORED, ByteText, decode, encode
 from lightning_unitscale.errors import InputError
@@ -188,7 +188,7 @@ def main(cfg: DictConfig) -> float:
         title=f"pretrain: {cfg.model.config.model_type}, width {cfg.model.width}, depth {cfg.model.depth}",
         metrics=metrics,
         log=run_folder / "csv" / "metrics.csv",
-        rms=compare_rms(cfg, module, data, unitscale.plan if unitscale else None),
+        rms=compare_rms(cfg, module, data),
         samples=samples,
         plan=unitscale.plan.summary() if unitscale else "no unit scaling (unitscale=none)",
     )
@@ -245,7 +245,7 @@ class Progress(RichProgressBar):
         return "Training"
 
 
-def compare_rms(cfg: DictConfig, trained: CausalLM, data: ByteText, plan: Plan | None) -> dict[str, list[LayerRMS]]:
+def compare_rms(cfg: DictConfig, trained: CausalLM, data: ByteText) -> dict[str, list[LayerRMS]]:
     """The same batch through the untouched model, the scaled one, and the trained one."""
     inputs, targets = (tensor.to(trained.device) for tensor in next(iter(data.train_dataloader())))
 
@@ -256,10 +256,12 @@ def compare_rms(cfg: DictConfig, trained: CausalLM, data: ByteText, plan: Plan |
     pl.seed_everything(cfg.seed, verbose=False)
     twin = new_module(cfg).to(trained.device)
     rms = {"untouched, step 0": measure_rms(twin, loss_of)}
-    if plan:
-        unit_scale(twin, loss_of, **plan.options)
+    if cfg.unitscale:
+        options = instantiate(cfg.unitscale, _target_="builtins.dict")
+        del options["optimizer_family"]  # says how to train, not what the model is
+        unit_scale(twin, loss_of, **options)
         rms["scaled, step 0"] = measure_rms(twin, loss_of)
-    rms[f"{'scaled' if plan else 'untouched'}, trained"] = measure_rms(trained, loss_of)
+    rms[f"{'scaled' if cfg.unitscale else 'untouched'}, trained"] = measure_rms(trained, loss_of)
     return rms
 
 
