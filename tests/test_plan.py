@@ -306,13 +306,13 @@ def test_properties() -> None:
 
 
 def test_first_relative_updates_are_those_of_the_plain_model() -> None:
-    """lr_units="standard": in folded storage lr(W) / RMS(W) is what it was for every hidden weight."""
+    """lr_units="standard": lr(W) / RMS(W) is what it was for every hidden weight, to a sixteenth of an octave."""
     untouched, model = mlp(), mlp()
     plan = unit_scale(model, step)
     for name in ("0.weight", "2.weight"):
         before = untouched.get_parameter(name).square().mean().sqrt()
         after = model.get_parameter(name).detach().square().mean().sqrt()
-        assert plan.lr_multipliers[name] / float(after) == pytest.approx(1 / float(before), rel=1e-5)
+        assert plan.lr_multipliers[name] / float(after) == pytest.approx(1 / float(before), rel=0.022)
 
 
 @pytest.mark.parametrize("width", [32, 64])

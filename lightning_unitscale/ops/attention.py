@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -43,23 +43,11 @@ class DotProductAttention(Matmul):
         return function(*args[:6], **kwargs)
 
 
-_torch_in_projection_packed: Callable[..., Sequence[Tensor]] = F.__dict__["_in_projection_packed"]
-
-
-def _in_projection_packed(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Sequence[Tensor]:
-    """torch's own, but for self-attention: that one calls a Python method which the compiler can't trace in a mode."""
-    if query is key and key is value:
-        return [part.contiguous() for part in F.linear(query, weight, bias).chunk(3, dim=-1)]
-    return _torch_in_projection_packed(query, key, value, weight, bias)
-
-
 # `F.multi_head_attention_forward` hides its projections from a function mode by handing itself over whole.
 # This is the same code with that one check answered "no", so that the calls inside are seen.
 open_multi_head_attention = types.FunctionType(
     F.multi_head_attention_forward.__code__,
-    {**F.__dict__, "has_torch_function": lambda _: False, "_in_projection_packed": _in_projection_packed},
+    {**F.__dict__, "has_torch_function": lambda _: False},
     "multi_head_attention_forward",
     F.multi_head_attention_forward.__defaults__,
 )

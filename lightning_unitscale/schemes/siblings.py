@@ -1,30 +1,28 @@
 """Experts that got no token in the recorded step take the rule of those that did.
 
 Siblings are parameters of one shape whose names differ in one number ("experts.3.w1.weight", "experts.5.w1.weight").
+Their modules ("experts.3" and "experts.5") are alike, so whatever the plan says of one holds for the other.
 """
 
 from __future__ import annotations
 
 from copy import deepcopy
 
-from lightning_unitscale.engine.plan import ParameterPlan, Plan
+from lightning_unitscale.engine.plan import ParameterPlan, Plan, Site
 
 
 def include_siblings(plan: Plan) -> None:
     """Give every unused parameter the rule of a sibling that was used, in place."""
     used = [parameter for parameter in plan.parameters.values() if parameter.role != "unused"]
-    renames: dict[str, str] = {}
+    count = 0
     for name, parameter in plan.parameters.items():
         model = next((other for other in used if _are_siblings(parameter, other)), None)
         if parameter.role == "unused" and model is not None:
             plan.parameters[name] = _like(parameter, model)
-            renames[name] = model.name
-    if not renames:
-        return
-    for name, model_name in renames.items():
-        own_module, model_module = name.rpartition(".")[0], model_name.rpartition(".")[0]
-        _copy_sites(plan, name, model_name, own_module, model_module)
-    plan.notes.append(f"{len(renames)} parameters got no data in the recorded step and take the rule of their siblings")
+            _copy_sites(plan, _Renaming(model.name, name))
+            count += 1
+    if count:
+        plan.notes.append(f"{count} parameters got no data in the recorded step and take the rule of their siblings")
 
 
 def _are_siblings(one: ParameterPlan, other: ParameterPlan) -> bool:
@@ -38,36 +36,56 @@ def _are_siblings(one: ParameterPlan, other: ParameterPlan) -> bool:
 def _like(parameter: ParameterPlan, model: ParameterPlan) -> ParameterPlan:
     copy = deepcopy(model)
     copy.name, copy.aliases, copy.initial_rms = parameter.name, parameter.aliases, parameter.initial_rms
-    scaled = copy.initial_factor not in (0.0, 1.0)
-    if scaled and parameter.initial_rms:
+    if copy.initial_factor not in (0.0, 1.0) and parameter.initial_rms:
         copy.initial_factor = 1 / parameter.initial_rms
     return copy
 
 
-def _copy_sites(plan: Plan, name: str, model_name: str, own_module: str, model_module: str) -> None:
+class _Renaming:
+    """From one expert's names to its sibling's: both differ from each other in one number."""
+
+    def __init__(self, model: str, own: str) -> None:
+        self.parameters = model, own
+        left, right = model.split("."), own.split(".")
+        length = next(i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b) + 1
+        self.model, self.own = ".".join(left[:length]), ".".join(right[:length])
+
+    def of(self, name: str) -> str:
+        inside = name == self.model or name.startswith(f"{self.model}.")
+        return self.own + name.removeprefix(self.model) if inside else name
+
+
+def _copy_sites(plan: Plan, renaming: _Renaming) -> None:
+    model, own = renaming.parameters
     for site in list(plan.sites):
-        if model_name in site.multipliers:
-            where = _renamed(site.module, model_module, own_module)
-            twin = next((s for s in plan.sites if (s.module, s.op, s.calls) == (where, site.op, 0)), None)
-            if twin is None:
-                twin = deepcopy(site)
-                twin.module, twin.calls = where, 0
-                twin.params, twin.multipliers, twin.rms_before = [], {}, {}
-                plan.sites.append(twin)
-            twin.params.append(name)
-            twin.multipliers[name] = site.multipliers[model_name]
-        elif any(key == model_name for key, _ in site.fold_into):
-            site.fold_into += [[name, op] for key, op in list(site.fold_into) if key == model_name]
-    for module, method, keys in list(plan.frames):
-        if model_name in keys:
-            renamed = _renamed(module, model_module, own_module)
-            frame = next((f for f in plan.frames if f[0] == renamed and f[1] == method), None)
+        into = [list(use) for use in site.fold_into if use[0] == model]
+        if model not in site.multipliers and not into:
+            continue
+        twin = _twin(plan, site, renaming.of(site.module))
+        if model in site.multipliers:
+            twin.params.append(own)
+            twin.multipliers[own] = site.multipliers[model]
+        twin.fold_into += [[own, op] for _, op in into]
+    for where, method, keys in list(plan.frames):
+        renamed = renaming.of(where)
+        if model in keys or renamed != where:
+            frame = next((frame for frame in plan.frames if frame[:2] == [renamed, method]), None)
             if frame is None:
-                plan.frames.append([renamed, method, [name]])
-            elif name not in frame[2]:
-                frame[2].append(name)
+                plan.frames.append([renamed, method, [own] if model in keys else []])
+            elif model in keys and own not in frame[2]:
+                frame[2].append(own)
 
 
-def _renamed(module: str, model_module: str, own_module: str) -> str:
-    """The sibling's module in place of the model's, where the call is made in that module or one below it."""
-    return own_module + module.removeprefix(model_module) if module.startswith(model_module) else module
+def _twin(plan: Plan, site: Site, module: str) -> Site:
+    """The sibling's site: a parameter-free one of a shared module is the same, any other is its own."""
+    if site.ordinal is not None and module == site.module:
+        return site
+    place = (module, site.method, site.op, site.ordinal, 0)
+    for known in plan.sites:
+        if (known.module, known.method, known.op, known.ordinal, known.calls) == place:
+            return known
+    twin = deepcopy(site)
+    twin.module, twin.calls, twin.params, twin.multipliers = module, 0, [], {}
+    twin.fold_into, twin.rms_before = [], {}
+    plan.sites.append(twin)
+    return twin
