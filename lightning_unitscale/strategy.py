@@ -37,6 +37,7 @@ from lightning_unitscale.engine.prepare import prepare, put_in_force
 from lightning_unitscale.optim import FAMILIES, ScaledStep, optimizer_family, scale_learning_rates
 from lightning_unitscale.options import Options, UnitScalingError
 
+LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay is below 1e-3
 SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)
 _BEFORE = {"on_train_batch_start": "before_train_batch", "load_model_state_dict": "before_loading"}
 # The options that decide what a plan says.
@@ -130,14 +131,7 @@ class TrainerScaling:
         self._steps[id(optimizer)] = (optimizer, plan, step)
         if plan.lr_units == "umup":
             for group in optimizer.param_groups:
-                lr = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
-                if lr < SMALL_LEARNING_RATE:
-                    warnings.warn(
-                        f"lr_units='umup' with a learning rate of {lr:g}: in u-μP units about 1 is usual (try 0.1 to "
-                        f"4), and below {SMALL_LEARNING_RATE} a model hardly learns. For a learning rate with its "
-                        "ordinary meaning use lr_units='standard'.",
-                        stacklevel=2,
-                    )
+                _warn_of_units(group)
 
     def _family(self, optimizer: Optimizer) -> str:
         try:
@@ -217,6 +211,25 @@ def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
 def _is_of_a_run(checkpoint: Mapping[str, Any]) -> bool:
     """Whether it has taken steps and can be resumed."""
     return bool(checkpoint.get("global_step", 0) > 0 and checkpoint.get("optimizer_states"))
+
+
+def _warn_of_units(group: Mapping[str, Any]) -> None:
+    """A learning rate or decay that would be usual in ordinary units, given in u-μP's."""
+    lr = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
+    decay = lr * float(group.get("weight_decay") or 0.0)
+    if lr < SMALL_LEARNING_RATE:
+        warnings.warn(
+            f"lr_units='umup' with a learning rate of {lr:g}: in u-μP units about 1 is usual (try 0.1 to 4), and below "
+            f"{SMALL_LEARNING_RATE} a model hardly learns. For a learning rate with its ordinary meaning use "
+            "lr_units='standard'.",
+            stacklevel=2,
+        )
+    if decay > LARGE_DECAY:
+        warnings.warn(
+            f"lr_units='umup' with lr · weight_decay = {decay:g}: decoupled weight decay would take that share of each "
+            "weight in each step. Divide weight_decay by what the learning rate grew by (1e-4 is usual at lr 1 to 2).",
+            stacklevel=2,
+        )
 
 
 class UnitScalingMixin(Strategy):

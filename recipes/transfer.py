@@ -333,6 +333,8 @@ def figure(cfg: DictConfig, results: Sequence[Result]) -> Figure:
         draw(right, losses_of(results, "drop-in", width), f"width {width}", color=colors[width])
     right.set_title('UnitScaling(lr_units="standard")')
     right.set_xscale("log")
+    right.set_xticks(kept, [f"{rate:g}" for rate in kept])
+    right.minorticks_off()
 
     bests = [best.loss for width in widths for name in ("standard", "umup") if (best := best_of(results, name, width))]
     for axis in (left, middle):

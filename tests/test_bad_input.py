@@ -248,3 +248,10 @@ def test_one_device_strategy_on_two(tmp_path: Path) -> None:
     with pytest.raises(UnitScalingError, match=r"the Trainer has 2; use strategy='unitscale_ddp', or devices=1"):
         trainer(tmp_path, strategy="unitscale", devices=2, max_steps=1).fit(build(), batches())
     assert isinstance(trainer(tmp_path, strategy="unitscale_ddp", devices=2).strategy, UnitScalingDDPStrategy)
+
+
+def test_an_ordinary_weight_decay_in_umup_units(tmp_path: Path) -> None:
+    module = build(lr=0.5)
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=1.0, weight_decay=0.1)  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match=r"lr · weight_decay = 0\.1"):
+        fit(tmp_path, UnitScaling(lr_units="umup"), module=module, max_steps=1)
