@@ -172,26 +172,15 @@ class GroupedProduct(Matmul):
     """`torch._grouped_mm(tokens, weights, offs=…)`: each group of tokens times its own expert's matrix."""
 
     name = "_grouped_mm"
-    bias_labels = frozenset({"bias"})
 
     def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return present(
             left=args[0] if args else kwargs.get("input", kwargs.get("self")),
             right=argument(args, kwargs, 1, "mat2"),
-            bias=argument(args, kwargs, 3, "bias"),
         )
 
     def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         return shapes["right"][-2]
-
-    def scaled(
-        self,
-        function: Callable[..., Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        factors: Mapping[str, float],
-    ) -> Tensor:
-        return function(*args, **kwargs) * self.product_factor(factors)
 
 
 class Einsum(Matmul):
@@ -220,15 +209,6 @@ class Einsum(Matmul):
         if dots:
             sizes |= dict(zip(reversed(after), reversed(shape), strict=False))
         return {letter: size for letter, size in sizes.items() if letter not in output}
-
-    def scaled(
-        self,
-        function: Callable[..., Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        factors: Mapping[str, float],
-    ) -> Tensor:
-        return function(*args, **kwargs) * self.product_factor(factors)
 
 
 class Bilinear(Matmul):

@@ -42,7 +42,6 @@ class Matmul(ABC):
     def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """Number of terms summed into one output element, `label` being the weight."""
 
-    @abstractmethod
     def scaled(
         self,
         function: Callable[..., Tensor],
@@ -50,7 +49,11 @@ class Matmul(ABC):
         kwargs: dict[str, Any],
         factors: Mapping[str, float],
     ) -> Any:
-        """Run `function` with the operands multiplied by their factors (by label; 1 where absent)."""
+        """Run `function` with the operands multiplied by their factors (by label; 1 where absent).
+
+        Where the function has no room for the constant it multiplies the output.
+        """
+        return function(*args, **kwargs) * self.product_factor(factors)
 
     def product_factor(self, factors: Mapping[str, float]) -> float:
         """The product of the multiplicands' factors."""

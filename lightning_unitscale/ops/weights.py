@@ -112,14 +112,5 @@ class Embedding(Matmul):
     def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         return 1
 
-    def scaled(
-        self,
-        function: Callable[..., Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        factors: Mapping[str, float],
-    ) -> Any:
-        return function(*args, **kwargs) * self.product_factor(factors)
-
 
 RECURRENT_OPS = tuple(Recurrent(name) for name in RECURRENT)
