@@ -119,7 +119,6 @@ def configuration(cfg: DictConfig, run: Run) -> DictConfig:
         cfg.unitscale.lr_units = "standard"
     else:
         cfg.unitscale.lr_units = "umup"
-        cfg.optimizer.weight_decay = cfg.sweep.umup_weight_decay
     return cfg
 
 
