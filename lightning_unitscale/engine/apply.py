@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_unitscale.engine.functions import functions_by_name, is_in_place
+from lightning_unitscale.engine.observe import observers_inside
 from lightning_unitscale.engine.plan import EVERY_CALL, Plan, Site
 from lightning_unitscale.engine.record import MODULE_CALL, has_ordinal
 from lightning_unitscale.ops import MATMULS
@@ -102,7 +103,7 @@ class ScopedForward:
         interceptor = Interceptor(self.rules)
         _running().append(interceptor)
         try:
-            with interceptor:
+            with interceptor, observers_inside():
                 return interceptor.run(self, args, kwargs)
         finally:
             _running().pop()

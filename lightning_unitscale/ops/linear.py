@@ -214,6 +214,7 @@ class Einsum(Matmul):
 class Bilinear(Matmul):
     """`F.bilinear(x1, x2, weight, bias)`."""
 
+    takes_casts = False
     name = "bilinear"
     bias_labels = frozenset({"bias"})
 

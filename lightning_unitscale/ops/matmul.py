@@ -29,6 +29,7 @@ class Matmul(ABC):
 
     name: str
     bias_labels: frozenset[str] = frozenset()
+    takes_casts = True  # whether its operands can be cast to a narrow format
 
     @abstractmethod
     def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +42,15 @@ class Matmul(ABC):
     @abstractmethod
     def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """Number of terms summed into one output element, `label` being the weight."""
+
+    def cast_operands(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_weight: Callable[[Any], bool]
+    ) -> tuple[Any, Any] | None:
+        """The activation and the weight, if the call is the product of just these two; None for any other."""
+        found = [operand for label, operand in self.operands(args, kwargs).items() if label not in self.bias_labels]
+        if not self.takes_casts or len(found) != 2 or is_weight(found[0]) == is_weight(found[1]):
+            return None
+        return (found[1], found[0]) if is_weight(found[0]) else (found[0], found[1])
 
     def scaled(
         self,

@@ -63,6 +63,8 @@ class Recurrent(Matmul):
     Fan-in per gate matrix is its number of columns.
     """
 
+    takes_casts = False
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -102,6 +104,8 @@ class Recurrent(Matmul):
 
 class Embedding(Matmul):
     """`F.embedding(indices, weight)` and `F.embedding_bag`: the rows are scaled, never the table."""
+
+    takes_casts = False
 
     def __init__(self, name: str) -> None:
         self.name = name
