@@ -59,9 +59,14 @@ def upcast(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype if values.dtype in _FP8 else torch.promote_types(dtype, values.dtype))
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_tensor_cores(device: torch.device) -> bool:
     """Whether the device multiplies FP8; "meta" stands for a CUDA device that does, with all its rules."""
+    return _multiplies_fp8(device)
+
+
+@cache
+def _multiplies_fp8(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 9)
     return device.type == "meta"
