@@ -1,0 +1,6 @@
+"""Prepared models as plain ones, and written in formats that need nothing of this package."""
+
+from lightning_unitscale.export.formats import FORMATS, SUFFIX, check_output, export
+from lightning_unitscale.export.plain import to_plain
+
+__all__ = ["FORMATS", "SUFFIX", "check_output", "export", "to_plain"]

@@ -62,9 +62,25 @@ class Logits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """The logits, without a cache."""
-        return logits_of(self.model, inputs)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        input_values: Tensor | None = None,
+    ) -> Tensor:
+        """The logits, without a cache. Named arguments: torch.export 2.13 loses the names of `**inputs`."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "decoder_input_ids": decoder_input_ids,
+            "pixel_values": pixel_values,
+            "input_features": input_features,
+            "input_values": input_values,
+        }
+        return logits_of(self.model, {name: tensor for name, tensor in inputs.items() if tensor is not None})
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -1,9 +1,9 @@
 """What a plain model is written as. Each is read back from disk and run, before it counts as written.
 
-    hf           a folder that `from_pretrained` of transformers loads
-    safetensors  one file of weights
-    pt2          a program of torch.export; batch and length may differ from call to call
-    onnx         the same for onnxruntime and others
+hf           a folder that `from_pretrained` of transformers loads
+safetensors  one file of weights
+pt2          a program of torch.export; batch and length may differ from call to call
+onnx         the same for onnxruntime and others
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export.examples import DYNAMIC, Logits, example_inputs, logits_of
-from lightning_unitscale.export.plain import check_same, to_plain
+from lightning_unitscale.export.plain import check_same, relative_difference, to_plain
 
 Inputs = dict[str, Tensor]
 Run = Callable[[Inputs], Tensor]
@@ -34,19 +34,24 @@ SUFFIX = {"hf": "", "safetensors": ".safetensors", "pt2": ".pt2", "onnx": ".onnx
 
 
 def export(
-    model: PreTrainedModel, output: Path, format: str = "hf", tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    output: Path,
+    format: str = "hf",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> float:
     """Write the model, its scaling moved into plain weights.
 
     Args:
-        model: plain or prepared; not changed.
+        model: plain or prepared, in float32; left on the CPU and in eval mode, otherwise as it was.
         output: the folder (hf) or file (other formats) to make.
         format: see above.
         tokenizer: goes into the folder of "hf".
+        dtype: of what is written; weights are rounded to it after the scaling was moved.
 
     Returns:
         The largest difference between the logits of what was read back and those of `model`, relative to the largest
-        logit, on other inputs than it was made with.
+        logit, on other inputs than it was made with. Above 1e-5 it can only be the rounding to `dtype`.
 
     Raises:
         InputError: the output cannot be written, or the format cannot hold the model.
@@ -54,18 +59,19 @@ def export(
     """
     check_output(output, format)
     model = model.cpu().eval()
-    made_with = example_inputs(model)
-    plain: Any = to_plain(model, partial(logits_of, inputs=made_with))
+    plain: Any = to_plain(model, partial(logits_of, inputs=example_inputs(model))).to(dtype)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch, torch.no_grad():
         written = Path(scratch) / output.name
-        run = _WRITERS[format](plain, written, made_with)
+        run = _WRITERS[format](plain, written, example_inputs(plain))
         if tokenizer is not None and format == "hf":
             tokenizer.save_pretrained(written)
-        tried = example_inputs(model, batch=3, length=9, seed=1)
-        difference = check_same(run(tried), logits_of(model, tried), type(model).__name__)
+        inputs = example_inputs(plain, batch=3, length=9, seed=1)
+        found = run(inputs)
+        check_same(found, logits_of(plain, inputs), type(model).__name__)
+        expected = logits_of(model, example_inputs(model, batch=3, length=9, seed=1))
         for made in [written] if written.is_dir() else list(Path(scratch).iterdir()):  # large ONNX models are two files
             shutil.move(made, output.parent / made.name)
-    return difference
+    return relative_difference(found.float(), expected)
 
 
 def check_output(output: Path, format: str) -> None:
@@ -93,14 +99,14 @@ def _write_hugging_face(model: PreTrainedModel, folder: Path, inputs: Inputs) ->
 
 def _write_safetensors(model: PreTrainedModel, file: Path, inputs: Inputs) -> Run:
     safetensors.torch.save_model(model, str(file), metadata={"format": "pt"})
-    found = type(model)(model.config).to(model.dtype).eval()
+    found = nn.Module.to(type(model)(model.config), model.dtype).eval()
     safetensors.torch.load_model(found, file)
     return partial(logits_of, found)
 
 
 def _write_program(model: PreTrainedModel, file: Path, inputs: Inputs) -> Run:
     with _readable_errors(model, "pt2"):
-        program = torch.export.export(Logits(model), (), inputs, dynamic_shapes={"inputs": _dynamic(inputs)})
+        program = torch.export.export(Logits(model), (), inputs, dynamic_shapes=_dynamic(inputs))
     torch.export.save(program, file)
     found = torch.export.load(file).module()
     return lambda inputs: found(**inputs)
@@ -118,7 +124,7 @@ def _write_onnx(model: PreTrainedModel, file: Path, inputs: Inputs) -> Run:
             (),
             str(file),
             kwargs=inputs,
-            dynamic_shapes={"inputs": _dynamic(inputs)},
+            dynamic_shapes=_dynamic(inputs),
             dynamo=True,
             verbose=False,
         )
@@ -131,7 +137,7 @@ _WRITERS = {"hf": _write_hugging_face, "safetensors": _write_safetensors, "pt2":
 
 
 def _dynamic(inputs: Inputs) -> dict[str, dict[int, Any]]:
-    return {name: {axis: torch.export.Dim.DYNAMIC for axis in range(len(DYNAMIC[name]))} for name in inputs}
+    return {name: dict.fromkeys(range(len(DYNAMIC[name])), torch.export.Dim.DYNAMIC) for name in inputs}
 
 
 @contextmanager

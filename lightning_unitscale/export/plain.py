@@ -26,7 +26,7 @@ from lightning_unitscale.engine.plan import EVERY_CALL, Plan, Site, plan_of
 from lightning_unitscale.engine.prepare import forget, record
 from lightning_unitscale.engine.structure import Structure
 from lightning_unitscale.engine.trace import Call, Value
-from lightning_unitscale.export.replay import CannotScale, scaled_parameters
+from lightning_unitscale.export.replay import NotScalableError, scaled_parameters
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.options import UnitScalingError
 
@@ -62,20 +62,24 @@ def to_plain(model: nn.Module, forward: Forward) -> nn.Module:
     return plain
 
 
-def check_same(found: Tensor, expected: Tensor, name: str) -> float:
-    """The largest difference relative to the largest element.
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest element."""
+    largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((found - expected).abs().max() / largest)
 
-    Raises:
-        UnitScalingError: it is more than 1e-5 in float32 (in other types, as many roundings).
+
+def check_same(found: Tensor, expected: Tensor, name: str) -> None:
     """
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny))
+    Raises:
+        UnitScalingError: they differ by more than 1e-5 in float32 (in other types, by as many roundings).
+    """
+    difference = relative_difference(found, expected)
     allowed = 84 * torch.finfo(expected.dtype).eps  # 1e-5 in float32
     if not difference <= allowed:
         raise UnitScalingError(
             f"{name}: the exported model's outputs differ from the model's by {difference:.1e} of the largest, more "
             f"than {allowed:.0e}. Nothing was written. Please report the model's config."
         )
-    return difference
 
 
 class _Mover:
@@ -92,13 +96,13 @@ class _Mover:
         for site in self.plan.explicit_sites:
             try:
                 self._move(site)
-            except CannotScale as error:
+            except NotScalableError as error:
                 problems.append(f"{site.name} ({site.role}: {error})")
         if problems:
             raise UnitScalingError(
                 f"{len(problems)} factors cannot be moved into weights: {'; '.join(problems[:3])}"
-                f"{' …' if len(problems) > 3 else ''}. Export needs a model without them: prepare it with these modules "
-                "in skip."
+                f"{' …' if len(problems) > 3 else ''}. Export needs a model without "
+                "them: prepare it with these modules in skip."
             )
         with torch.no_grad():
             for name, values in self.changes.items():
@@ -114,7 +118,7 @@ class _Mover:
                 if factor != 1.0:
                     self._move_weight(site, key, factor)
         else:
-            raise CannotScale(site.reason or "no weight of its own takes it")
+            raise NotScalableError(site.reason or "no weight of its own takes it")
 
     def _calls_of(self, site: Site) -> list[Call]:
         calls = [a.call for a in self.structure.attentions if a.call.frame is not None and a.call.name == site.op]
@@ -126,14 +130,14 @@ class _Mover:
             and site.ordinal in (EVERY_CALL, call.ordinal)
         ]
         if not found:
-            raise CannotScale("the example inputs do not reach it")
+            raise NotScalableError("the example inputs do not reach it")
         return found
 
     def _scale(self, value: Value, end: Call, factor: float) -> None:
         """Multiply a value; layers that share weights ask for the same change several times."""
         for name, changed in scaled_parameters(self.structure, value, end, factor, self.parameters).items():
             if any(not torch.equal(changed, other) for other in self.changes[name]):
-                raise CannotScale(f"{name} would need two different factors")
+                raise NotScalableError(f"{name} would need two different factors")
             self.changes[name].append(changed)
 
     # --- factors of weights -----------------------------------------------------------------------------------------
@@ -147,24 +151,24 @@ class _Mover:
             call for call in self.structure.sites if call.name == site.op and any(v.key == key for v in call.inputs)
         ]
         if not calls:
-            raise CannotScale("the example inputs do not reach it")
+            raise NotScalableError("the example inputs do not reach it")
         for call in calls:
             try:
                 operands = MATMULS[call.name].operands(call.args, call.kwargs).values()
                 (x,) = (v for v in operands if isinstance(v, Value) and v.is_float and not v.parameters)
                 self._scale(x, call, factor)
-            except (CannotScale, ValueError):
+            except (NotScalableError, ValueError):
                 self._untie(call, key, factor)
 
     def _scale_parametrized(self, module: str, tensor: str, factor: float) -> None:
         owner = self.model.get_submodule(module)
         if not parametrize.is_parametrized(owner, tensor):
-            raise CannotScale("it enters through an expression without an inverse")
+            raise NotScalableError("it enters through an expression without an inverse")
         try:
             with torch.no_grad():
                 setattr(owner, tensor, getattr(owner, tensor) * factor)
         except (NotImplementedError, RuntimeError) as error:
-            raise CannotScale(f"its parametrization has no inverse ({error})") from error
+            raise NotScalableError(f"its parametrization has no inverse ({error})") from error
 
     def _untie(self, call: Call, key: str, factor: float) -> None:
         """Give the module that makes the call a parameter of its own."""
@@ -172,7 +176,9 @@ class _Mover:
         names = [key, *self.plan.parameters[key].aliases]
         name = next((n for n in names if where and n.rpartition(".")[0] == where), None)
         if name is None or len(names) == 1:
-            raise CannotScale(f"{key} has another use with another factor, and its module has no weight of its own")
+            raise NotScalableError(
+                f"{key} has another use with another factor, and its module has no weight of its own"
+            )
         owner, _, attribute = name.rpartition(".")
         own = nn.Parameter(self.parameters[key].detach() * factor)
         setattr(self.model.get_submodule(owner), attribute, own)

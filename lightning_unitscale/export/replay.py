@@ -20,7 +20,7 @@ from lightning_unitscale.engine.structure import Structure
 from lightning_unitscale.engine.trace import Call, Value
 
 
-class CannotScale(Exception):
+class NotScalableError(Exception):
     """The value is not linear in parameters of its own; the message says why."""
 
 
@@ -34,7 +34,7 @@ def scaled_parameters(
         parameters: the model's, by name.
 
     Raises:
-        CannotScale: there are no such values.
+        NotScalableError: there are no such values.
     """
     sources, passed = structure.sources(value)
     makers = {index for source in sources for index in _makers(structure, source.value)}
@@ -42,8 +42,8 @@ def scaled_parameters(
     before = replay.run(value)
     weights = [v for v in replay.weights() if v.is_float]
     if not weights:
-        raise CannotScale("it is made of activations alone")
-    slopes = torch.autograd.grad(
+        raise NotScalableError("it is made of activations alone")
+    slopes: tuple[Tensor | None, ...] = torch.autograd.grad(
         (before * torch.randn_like(before)).sum(), [replay.leaves[v.key] for v in weights], allow_unused=True
     )
     changed = {}
@@ -52,12 +52,14 @@ def scaled_parameters(
             continue
         used = slope != 0
         if bool(used.all()) and not all(structure.only_feeds(s.value, passed, {end.index}) for s in sources):
-            raise CannotScale("what it is made of is used elsewhere too")
+            raise NotScalableError("what it is made of is used elsewhere too")
         step = (factor - 1) * _value_over_slope(replay, weight)
         changed[weight.key] = torch.where(used, parameters[weight.key] + step, parameters[weight.key]).detach()
     after = _Replay(replay.calls, {**parameters, **changed}, replay.activations).run(value)
-    if not changed or not torch.allclose(after, before * factor, rtol=1e-4, atol=1e-5 * float(before.detach().abs().max())):
-        raise CannotScale("it is not linear in the parameters it is made of")
+    if not changed or not torch.allclose(
+        after, before * factor, rtol=1e-4, atol=1e-5 * float(before.detach().abs().max())
+    ):
+        raise NotScalableError("it is not linear in the parameters it is made of")
     return changed
 
 
@@ -67,7 +69,7 @@ def _makers(structure: Structure, source: Value) -> Iterator[int]:
     if source.parameters or call is None:
         return
     if not any(v.parameters for v in call.inputs):
-        raise CannotScale("it is made of activations alone")
+        raise NotScalableError("it is made of activations alone")
     yield call.index
     if call in structure.gains and call.name == "add":
         for above in call.inputs:
@@ -82,7 +84,7 @@ def _value_over_slope(replay: _Replay, weight: Value) -> Tensor:
     expression = replay.run(weight)
     (slope,) = torch.autograd.grad(expression.sum(), leaf, retain_graph=True)
     if expression.shape != leaf.shape or not bool((slope != 0).all()):
-        raise CannotScale(f"{weight.key} enters through an expression that is not elementwise")
+        raise NotScalableError(f"{weight.key} enters through an expression that is not elementwise")
     return expression / slope
 
 
@@ -96,7 +98,10 @@ class _Replay:
     """
 
     def __init__(
-        self, calls: set[int] | frozenset[int], parameters: Mapping[str, Tensor], activations: dict[Value, Tensor] | None = None
+        self,
+        calls: set[int] | frozenset[int],
+        parameters: Mapping[str, Tensor],
+        activations: dict[Value, Tensor] | None = None,
     ) -> None:
         self.calls, self.parameters = calls, parameters
         self.leaves: dict[str, Tensor] = {}
@@ -120,7 +125,7 @@ class _Replay:
         taken = {v.key: v for v in self._values if v.parameters}  # the last of each: after all views and expressions
         for weight in taken.values():
             if len(weight.parameters) > 1:
-                raise CannotScale(f"{' and '.join(weight.parameters)} enter through one expression")
+                raise NotScalableError(f"{' and '.join(weight.parameters)} enter through one expression")
         return list(taken.values())
 
     def _call(self, call: Call) -> None:
@@ -146,4 +151,3 @@ class _Replay:
             ones = torch.ones(value.shape, dtype=like.dtype if value.is_float else torch.long, device=like.device)
             self.activations[value] = torch.rand_like(ones) + 0.5 if value.is_float else ones - 1
         return self.activations[value]
-
