@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from lightning_unitscale.engine.apply import restore_parameters
 from lightning_unitscale.engine.fold import folded_copy
 from lightning_unitscale.engine.plan import EVERY_CALL, Plan, Site, plan_of
-from lightning_unitscale.engine.prepare import forget, record
+from lightning_unitscale.engine.prepare import forget, put_in_force, record
 from lightning_unitscale.engine.structure import Structure
 from lightning_unitscale.engine.trace import Call, Value
 from lightning_unitscale.export.replay import NotScalableError, scaled_parameters
@@ -44,14 +44,13 @@ def to_plain(model: nn.Module, forward: Forward) -> nn.Module:
         The copy, in eval mode. A readout that got a weight of its own is no longer tied.
 
     Raises:
-        UnitScalingError: a factor cannot be moved, naming its site; or the copy's outputs are not the model's.
+        UnitScalingError: a factor cannot be moved, naming its site; or, casts to narrow formats aside, the copy's outputs are not the model's.
     """
     plain = copy.deepcopy(model).eval()
     plan = plan_of(plain)
     if plan is None:
         return plain
-    with torch.no_grad():
-        expected = forward(plain)
+    expected = _without_casts(plain, plan, forward)
     folded = folded_copy(plan)
     restore_parameters(plain, plan, folded)
     forget(plain)
@@ -60,6 +59,17 @@ def to_plain(model: nn.Module, forward: Forward) -> nn.Module:
     with torch.no_grad():
         check_same(forward(plain), expected, type(model).__name__)
     return plain
+
+
+def _without_casts(model: nn.Module, plan: Plan, forward: Forward) -> Tensor:
+    """What the model gives in the dtype of its weights: casts to narrow formats are of the training, not the model."""
+    exact = Plan.from_dict(plan.to_dict())
+    for site in exact.sites:
+        site.format = None
+    forget(model)
+    put_in_force(model, exact)
+    with torch.no_grad():
+        return forward(model)
 
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
