@@ -75,7 +75,7 @@ class Recorder(TorchFunctionMode):
         name = short_name(function)
         result = function(*args, **kwargs)
         written = args[0] if result is None and name in _IN_PLACE_WITHOUT_RESULT else result
-        outputs = list(_tensors(written))
+        outputs = list(tensors_in(written))
         unchanged = name in PASSTHROUGH and not is_in_place(function) and args and result is args[0]
         if outputs and name != "grad" and not unchanged:
             self._write(name, function, args, kwargs, outputs)
@@ -83,8 +83,7 @@ class Recorder(TorchFunctionMode):
 
     def finish(self, output: Any, backwards: list[Tensor]) -> Trace:
         """Mark the losses (what the step returned, or its "loss", and what backward was called on)."""
-        loss = output.get("loss") if isinstance(output, dict) else output
-        tensors = [tensor for tensor in (*backwards, loss) if isinstance(tensor, Tensor)]
+        tensors = loss_tensors(output, backwards)
         self.trace.losses = [self._values[tensor] for tensor in tensors if tensor in self._values]
         self.trace.loss_numbers = [float(tensor.detach().double().sum()) for tensor in tensors]
         self._frames.clear()
@@ -98,7 +97,7 @@ class Recorder(TorchFunctionMode):
             started.append(len(self.trace.calls))
 
         def after(_: nn.Module, args: Any, output: Any) -> None:
-            inputs = [self._values[tensor] for tensor in _tensors(args) if tensor in self._values]
+            inputs = [self._values[tensor] for tensor in tensors_in(args) if tensor in self._values]
             result = self._values.get(output) if isinstance(output, Tensor) else None
             span = range(started.pop(), len(self.trace.calls))
             self.trace.spans.append(ModuleSpan(name, inputs, result, span))
@@ -204,9 +203,15 @@ class Recorder(TorchFunctionMode):
         return None, 0
 
 
+def loss_tensors(output: Any, backwards: list[Tensor]) -> list[Tensor]:
+    """What a step's backward passes start from: what backward was called on, and what the step returned."""
+    loss = output.get("loss") if isinstance(output, dict) else output
+    return [tensor for tensor in (*backwards, loss) if isinstance(tensor, Tensor)]
+
+
 def has_ordinal(args: tuple[Any, ...]) -> bool:
     """Whether a call counts among the calls of its function in a frame: those on indices and masks do not."""
-    first = next(_tensors(args), None)
+    first = next(tensors_in(args), None)
     return first is not None and (first.is_floating_point() or first.is_complex())
 
 
@@ -268,12 +273,13 @@ def _number(tensor: Tensor) -> float | None:
     return float(tensor.detach())
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (list, tuple)):
         for item in tree:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(tree, dict):
         for item in tree.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)

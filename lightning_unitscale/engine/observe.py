@@ -1,0 +1,134 @@
+"""Watch the operands of every matmul that has a parameter, and the gradient of its output, while a model trains.
+
+An `OperandObserver` is a function mode: it works on any module, scaled or not, changes nothing, and costs nothing while
+it is not entered. On a prepared model it sees the model's own calls, before factors and casts (`engine.apply` enters it
+again inside its interceptor).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_unitscale.engine.casting import Use
+from lightning_unitscale.engine.functions import short_name
+from lightning_unitscale.engine.record import tensors_in
+from lightning_unitscale.engine.statistics import Accumulator
+from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops.attention import open_multi_head_attention
+
+_ENTERED = threading.local()
+
+
+def entered_observers() -> list[OperandObserver]:
+    """The observers that are entered in this thread, innermost last."""
+    if not hasattr(_ENTERED, "observers"):
+        _ENTERED.observers = []
+    observers: list[OperandObserver] = _ENTERED.observers
+    return observers
+
+
+def observers_inside() -> AbstractContextManager[Any]:
+    """Enters the entered observers again, so that they come before a mode entered since."""
+    if torch.compiler.is_compiling() or not entered_observers():
+        return nullcontext()
+    stack = ExitStack()
+    for observer in list(entered_observers()):
+        stack.enter_context(observer)
+    return stack
+
+
+class OperandObserver(TorchFunctionMode):
+    """Accumulates statistics of "x", "weight" and "gradient" by use, while it is entered.
+
+    Args:
+        module: the model; parameters are named from it.
+        accumulator: makes the accumulator of a use's operand; None for an operand that is of no interest.
+
+    Attributes:
+        found: accumulators by use and operand.
+    """
+
+    def __init__(self, module: nn.Module, accumulator: Callable[[Use, str], Accumulator | None]) -> None:
+        super().__init__()
+        self.accumulator = accumulator
+        self.found: dict[Use, dict[str, Accumulator]] = {}
+        self._keys: Any = WeakTensorKeyDictionary()
+        for name, parameter in module.named_parameters():
+            self._keys[parameter] = name
+        self._inside = False
+
+    def __enter__(self) -> OperandObserver:
+        entered_observers().append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        entered_observers().pop()
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._inside:  # what an interceptor made of a call that was already seen
+            return function(*args, **kwargs)
+        if function is F.multi_head_attention_forward:
+            with self:
+                return open_multi_head_attention(*args, **kwargs)
+        self._inside = True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._inside = False
+        name = short_name(function)
+        if name in MATMULS:
+            self._observe(function, args, kwargs, result)
+        self._follow(args, kwargs, result)
+        return result
+
+    def _observe(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        name = short_name(function)
+        product = MATMULS[name].cast_operands(args, kwargs, lambda tensor: tensor in self._keys)
+        if product is None or not isinstance(result, Tensor):
+            return
+        x, weight = product
+        use = self._keys[weight], name
+        for operand, tensor in (("x", x), ("weight", weight)):
+            self._add(use, operand, tensor)
+        if result.requires_grad and self._wanted(use, "gradient") is not None:
+            result.register_hook(lambda gradient: self._add(use, "gradient", gradient))
+
+    def _wanted(self, use: Use, operand: str) -> Accumulator | None:
+        known = self.found.setdefault(use, {})
+        if operand not in known:
+            new = self.accumulator(use, operand)
+            if new is None:
+                return None
+            known[operand] = new
+        return known[operand]
+
+    def _add(self, use: Use, operand: str, tensor: Tensor) -> None:
+        accumulator = self._wanted(use, operand)
+        if accumulator is not None:
+            accumulator.add(tensor)
+
+    def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """What is made of parameters alone goes by their names."""
+        inputs = list(tensors_in((*args, *kwargs.values())))
+        if not inputs or not all(tensor in self._keys for tensor in inputs):
+            return
+        names = sorted({name for tensor in inputs for name in self._keys[tensor].split("+")})
+        for tensor in tensors_in(result):
+            if tensor not in self._keys:
+                self._keys[tensor] = "+".join(names)

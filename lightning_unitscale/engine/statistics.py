@@ -1,0 +1,108 @@
+"""What an operand of a matmul looks like to a number format, summed up over calls without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_unitscale.formats import cast, range_of
+
+_SUMS = 7  # elements, squares, non-zero, flushed, saturated, squares of errors, non-finite
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One operand of one site, over all calls that were seen.
+
+    Attributes:
+        elements: number of elements.
+        rms: root mean square of the finite ones.
+        largest: largest finite absolute value.
+        flushed: share of the elements other than 0 that the cast turned into 0.
+        saturated: share of the elements that lie beyond the largest number of the format.
+        error: RMS of what the cast changed, relative to `rms`; its signal-to-noise ratio is −20·log10(error) dB.
+        non_finite: number of NaN and infinite elements.
+    """
+
+    elements: int
+    rms: float
+    largest: float
+    flushed: float
+    saturated: float
+    error: float
+    non_finite: int
+
+
+class Accumulator:
+    """Sums over the calls of one operand, kept on its device.
+
+    Args:
+        dtype: the format that the operand is, or would be, cast to.
+        scale: the power of two in front of the cast; None for one that brings each tensor to an RMS of about 1.
+    """
+
+    def __init__(self, dtype: torch.dtype, scale: float | None = 1.0) -> None:
+        self.dtype, self.scale = dtype, scale
+        self.sums: Tensor | None = (
+            None  # elements, squares, non-zero, flushed, saturated, squares of errors, non-finite
+        )
+        self.largest: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, tensor: Tensor) -> None:
+        """Count one tensor in."""
+        if tensor.numel() == 0:
+            return
+        finite = tensor.isfinite()
+        values = torch.where(finite, tensor.detach(), 0).float()
+        squares = values.square().sum()
+        scale: Tensor | float = self.scale or torch.exp2(-torch.log2((squares / values.numel()).sqrt()).round())
+        if self.scale is None:
+            scale = torch.where(squares > 0, scale, 1.0)
+        kept = cast(values, self.dtype, scale).float() / scale
+        sums = torch.stack([
+            torch.full_like(squares, values.numel()),
+            squares,
+            (values != 0).sum(),
+            ((kept == 0) & (values != 0)).sum(),
+            ((values * scale).abs() > range_of(self.dtype).largest).sum(),
+            (kept - values).square().sum(),
+            (~finite).sum(),
+        ])  # fmt: skip
+        largest = values.abs().max()
+        self.sums = sums.double() if self.sums is None else self.sums + sums
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+
+    def result(self) -> Statistics | None:
+        """What was seen; None if nothing was."""
+        if self.sums is None or self.largest is None:
+            return None
+        elements, squares, non_zero, flushed, saturated, errors, non_finite = self.sums.tolist()
+        return Statistics(
+            elements=int(elements),
+            rms=sqrt(squares / elements),
+            largest=float(self.largest),
+            flushed=flushed / non_zero if non_zero else 0.0,
+            saturated=saturated / elements,
+            error=sqrt(errors / squares) if squares else 0.0,
+            non_finite=int(non_finite),
+        )
+
+
+def add_over_processes(accumulators: Sequence[Accumulator], device: torch.device) -> None:
+    """Make every process's accumulators hold what all of them saw; they must come in the same order everywhere."""
+    if not (dist.is_available() and dist.is_initialized()) or not accumulators:
+        return
+    nothing = torch.zeros(_SUMS, dtype=torch.float64, device=device)
+    sums = torch.stack([nothing if a.sums is None else a.sums for a in accumulators])
+    largest = torch.stack([nothing[0].float() if a.largest is None else a.largest for a in accumulators])
+    dist.all_reduce(sums)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    for position, accumulator in enumerate(accumulators):
+        if sums[position, 0] > 0:
+            accumulator.sums, accumulator.largest = sums[position], largest[position]
