@@ -87,12 +87,10 @@ def test_a_readout_whose_input_is_used_elsewhere_is_untied(tmp_path: Path) -> No
     config = GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=32, **zoo.TOKENS)
     torch.manual_seed(0)
     model: PreTrainedModel = GPT2DoubleHeadsModel(config)
-    batch = zoo.causal_batch(0)
+    ids = zoo.causal_batch(0)["input_ids"].view(2, 2, 16)  # questions, choices, tokens
 
     def loss(module: nn.Module) -> Tensor:
-        output = module(
-            input_ids=batch["input_ids"], labels=batch["labels"], mc_labels=torch.zeros(4, dtype=torch.long)
-        )
+        output = module(input_ids=ids, labels=ids, mc_labels=torch.tensor([0, 1]))
         return output.loss + output.mc_loss
 
     unit_scale(model, loss, verify=False)

@@ -44,7 +44,8 @@ def to_plain(model: nn.Module, forward: Forward) -> nn.Module:
         The copy, in eval mode. A readout that got a weight of its own is no longer tied.
 
     Raises:
-        UnitScalingError: a factor cannot be moved, naming its site; or, casts to narrow formats aside, the copy's outputs are not the model's.
+        UnitScalingError: a factor cannot be moved, naming its site; or the copy's outputs are not the model's, casts to
+            narrow formats aside.
     """
     plain = copy.deepcopy(model).eval()
     plan = plan_of(plain)

@@ -20,6 +20,8 @@ from transformers import (
 
 from lightning_unitscale.errors import InputError
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # without a meaning where nothing is drawn
+
 
 @dataclass
 class Generated:
@@ -59,7 +61,7 @@ def generation_config(
     Raises:
         InputError: a setting is not one of transformers' GenerationConfig, or has a value it refuses.
     """
-    own = model.generation_config.to_dict()
+    own: dict[str, Any] = model.generation_config.to_dict()
     known = GenerationConfig().to_dict()
     if unknown := [name for name in settings if name not in known]:
         raise InputError(f"generation.{unknown[0]} is not a setting of transformers' GenerationConfig")
@@ -68,14 +70,18 @@ def generation_config(
         changes["suppress_tokens"] = [own["bos_token_id"]]
     try:
         config = GenerationConfig.from_dict({**own, **changes, **settings})
+        if not config.do_sample:
+            for name in SAMPLING:
+                setattr(config, name, None)
         config.validate(strict=True)
     except ValueError as error:
-        raise InputError(f"generation: {str(error).splitlines()[-1].strip('- ')}") from error
+        reasons = [line.strip("- ") for line in str(error).splitlines() if line.startswith("- ")]
+        raise InputError(f"generation: {' '.join(reasons) or error}") from error
     return config
 
 
 def check_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int | None
 ) -> None:
     """
     Raises:
@@ -83,17 +89,18 @@ def check_prompts(
     """
     if not prompts:
         raise InputError("there is no prompt; give prompt=<text>, or prompt_file=<file with one prompt a line>")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = None if context is None else context - (0 if model.config.is_encoder_decoder else new_tokens)
+    new_tokens = new_tokens or 0
+    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for number, prompt in enumerate(prompts, start=1):
         tokens = len(tokenizer(prompt)["input_ids"])
         if tokens == 0:
             raise InputError(f"prompt {number} is empty, and the tokenizer puts nothing in front of it")
-        if room is not None and tokens > room:
-            advice = f"shorten it, or give generation.max_new_tokens={context - tokens}" if tokens < context else ""
+        needed = tokens + (0 if model.config.is_encoder_decoder else new_tokens)
+        if context is not None and needed > context:
+            advice = f", or give generation.max_new_tokens={context - tokens}" if tokens < context else ""
             raise InputError(
                 f"prompt {number} ({prompt[:40]!r}…) has {tokens} tokens, and with {new_tokens} new ones that is more "
-                f"than the {context} of the model's context; {advice or 'shorten it'}"
+                f"than the {context} of the model's context; shorten it{advice}"
             )
 
 
@@ -110,11 +117,14 @@ def generate(
     Args:
         stream: print tokens as they come; for one prompt without beams.
     """
-    encoded = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    encoded = tokenizer(
+        list(prompts), return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False
+    )
     encoded = encoded.to(model.device)
     first = _FirstToken()
     begin = time.perf_counter()
-    sequences = model.generate(
+    run: Any = model.generate
+    sequences: Tensor = run(
         **encoded,
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([first]),

@@ -77,7 +77,9 @@ def rows_done(output: Path) -> int:
             for line in file:
                 if not _is_row(line, done):
                     if line.endswith(b"\n"):
-                        raise InputError(f"output={rows} exists and line {done + 1} is no prediction; give another name")
+                        raise InputError(
+                            f"output={rows} exists and line {done + 1} is no prediction; give another name"
+                        )
                     break
                 whole, done = whole + len(line), done + 1
             file.truncate(whole)
@@ -122,9 +124,7 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.world_size > 1:
             raise InputError("predictions are written in order by one process; use trainer.devices=1")
 
-    def write_on_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *_: Any
-    ) -> None:
+    def write_on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *_: Any) -> None:
         """One line a row; on the disk before the next batch begins."""
         with self.rows.open("a") as file:
             for row in _split(prediction):
@@ -139,7 +139,9 @@ def _split(prediction: Any) -> list[Any]:
         columns = {name: _split(values) for name, values in prediction.items()}
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     if isinstance(prediction, Tensor):
-        values: list[Any] = prediction.detach().to(dtype=torch.float32 if prediction.is_floating_point() else None).tolist()
+        values: list[Any] = (
+            prediction.detach().to(dtype=torch.float32 if prediction.is_floating_point() else None).tolist()
+        )
         return values
     return list(prediction)
 
