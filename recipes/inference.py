@@ -93,7 +93,7 @@ def newest_checkpoint() -> str:
                 "no model.path, and no checkpoint under outputs/pretrain: pre-training a small model first\n",
                 flush=True,
             )
-            settings = ["model.width=128", "trainer.max_steps=200", "trainer.val_check_interval=200"]
+            settings = ["model.width=128", "trainer.max_steps=150", "trainer.val_check_interval=150"]
             subprocess.run([sys.executable, shipped("recipes") / "pretrain.py", *settings], check=True)
     return str(found[-1])
 
@@ -212,8 +212,9 @@ def predict_rows(cfg: DictConfig, path: str) -> Path:
         enable_progress_bar=cfg.progress_bar,
     )
     loader: DataLoader[str] = DataLoader(rows[done:], batch_size=cfg.batch_size, collate_fn=list)  # type: ignore[arg-type]
-    trainer.predict(TextPredictor(found.model, tokenizer, config), loader, return_predictions=False)
-    if trainer.interrupted:
+    try:
+        trainer.predict(TextPredictor(found.model, tokenizer, config), loader, return_predictions=False)
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
         print(f"\nStopped after {rows_done(output)} of {len(rows)} rows. The same command goes on from there.")
         sys.exit(130)
     finish(output)

@@ -73,6 +73,8 @@ def generation_config(
         if not config.do_sample:
             for name in SAMPLING:
                 setattr(config, name, None)
+        elif config.temperature is not None and config.temperature <= 0:
+            raise ValueError(f"temperature={config.temperature} must be positive; do_sample=false is its limit")
         config.validate(strict=True)
     except ValueError as error:
         reasons = [line.strip("- ") for line in str(error).splitlines() if line.startswith("- ")]
@@ -98,9 +100,10 @@ def check_prompts(
         needed = tokens + (0 if model.config.is_encoder_decoder else new_tokens)
         if context is not None and needed > context:
             advice = f", or give generation.max_new_tokens={context - tokens}" if tokens < context else ""
+            shown = repr(prompt[:40]) + ("…" if len(prompt) > 40 else "")
             raise InputError(
-                f"prompt {number} ({prompt[:40]!r}…) has {tokens} tokens, and with {new_tokens} new ones that is more "
-                f"than the {context} of the model's context; shorten it{advice}"
+                f"prompt {number} ({shown}) has {tokens} tokens, and with {new_tokens} new ones that is more than the "
+                f"{context} of the model's context; shorten it{advice}"
             )
 
 
