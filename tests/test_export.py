@@ -116,6 +116,18 @@ def test_models_of_any_library(name: str) -> None:
         assert difference(plain(example.flip(0)), model(example.flip(0))) <= 1e-5
 
 
+def test_casts_of_training_are_not_exported(tmp_path: Path) -> None:
+    case = zoo.CASES["gpt2-sdpa"]
+    model, plan = prepared(case, verify=False, format="fp8")
+    exact, _ = prepared(case, verify=False)
+    assert plan.cast_sites
+    export(model, tmp_path / "folder")
+    inputs = inputs_of(case, 5)
+    loaded = logits(type(model).from_pretrained(tmp_path / "folder").eval(), inputs)
+    assert difference(loaded, logits(exact.eval(), inputs)) <= 1e-5
+    assert difference(loaded, logits(model.eval(), inputs)) > 1e-3
+
+
 def test_what_cannot_be_moved_is_named() -> None:
     model = trained("experts-loop", "folded")
     example = zoo.CASES["experts-loop"].batch(1)["input_ids"]
