@@ -116,6 +116,21 @@ def test_models_of_any_library(name: str) -> None:
         assert difference(plain(example.flip(0)), model(example.flip(0))) <= 1e-5
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "distilbert", "gpt_neox"])
+def test_other_architectures(model_type: str) -> None:
+    """Gains stored as w in 1 + w, a readout factor of 1/768, queries interleaved with keys and values."""
+    case = zoo.unseen_case(model_type)
+    model, plan = prepared(case, verify=False)
+    with torch.no_grad():
+        for parameter in model.parameters():  # trained weights are no longer all alike
+            parameter.add_(0.1 * parameter.abs().mean() * torch.randn_like(parameter))
+    assert not plan.is_plain
+    plain = to_plain(model.eval(), partial(logits_of, inputs=example_inputs(model)))
+    inputs = example_inputs(model, batch=3, seed=4)
+    with torch.no_grad():
+        assert difference(logits_of(plain, inputs), logits_of(model, inputs)) <= 5e-6
+
+
 def test_casts_of_training_are_not_exported(tmp_path: Path) -> None:
     case = zoo.CASES["gpt2-sdpa"]
     model, plan = prepared(case, verify=False, format="fp8")

@@ -159,17 +159,27 @@ class _Mover:
             self._scale_parametrized(owner[0], owner[2].split(".")[0], factor)
             return
         calls = [
-            call for call in self.structure.sites if call.name == site.op and any(v.key == key for v in call.inputs)
+            call
+            for call in self.structure.calls
+            if call.name == site.op and any(v.key == key for v in call.inputs) and not call.output.parameters
         ]
         if not calls:
             raise NotScalableError("the example inputs do not reach it")
         for call in calls:
             try:
-                operands = MATMULS[call.name].operands(call.args, call.kwargs).values()
-                (x,) = (v for v in operands if isinstance(v, Value) and v.is_float and not v.parameters)
-                self._scale(x, call, factor)
-            except (NotScalableError, ValueError):
+                self._scale(self._other_factor(call, key), call, factor)
+            except NotScalableError:
                 self._untie(call, key, factor)
+
+    def _other_factor(self, call: Call, key: str) -> Value:
+        """What the weight is multiplied with; for a gain, itself, as its expression (1 + w) is its own."""
+        if call not in self.structure.sites:
+            return next(v for v in call.inputs if v.key == key)
+        operands = MATMULS[call.name].operands(call.args, call.kwargs).values()
+        moving = [v for v in operands if isinstance(v, Value) and v.is_float and not v.parameters]
+        if len(moving) != 1:
+            raise NotScalableError("its matmul has no single input")
+        return moving[0]
 
     def _scale_parametrized(self, module: str, tensor: str, factor: float) -> None:
         owner = self.model.get_submodule(module)

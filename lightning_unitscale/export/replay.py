@@ -53,8 +53,9 @@ def scaled_parameters(
         used = slope != 0
         if bool(used.all()) and not all(structure.only_feeds(s.value, passed, {end.index}) for s in sources):
             raise NotScalableError("what it is made of is used elsewhere too")
-        step = (factor - 1) * _value_over_slope(replay, weight)
-        changed[weight.key] = torch.where(used, parameters[weight.key] + step, parameters[weight.key]).detach()
+        known = parameters[weight.key].detach()
+        moved = known.double() + (factor - 1) * _value_over_slope(replay, weight).detach().double()  # these cancel
+        changed[weight.key] = torch.where(used, moved.to(known.dtype), known)
     after = _Replay(replay.calls, {**parameters, **changed}, replay.activations).run(value)
     if not changed or not torch.allclose(
         after, before * factor, rtol=1e-4, atol=1e-5 * float(before.detach().abs().max())
