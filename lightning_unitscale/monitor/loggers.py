@@ -24,7 +24,7 @@ def log_to(logger: Logger, record: Record, step: int, details: bool) -> None:
         details: every site by name, not the summary alone.
     """
     logger.log_metrics(summary(record) | (each(record) if details else {}), step=step)
-    experiment = logger.experiment
+    experiment = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_histogram_raw"):
         for name, exponents in _histograms(record, details).items():
             _add_histogram(experiment, name, exponents, step)
@@ -48,7 +48,7 @@ def summary(record: Record) -> dict[str, float]:
             "saturated_max": max(cast.saturated for cast in casts),
             "non_finite": float(sum(cast.non_finite for cast in casts)),
             **_snr("snr_db", casts),
-            **_snr("unscaled_snr_db", [m.unscaled for m in found]),
+            **(_snr("unscaled_snr_db", [m.unscaled for m in found]) if any(m.scaled for m in found) else {}),
         }
         scalars |= {f"unitscale/{operand}/{name}": value for name, value in values.items()}
     return scalars
@@ -73,10 +73,9 @@ def each(record: Record) -> dict[str, float]:
 def worst(record: Record) -> dict[str, float]:
     """Two numbers for a progress bar: the lowest signal-to-noise ratio in dB, and the largest share lost in percent."""
     casts = [m.cast for m in record.measurements]
-    return {
-        **{"snr_db": value for name, value in _snr("snr_db", casts).items() if name == "snr_db_min"},
-        "lost_%": 100 * max(cast.flushed + cast.saturated for cast in casts),
-    }
+    numbers = {"lost_%": 100 * max(cast.flushed + cast.saturated for cast in casts)}
+    ratios = _snr("snr_db", casts)
+    return {"snr_db": ratios["snr_db_min"], **numbers} if ratios else numbers
 
 
 def _snr(name: str, casts: Iterable[Statistics]) -> dict[str, float]:
@@ -86,9 +85,7 @@ def _snr(name: str, casts: Iterable[Statistics]) -> dict[str, float]:
 
 
 def _histograms(record: Record, details: bool) -> dict[str, Exponents]:
-    found = {
-        f"unitscale/{operand}/log2": _together(record.of(operand)) for operand in OPERANDS if record.of(operand)
-    }
+    found = {f"unitscale/{operand}/log2": _together(record.of(operand)) for operand in OPERANDS if record.of(operand)}
     if details:
         found |= {f"unitscale/{m.operand}/{m.site}/log2": m.exponents for m in record.measurements}
     return {name: exponents for name, exponents in found.items() if exponents.counts}

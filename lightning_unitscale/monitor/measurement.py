@@ -76,9 +76,7 @@ class Record:
 
     def scales(self) -> dict[tuple[Use, str], float]:
         """The powers of two that were in front of the casts."""
-        return {
-            ((m.parameter, m.op), m.operand): m.scale for m in self.measurements if m.scale is not None
-        }
+        return {((m.parameter, m.op), m.operand): m.scale for m in self.measurements if m.scale is not None}
 
     def append_to(self, file: Path) -> None:
         """One more line of JSON."""
@@ -219,8 +217,8 @@ def plan_scales(plan: Plan | None) -> dict[tuple[Use, str], float]:
     """The operand scales of a plan."""
     return {
         ((site.params[0], site.op), operand): scale
-        for site in (plan.sites if plan is not None else [])
-        for operand, scale in getattr(site, "operand_scales", {}).items()
+        for site in (plan.cast_sites if plan is not None else [])
+        for operand, scale in site.operand_scales.items()
     }
 
 

@@ -30,9 +30,8 @@ class ScaleMonitor(Callback):
     which `unitscale report` draws its charts.
 
     The measured step runs uncompiled; all micro-batches of an accumulated step count. Between measured steps nothing is
-    installed anywhere. Under several processes rank 0 alone measures, on its own share of the batch: nothing is
-    communicated, and its numbers are those of that share. Gradients are measured as they flow, so they are multiplied by
-    a loss scale where there is one.
+    installed anywhere. Under several processes rank 0 alone measures, on its own share of the batch, and communicates
+    nothing. Gradients are measured as they flow, times a loss scale where there is one.
 
     Args:
         every_n_steps: 50 measures the steps 0, 50, 100, … and the last one of `max_steps`.
@@ -42,7 +41,8 @@ class ScaleMonitor(Callback):
         figures: give loggers that take figures (TensorBoard) the chart of exponents at the end; needs matplotlib.
 
     Attributes:
-        last: the latest record.
+        last: the latest record; None before there is one.
+        file: where records are kept, from the start of `fit` on.
 
     Raises:
         InputError: an argument is wrong (at once), or matplotlib is missing.
@@ -62,7 +62,7 @@ class ScaleMonitor(Callback):
         self.format = None if format is None else check_format(format)
         self.folder = folder
         self.last: Record | None = None
-        self._file = Path()
+        self.file = Path()
         self._next = 0  # the optimizer step that is measured next
         self._begun: int | None = None  # the one that is being measured
         self._probes: Probes | None = None  # its sums
@@ -73,7 +73,7 @@ class ScaleMonitor(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the folder."""
         folder = self.folder or trainer.log_dir or trainer.default_root_dir  # asked for on every process
-        self._file = Path(folder) / FILE
+        self.file = Path(folder) / FILE
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the first step to measure."""
@@ -105,11 +105,12 @@ class ScaleMonitor(Callback):
         if self.figures and trainer.is_global_zero:
             from lightning_unitscale.report.charts import exponent_chart
 
-            records = Record.read(self._file)
+            records = Record.read(self.file)
             for logger in trainer.loggers if records else []:
-                if hasattr(logger.experiment, "add_figure"):
+                experiment = getattr(logger, "experiment", None)
+                if hasattr(experiment, "add_figure"):
                     chart = exponent_chart([records[0], records[-1]])
-                    logger.experiment.add_figure("unitscale/exponents", chart, trainer.global_step)
+                    experiment.add_figure("unitscale/exponents", chart, trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop watching."""
@@ -136,7 +137,7 @@ class ScaleMonitor(Callback):
 
     def _new_probes(self, module: Any) -> Probes:
         plan = plan_of(module)
-        casts = [site.format for site in plan.sites if getattr(site, "format", None)] if plan is not None else []
+        casts = [site.format for site in plan.cast_sites if site.format] if plan is not None else []
         return Probes(module, self.format or (casts[0] if casts else "fp8"), plan_scales(plan))
 
     def _release(self) -> None:
@@ -158,7 +159,7 @@ class ScaleMonitor(Callback):
         self.last = probes.record("run", step)
         if not self.last.measurements:
             return
-        self.last.append_to(self._file)
+        self.last.append_to(self.file)
         for logger in trainer.loggers:
             log_to(logger, self.last, trainer.fit_loop.epoch_loop._batches_that_stepped, self.details)
         for name, value in worst(self.last).items():
