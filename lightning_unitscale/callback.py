@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from lightning_unitscale.engine.plan import Plan
-from lightning_unitscale.options import Options, UnitScalingError
+from lightning_unitscale.options import RECALIBRATE, Options, UnitScalingError
 from lightning_unitscale.strategy import TrainerScaling, UnitScalingMixin
 
 
@@ -24,17 +24,21 @@ class UnitScaling(Callback):
     Args:
         scheme: "umup" (u-μP, for training from scratch; arXiv 2407.17465) or "preserve" (the model's own function
             and training, for pretrained models).
-        format: None; low-precision matmul operands are not supported in this version.
+        format: what the operands of every matmul with a parameter are cast to, each times one power of two: "fp8"
+            (e4m3, gradients e5m2), "fp16", "bf16", or None for no casts. Measured on the first step, in which nothing
+            is cast yet; see `formats`.
         storage: where constants are kept. "folded": in the stored weights, so that the model stays a plain module
             with plain checkpoints and no cost per step; what can't be folded stays a site. "unit": weights are
             stored at RMS 1 and all constants are explicit in the forward pass. Both train identically.
         weights: scale weights: initial values, matmul factors, learning rates.
         activations: scale activations: attention logits, activation functions, residual branches.
-        gradients: scale gradient operands; of use with a `format` only.
+        gradients: scale gradient operands, and the loss where gradients are in FP16 on their way; of use with a
+            `format` only. (`weights` and `activations` switch the scales of these operands too.)
         lr_units: "standard": your learning rate means what it meant for the unscaled model. "umup": it is u-μP's η,
             about 1, and carries over between widths and depths.
         skip: globs of module or parameter names to leave alone.
-        overrides: {glob: {"role": …, "multiplier": …, "lr_multiplier": …, "skip": …}} for parameters by name.
+        overrides: {glob: {"role": …, "multiplier": …, "lr_multiplier": …, "format": …, "skip": …}} for parameters by
+            name.
         recalibrate: steps at which operand scales are measured again; of use with a `format` only.
         verify: check the plan on the first batch before training starts, see `engine.verify`.
         optimizer_family: "adam", "sgd" or "muon", for an optimizer class of which unit scaling does not know how its
@@ -59,7 +63,7 @@ class UnitScaling(Callback):
         lr_units: str = "standard",
         skip: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
-        recalibrate: Sequence[int] = (),
+        recalibrate: Sequence[int] = RECALIBRATE,
         verify: bool = True,
         optimizer_family: str | None = None,
     ) -> None:
@@ -102,6 +106,12 @@ class UnitScaling(Callback):
             theirs.options, theirs.optimizer_family = ours.settings
             self._scaling = theirs
         self._scaling.before_run(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After a measured step: cast operands with the scales that were found."""
+        self._scaling.after_train_batch(pl_module, batch, batch_idx)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -9,6 +9,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from lightning_unitscale.options import RECALIBRATE
+
 PACKAGE = Path(__file__).parent
 
 
@@ -35,7 +37,7 @@ class UnitScalingNode:
     lr_units: str = "standard"
     skip: list[str] = field(default_factory=list)
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    recalibrate: list[int] = field(default_factory=list)
+    recalibrate: list[int] = field(default_factory=lambda: list(RECALIBRATE))
     verify: bool = True
     optimizer_family: str | None = None
 

@@ -25,8 +25,6 @@ from math import floor, isfinite, log2
 import torch
 from torch import Tensor
 
-from lightning_unitscale.options import UnitScalingError
-
 OPERANDS = ("x", "weight", "gradient")
 ROOM_FOR_OUTLIERS = 4  # octaves below RMS 1 in which e4m3 is as accurate as at 1
 
@@ -44,6 +42,11 @@ class Format:
         """Of "x", "weight" or "gradient"."""
         dtype: torch.dtype = getattr(self, operand)
         return dtype
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Each once."""
+        return list(dict.fromkeys(self.dtype(operand) for operand in OPERANDS))
 
 
 FORMATS = {
@@ -101,16 +104,10 @@ def exponent(rms: float, largest: float, dtype: torch.dtype) -> int:
     return k
 
 
-def check_device(format: Format, device: torch.device) -> None:
-    """
-    Raises:
-        UnitScalingError: the device has no such numbers, not even as storage.
-    """
+def supports(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether tensors can be cast to `dtype` and back on the device."""
     try:
-        for operand in OPERANDS:
-            torch.ones(1, device=device).to(format.dtype(operand)).to(torch.float32)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise UnitScalingError(
-            f"format={format.name!r}: the device {device} has no {format.dtype(operand)} ({error}). Use format='bf16' "
-            "or format=None there, or a CPU or CUDA device."
-        ) from error
+        torch.ones(1, device=device).to(dtype).to(torch.float32)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True

@@ -8,15 +8,17 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
+from lightning_unitscale.formats import FORMATS
+
 SCHEMES = ("umup", "preserve")
-FORMATS: tuple[str, ...] = ()
 STORAGES = ("folded", "unit")
 LR_UNITS = ("standard", "umup")
 ROLES = (
     *("embedding", "position", "token", "hidden", "readout", "bias", "norm"),
     *("relative_position", "scale", "other"),
 )
-OVERRIDE_KEYS = ("role", "multiplier", "lr_multiplier", "skip")
+OVERRIDE_KEYS = ("role", "multiplier", "lr_multiplier", "format", "skip")
+RECALIBRATE = (1, 10, 100, 1_000, 10_000, 100_000)  # early, while everything changes; then rarely
 
 
 class UnitScalingError(Exception):
@@ -44,6 +46,15 @@ def _check_override(glob: str, value: Mapping[str, Any]) -> None:
         raise UnitScalingError(f"overrides[{glob!r}]: skip={value['skip']!r} must be True or False.")
 
 
+def _steps(recalibrate: Sequence[int]) -> tuple[int, ...]:
+    steps = tuple(recalibrate)
+    if not all(isinstance(step, int) and step > 0 for step in steps) or list(steps) != sorted(set(steps)):
+        raise UnitScalingError(
+            f"recalibrate={list(steps)!r} must be steps above 0 in rising order, such as (10, 1000)."
+        )
+    return steps
+
+
 @dataclass(frozen=True)
 class Options:
     """What `UnitScaling` and `unit_scale` can be told; see `UnitScaling` for each field.
@@ -61,7 +72,7 @@ class Options:
     lr_units: str = "standard"
     skip: Sequence[str] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    recalibrate: Sequence[int] = ()
+    recalibrate: Sequence[int] = RECALIBRATE
     verify: bool = True
 
     def __post_init__(self) -> None:
@@ -69,15 +80,12 @@ class Options:
         _choose("storage", self.storage, STORAGES)
         _choose("lr_units", self.lr_units, LR_UNITS)
         if self.format is not None:
-            raise UnitScalingError(
-                f"format={self.format!r} is not supported in this version; leave format=None "
-                "(Trainer(precision='bf16-mixed') works beside unit scaling)."
-            )
+            _choose("format", self.format, tuple(FORMATS))
         for name in ("weights", "activations", "gradients", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise UnitScalingError(f"{name}={getattr(self, name)!r} must be True or False.")
         object.__setattr__(self, "skip", tuple([self.skip] if isinstance(self.skip, str) else self.skip))
-        object.__setattr__(self, "recalibrate", tuple(self.recalibrate))
+        object.__setattr__(self, "recalibrate", _steps(self.recalibrate))
         overrides = {str(glob): dict(value) for glob, value in (self.overrides or {}).items()}
         for glob, value in overrides.items():
             for key in value:
@@ -85,6 +93,8 @@ class Options:
             _check_override(glob, value)
             if "role" in value:
                 _choose(f"overrides[{glob!r}] role", value["role"], ROLES)
+            if value.get("format") is not None:
+                _choose(f"overrides[{glob!r}] format", value["format"], tuple(FORMATS))
         object.__setattr__(self, "overrides", overrides)
 
     def to_dict(self) -> dict[str, Any]:

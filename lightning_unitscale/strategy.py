@@ -9,6 +9,7 @@ When what happens:
     load_model_state_dict    a checkpoint's plan is put in force before its weights are loaded
     on_train_batch_start     no plan yet: the step is rehearsed on this batch and the plan put in force; optimizers
                              get their learning-rate multipliers
+    on_train_batch_end       after a measured step, operands are cast with the scales that were found
     save_checkpoint          the plan is saved beside the weights
     teardown, on_exception   strategy, optimizers and `log` are as before; the model keeps its plan
 """
@@ -31,9 +32,11 @@ from typing_extensions import override
 
 from lightning_unitscale.checkpoint import as_plain_data, plan_in, prepare_for_loading
 from lightning_unitscale.engine.apply import rescale_parameters
+from lightning_unitscale.engine.calibrate import Calibration, fall_back
 from lightning_unitscale.engine.marker import PLAN_KEY
 from lightning_unitscale.engine.plan import Plan, plan_of
 from lightning_unitscale.engine.prepare import prepare, put_in_force
+from lightning_unitscale.engine.verify_casts import verify_casts
 from lightning_unitscale.optim import FAMILIES, ScaledStep, optimizer_family, scale_learning_rates
 from lightning_unitscale.options import Options, UnitScalingError
 
@@ -41,7 +44,7 @@ LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay 
 SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)
 _BEFORE = {"on_train_batch_start": "before_train_batch", "load_model_state_dict": "before_loading"}
 # The options that decide what a plan says.
-_OF_THE_PLAN = ("scheme", "storage", "lr_units", "weights", "activations", "skip", "overrides")
+_OF_THE_PLAN = ("scheme", "format", "storage", "lr_units", "weights", "activations", "skip", "overrides")
 
 
 class TrainerScaling:
@@ -61,6 +64,7 @@ class TrainerScaling:
         self.optimizer_family = optimizer_family
         self.plan: Plan | None = None
         self._steps: dict[int, tuple[Optimizer, Plan, ScaledStep]] = {}  # holds the optimizers, so ids stay theirs
+        self._calibration: Calibration | None = None
         self._wrapped: Strategy | None = None
         self._uncompiled: pl.LightningModule | None = None
 
@@ -90,6 +94,9 @@ class TrainerScaling:
         for _, _, step in self._steps.values():
             step.remove()
         self._steps.clear()
+        if self._calibration is not None:
+            self._calibration.abort()
+            self._calibration = None
 
     def before_run(self, module: pl.LightningModule) -> None:
         """Keep `log` of a compiled LightningModule out of the compiler, which it crashes (torch 2.12, 2.13)."""
@@ -122,6 +129,22 @@ class TrainerScaling:
         if plan.scheme != "preserve" or any(p.lr_override is not None for p in plan.parameters.values()):
             for optimizer in strategy.optimizers:
                 self._scale_steps(optimizer, plan, module)
+        if self._calibration is None or self._calibration.plan is not plan:
+            self._calibration = Calibration(module, plan, self.options.recalibrate)
+        if self._calibration.step is None and self._calibration.due(module.trainer.global_step):
+            self._calibration.begin(module.trainer.global_step)
+
+    def after_train_batch(self, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Once a measured step is complete, cast with what it showed; the first time, check the casts."""
+        calibration, trainer = self._calibration, module.trainer
+        if calibration is None or calibration.step is None or trainer.global_step <= calibration.step:
+            return
+        first = not calibration.plan.measured_at
+        calibration.finish()
+        if first and self.options.verify:
+            problems = verify_casts(module, calibration.plan, lambda run: run.training_step(batch, batch_idx), trainer)
+            for use, problem in trainer.strategy.broadcast(problems, src=0).items():
+                fall_back(module, calibration.plan, use, problem)
 
     def _scale_steps(self, optimizer: Optimizer, plan: Plan, module: pl.LightningModule) -> None:
         _, known, _ = self._steps.get(id(optimizer), (None, None, None))
@@ -232,6 +255,19 @@ def _warn_of_units(group: Mapping[str, Any]) -> None:
         )
 
 
+class _BatchEnd(pl.Callback):
+    """What a strategy is not told: that a batch is done. Stands in for `UnitScaling` where that is not there."""
+
+    def __init__(self, scaling: TrainerScaling) -> None:
+        self.scaling = scaling
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.scaling.after_train_batch(pl_module, batch, batch_idx)
+
+
 class UnitScalingMixin(Strategy):
     """Makes a strategy class apply unit scaling: `class MyStrategy(UnitScalingMixin, DDPStrategy)`.
 
@@ -249,6 +285,8 @@ class UnitScalingMixin(Strategy):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         self.unit_scaling.before_run(self.lightning_module)
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.insert(0, _BatchEnd(self.unit_scaling))  # before callbacks that save
         super().setup(trainer)
 
     @override
@@ -269,6 +307,9 @@ class UnitScalingMixin(Strategy):
     @override
     def teardown(self) -> None:
         self.unit_scaling.release()
+        assert self.lightning_module is not None
+        callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, _BatchEnd)]
         super().teardown()
 
 

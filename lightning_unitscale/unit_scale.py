@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from lightning_unitscale.engine.plan import Plan
-from lightning_unitscale.engine.prepare import prepare, remove
-from lightning_unitscale.options import Options
+from lightning_unitscale.engine.prepare import measure_operands, prepare, remove
+from lightning_unitscale.options import RECALIBRATE, Options
 
 
 def unit_scale(
@@ -25,7 +25,7 @@ def unit_scale(
     lr_units: str = "standard",
     skip: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
-    recalibrate: Sequence[int] = (),
+    recalibrate: Sequence[int] = RECALIBRATE,
     verify: bool = True,
 ) -> Plan:
     """Prepare a model in place and return the plan.
@@ -55,7 +55,9 @@ def unit_scale(
         recalibrate=tuple(recalibrate),
         verify=verify,
     )
-    return prepare(module, lambda _: step(module), options)
+    plan = prepare(module, lambda _: step(module), options)
+    measure_operands(module, lambda _: step(module), options)
+    return plan
 
 
 def remove_unit_scaling(module: nn.Module) -> nn.Module:

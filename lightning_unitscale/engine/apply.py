@@ -1,9 +1,10 @@
-"""Put a plan in force: rescale the stored weights, and intercept the calls where a factor stays explicit.
+"""Put a plan in force: rescale the stored weights, and intercept the calls where something stays explicit.
 
-An explicit factor is applied by a `TorchFunctionMode` that is entered by `ScopedForward`, a small object in place of
-`module.forward` (or another method) on the modules concerned, and on no others. A factor of a parameter is found by
-the parameter itself, followed through views and casts, so it holds in any number of calls; a parameter-free one by
-its frame and by how-manieth call of its function it is there. Nothing is installed where every factor is folded.
+An explicit factor, or a cast of operands, is applied by a `TorchFunctionMode` that is entered by `ScopedForward`, a
+small object in place of `module.forward` (or another method) on the modules concerned, and on no others. What belongs
+to a parameter is found by the parameter itself, followed through views and casts, so it holds in any number of calls; a
+parameter-free factor by its frame and by how-manieth call of its function it is there. Nothing is installed where every
+factor is folded and nothing is cast.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_unitscale.engine.casting import CastSite, Use, cast_sites
 from lightning_unitscale.engine.functions import functions_by_name, is_in_place
 from lightning_unitscale.engine.observe import observers_inside
 from lightning_unitscale.engine.plan import EVERY_CALL, Plan, Site
 from lightning_unitscale.engine.record import MODULE_CALL, has_ordinal
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, Matmul
 from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
 from lightning_unitscale.options import UnitScalingError
 
@@ -38,13 +40,16 @@ class Rules:
 
     Attributes:
         factors: by (parameter key, function name).
+        casts: the uses whose operands are cast, by the same.
         followed: names of the functions through which parameters are followed.
         free: names of the functions with parameter-free sites.
     """
 
-    def __init__(self, factors: dict[tuple[str, str], float], followed: list[str], free: list[str]) -> None:
-        self.factors, self.followed, self.free = factors, frozenset(followed), frozenset(free)
-        self.ops = frozenset(op for _, op in factors)
+    def __init__(
+        self, factors: dict[Use, float], casts: dict[Use, CastSite], followed: list[str], free: list[str]
+    ) -> None:
+        self.factors, self.casts, self.followed, self.free = factors, casts, frozenset(followed), frozenset(free)
+        self.ops = frozenset(op for _, op in (*factors, *casts))
         self._find_functions()
 
     def _find_functions(self) -> None:
@@ -178,12 +183,25 @@ class Interceptor(TorchFunctionMode):
         if op is None:
             scaled = tuple(self._scaled(argument, name) for argument in args)
             return function(*scaled, **{key: self._scaled(argument, name) for key, argument in kwargs.items()})
+        if self.rules.casts and (casting := self._casting(op, args, kwargs)):
+            site, x, weight = casting
+            bias = next((v for k, v in op.operands(args, kwargs).items() if k in op.bias_labels), None)
+            return op.cast(args, kwargs, x, weight, site, self._factor(bias, name))
         factors = {}
         for label, operand in op.operands(args, kwargs).items():
             factor = self._factor(operand, name)
             if factor != 1.0:
                 factors[label] = factor
         return op.scaled(function, args, kwargs, factors) if factors else function(*args, **kwargs)
+
+    def _casting(self, op: Matmul, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CastSite, Any, Any] | None:
+        """The site that this call is, its activation and its weight, if its operands are to be cast."""
+        operands = op.cast_operands(args, kwargs, lambda operand: self._key(operand) is not None)
+        if operands is None:
+            return None
+        key = self._key(operands[1])
+        site = self.rules.casts.get((key, op.name)) if key is not None else None
+        return None if site is None or site.scales is None else (site, *operands)
 
     def _run_site(
         self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -332,8 +350,8 @@ def restore_parameters(module: nn.Module, before: Plan, after: Plan) -> None:
 
 
 def install(module: nn.Module, plan: Plan) -> None:
-    """Put a scope on every method in which a factor of the plan is explicit."""
-    explicit = plan.explicit_sites
+    """Put a scope on every method in which a factor of the plan is explicit or an operand is cast."""
+    explicit, casts = plan.explicit_sites, cast_sites(plan.sites)
     factors = {
         (key, site.op): factor
         for site in explicit
@@ -342,18 +360,19 @@ def install(module: nn.Module, plan: Plan) -> None:
         if factor != 1.0
     }
     free = [site for site in explicit if site.ordinal is not None]
-    if not explicit:
+    uses = [*factors, *casts]
+    if not uses and not free:
         return
-    rules = Rules(factors, plan.followed if factors else [], sorted({s.op for s in free} - {"output"}))
-    keys_with_factor = {key for key, _ in factors}
-    tracked = {name for key in keys_with_factor for name in key.split("+")}
+    rules = Rules(factors, casts, plan.followed if uses else [], sorted({s.op for s in free} - {"output"}))
+    keys_in_use = {key for key, _ in uses}
+    tracked = {name for key in keys_in_use for name in key.split("+")}
     modules = dict(module.named_modules())
-    enclosing = _enclosing_frames(plan, factors, modules)
+    enclosing = _enclosing_frames(plan, uses, modules)
     for where, method, keys in [*_scoped_frames(plan, modules), *((*frame, []) for frame in enclosing)]:
         own = modules[where]
         touched = [key for key in keys if key in tracked]
         sites = [site for site in free if site.module == where and site.method == method]
-        in_use = touched or sites or keys_with_factor.intersection(keys)
+        in_use = touched or sites or keys_in_use.intersection(keys)
         if in_use or (where, method) in enclosing or (free and not keys):
             scope = own.__dict__.get(method)
             if not isinstance(scope, ScopedForward):
@@ -372,6 +391,15 @@ def install(module: nn.Module, plan: Plan) -> None:
                         scope.most_calls[site.op] = site.calls_in_frame
 
 
+def casts_in_force(module: nn.Module) -> dict[Use, CastSite]:
+    """The cast sites of a prepared module."""
+    for child in module.modules():
+        for scope in child.__dict__.values():
+            if isinstance(scope, ScopedForward):
+                return scope.rules.casts
+    return {}
+
+
 def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> list[tuple[str, str, list[str]]]:
     """The plan's frames; a method other than `forward` brings the module's other steps along, seen or not."""
     frames = {(where, method): list(keys) for where, method, keys in plan.frames if method != "<hook>"}
@@ -384,12 +412,10 @@ def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> list[tuple[str,
     return [(where, method, keys) for (where, method), keys in frames.items()]
 
 
-def _enclosing_frames(
-    plan: Plan, factors: dict[tuple[str, str], float], modules: dict[str, nn.Module]
-) -> set[tuple[str, str]]:
+def _enclosing_frames(plan: Plan, uses: list[Use], modules: dict[str, nn.Module]) -> set[tuple[str, str]]:
     """Frames in which a weight computed from parameters is both made and used: a property makes it on access."""
     found = set()
-    for key, _ in factors:
+    for key, _ in uses:
         if key not in plan.parameters or plan.parameters[key].fixed:
             path = key.split("+")[0].split(".")[:-1]
             for length in range(len(path) + 1):

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_unitscale.engine.casting import Use
 from lightning_unitscale.engine.functions import short_name
 from lightning_unitscale.engine.record import tensors_in
 from lightning_unitscale.engine.statistics import Accumulator
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import open_multi_head_attention
-
-Use = tuple[str, str]  # a parameter's key and the short name of the function that uses it
 
 _ENTERED = threading.local()
 
@@ -92,11 +91,14 @@ class OperandObserver(TorchFunctionMode):
             self._inside = False
         name = short_name(function)
         if name in MATMULS:
-            self._observe(name, args, kwargs, result)
+            self._observe(function, args, kwargs, result)
         self._follow(args, kwargs, result)
         return result
 
-    def _observe(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _observe(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        name = short_name(function)
         product = MATMULS[name].cast_operands(args, kwargs, lambda tensor: tensor in self._keys)
         if product is None or not isinstance(result, Tensor):
             return

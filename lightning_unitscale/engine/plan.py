@@ -86,6 +86,11 @@ class Site:
         calls: how often it was called in the recorded step.
         rms_before, rms_after: RMS of its operands and output, untouched and under the plan.
         reason: why it has no factor, or why its factor could not be folded.
+        format: what its operands are cast to, see `formats.FORMATS`; None for the compute dtype.
+        format_reason: why it is left in the compute dtype though a format was asked for.
+        operand_scales: the powers of two before the casts of "x", "weight" and "gradient"; empty until measured.
+        measured: for each operand, what it was like when last measured (see `statistics.Statistics`): rms, largest,
+            flushed, saturated, error.
     """
 
     module: str
@@ -106,6 +111,10 @@ class Site:
     rms_before: dict[str, float] = field(default_factory=dict)
     rms_after: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    format: str | None = None
+    format_reason: str = ""
+    operand_scales: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -127,6 +136,9 @@ class Plan:
         storage: "folded" | "unit".
         lr_units: "standard" | "umup".
         notes: what else the reader of the plan should know.
+        measured_at: the steps at which operand scales were measured.
+        gradient_cosine: for each parameter, between its gradients with and without casts, on the first batch.
+        loss_scale: what the loss is multiplied by where gradients are in FP16 on their way; 1 elsewhere.
     """
 
     scheme: str
@@ -137,6 +149,9 @@ class Plan:
     frames: list[list[Any]] = field(default_factory=list)
     followed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    measured_at: list[int] = field(default_factory=list)
+    gradient_cosine: dict[str, float] = field(default_factory=dict)
+    loss_scale: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
@@ -165,6 +180,11 @@ class Plan:
     def explicit_sites(self) -> list[Site]:
         """The sites that change the forward pass."""
         return [site for site in self.sites if any(factor != 1.0 for factor in site.factors.values())]
+
+    @property
+    def cast_sites(self) -> list[Site]:
+        """The sites whose operands are cast to a narrow format."""
+        return [site for site in self.sites if site.format is not None]
 
     @property
     def is_plain(self) -> bool:

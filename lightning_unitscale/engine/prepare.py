@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from lightning_unitscale.engine.apply import install, rescale_parameters, restore_parameters, uninstall
+from lightning_unitscale.engine.calibrate import Calibration, fall_back
 from lightning_unitscale.engine.fold import folded_copy
+from lightning_unitscale.engine.gradients import rehearsed_gradients
 from lightning_unitscale.engine.marker import add_marker, remove_marker
 from lightning_unitscale.engine.plan import ATTRIBUTE, Plan, plan_of
 from lightning_unitscale.engine.record import recording
 from lightning_unitscale.engine.rehearse import Rehearsal, rehearsal
 from lightning_unitscale.engine.trace import Trace
 from lightning_unitscale.engine.verify import verify
+from lightning_unitscale.engine.verify_casts import verify_casts
 from lightning_unitscale.options import Options, UnitScalingError
 from lightning_unitscale.schemes import SCHEMES
 
@@ -55,6 +58,23 @@ def prepare(
     if options.verify:
         verify(module, plan, trace, lambda: record(module, step, trainer))
     return plan
+
+
+def measure_operands(module: nn.Module, step: Step, options: Options, trainer: pl.Trainer | None = None) -> None:
+    """Measure the operand scales of a prepared module on one step, forward and backward, that leaves no trace.
+
+    In a Trainer this is not needed: scales are measured while it trains.
+    """
+    plan = plan_of(module)
+    assert plan is not None
+    if not plan.cast_sites:
+        return
+    calibration = Calibration(module, plan, options.recalibrate)
+    rehearsed_gradients(module, step, trainer, observer=calibration.observe(0))
+    calibration.finish()
+    if options.verify:
+        for use, problem in verify_casts(module, plan, step, trainer).items():
+            fall_back(module, plan, use, problem)
 
 
 def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None) -> Trace:

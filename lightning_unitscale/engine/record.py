@@ -83,8 +83,7 @@ class Recorder(TorchFunctionMode):
 
     def finish(self, output: Any, backwards: list[Tensor]) -> Trace:
         """Mark the losses (what the step returned, or its "loss", and what backward was called on)."""
-        loss = output.get("loss") if isinstance(output, dict) else output
-        tensors = [tensor for tensor in (*backwards, loss) if isinstance(tensor, Tensor)]
+        tensors = loss_tensors(output, backwards)
         self.trace.losses = [self._values[tensor] for tensor in tensors if tensor in self._values]
         self.trace.loss_numbers = [float(tensor.detach().double().sum()) for tensor in tensors]
         self._frames.clear()
@@ -202,6 +201,12 @@ class Recorder(TorchFunctionMode):
                     return Frame(module, code.co_name), ordinal
             python_frame = python_frame.f_back
         return None, 0
+
+
+def loss_tensors(output: Any, backwards: list[Tensor]) -> list[Tensor]:
+    """What a step's backward passes start from: what backward was called on, and what the step returned."""
+    loss = output.get("loss") if isinstance(output, dict) else output
+    return [tensor for tensor in (*backwards, loss) if isinstance(tensor, Tensor)]
 
 
 def has_ordinal(args: tuple[Any, ...]) -> bool:

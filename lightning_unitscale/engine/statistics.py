@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, log10, sqrt
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_unitscale.formats import cast, range_of
+
+_SUMS = 7  # elements, squares, non-zero, flushed, saturated, squares of errors, non-finite
 
 
 @dataclass(frozen=True)
@@ -93,3 +97,17 @@ class Accumulator:
             error=sqrt(errors / squares) if squares else 0.0,
             non_finite=int(non_finite),
         )
+
+
+def add_over_processes(accumulators: Sequence[Accumulator], device: torch.device) -> None:
+    """Make every process's accumulators hold what all of them saw; they must come in the same order everywhere."""
+    if not (dist.is_available() and dist.is_initialized()) or not accumulators:
+        return
+    nothing = torch.zeros(_SUMS, dtype=torch.float64, device=device)
+    sums = torch.stack([nothing if a.sums is None else a.sums for a in accumulators])
+    largest = torch.stack([nothing[0].float() if a.largest is None else a.largest for a in accumulators])
+    dist.all_reduce(sums)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    for position, accumulator in enumerate(accumulators):
+        if sums[position, 0] > 0:
+            accumulator.sums, accumulator.largest = sums[position], largest[position]

@@ -22,3 +22,5 @@ MATMULS: dict[str, Matmul] = {
         DotProductAttention(),
     )
 }
+
+__all__ = ["MATMULS", "Matmul"]

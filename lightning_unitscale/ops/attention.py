@@ -15,7 +15,7 @@ from lightning_unitscale.ops.matmul import Matmul, Shape, argument, present
 class DotProductAttention(Matmul):
     """`F.scaled_dot_product_attention(query, key, value, …, scale=None)`; None means d_head^-½."""
 
-    takes_casts = False
+    uncastable = "attention's own products"
     name = "scaled_dot_product_attention"
 
     def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unitscale.ops.matmul import Matmul, Shape, argument, present
+from lightning_unitscale.ops.matmul import Casting, Matmul, Shape, UncastableError, add_bias, argument, present
+from lightning_unitscale.ops.products import BatchedProducts, EinsumProducts, GroupedProducts, MatrixProducts, Products
 
 
 class ScaledProduct(torch.autograd.Function):
@@ -74,6 +75,26 @@ def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: f
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def _matrix_products(weight: Any) -> Products:
+    if len(weight.shape) != 2:
+        raise UncastableError("the weight is a vector")
+    return MatrixProducts()
+
+
+def _of_rows(x: Tensor, weight: Tensor, casting: Casting) -> Tensor:
+    """`x Wᵀ` for x: (*, in), W: (out, in)."""
+    return casting(x.reshape(-1, x.shape[-1]), weight, MatrixProducts()).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _any_product(x: Any, weight: Any, weight_first: bool) -> Products:
+    """Of `x @ weight`, or of `weight @ x`."""
+    if not weight_first and len(weight.shape) == 2:
+        return MatrixProducts()
+    if min(len(x.shape), len(weight.shape)) < 2:
+        raise UncastableError("one operand is a vector")
+    return BatchedProducts(weight_first)
+
+
 class Linear(Matmul):
     """`F.linear(x, weight, bias)`."""
 
@@ -89,6 +110,21 @@ class Linear(Matmul):
 
     def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         return shapes["weight"][-1]
+
+    def products(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any, weight: Any) -> Products:
+        return _matrix_products(weight)
+
+    def cast(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        weight: Tensor,
+        casting: Casting,
+        bias_factor: float,
+    ) -> Tensor:
+        y = _of_rows(x, weight, casting)
+        return add_bias(y, argument(args, kwargs, 2, "bias"), bias_factor)
 
     def scaled(
         self,
@@ -123,6 +159,23 @@ class AddMm(Matmul):
     def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         return shapes["left"][-1]
 
+    def products(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any, weight: Any) -> Products:
+        return _any_product(x, weight, self.operands(args, kwargs)["left"] is weight)
+
+    def cast(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        weight: Tensor,
+        casting: Casting,
+        bias_factor: float,
+    ) -> Tensor:
+        products = self.products(args, kwargs, x, weight)
+        y = casting(x, weight.t() if isinstance(products, MatrixProducts) else weight, products)
+        alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+        return add_bias(y if alpha == 1 else y * alpha, argument(args, kwargs, 0, "input"), bias_factor * beta)
+
     def scaled(
         self,
         function: Callable[..., Tensor],
@@ -154,6 +207,26 @@ class Product(Matmul):
     def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         return shapes["left"][-1]
 
+    def products(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any, weight: Any) -> Products:
+        weight_first = self.operands(args, kwargs)["left"] is weight
+        if self.name == "inner" and (weight_first or len(weight.shape) != 2):
+            raise UncastableError("an inner product of other than rows with a matrix")
+        return _any_product(x, weight, weight_first)
+
+    def cast(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        weight: Tensor,
+        casting: Casting,
+        bias_factor: float,
+    ) -> Tensor:
+        products = self.products(args, kwargs, x, weight)
+        if isinstance(products, MatrixProducts):
+            return _of_rows(x, weight if self.name == "inner" else weight.t(), casting)
+        return casting(x, weight, products)
+
     def scaled(
         self,
         function: Callable[..., Tensor],
@@ -182,6 +255,12 @@ class GroupedProduct(Matmul):
     def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         return shapes["right"][-2]
 
+    def products(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any, weight: Any) -> Products:
+        ends = argument(args, kwargs, 2, "offs")
+        if len(x.shape) != 2 or len(weight.shape) != 3 or ends is None:
+            raise UncastableError("groups of other than rows")
+        return GroupedProducts(ends)
+
 
 class Einsum(Matmul):
     """`torch.einsum(equation, *operands)` in the string form."""
@@ -194,6 +273,19 @@ class Einsum(Matmul):
 
     def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         return prod(self.contracted(label, shapes, args).values())
+
+    def products(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any, weight: Any) -> Products:
+        equation = str(args[0]).replace(" ", "")
+        inputs, _, output = equation.partition("->")
+        terms = inputs.split(",")
+        if "->" not in equation or "." in equation:
+            raise UncastableError(f"the equation {equation!r} does not name all indices")
+        position = next(int(label) for label, operand in self.operands(args, kwargs).items() if operand is x)
+        x_term, weight_term = terms[position], terms[1 - position]
+        for term, others in ((x_term, weight_term + output), (weight_term, x_term + output)):
+            if len(set(term)) < len(term) or not set(term) <= set(others):
+                raise UncastableError(f"the equation {equation!r} repeats an index, or sums over one of a single term")
+        return EinsumProducts(x_term, weight_term, output)
 
     @staticmethod
     def contracted(label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...]) -> dict[str, int]:
@@ -214,7 +306,7 @@ class Einsum(Matmul):
 class Bilinear(Matmul):
     """`F.bilinear(x1, x2, weight, bias)`."""
 
-    takes_casts = False
+    uncastable = "it has three operands"
     name = "bilinear"
     bias_labels = frozenset({"bias"})
 

@@ -15,9 +15,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lightning_unitscale.ops.products import Products
+
 Shape = tuple[int, ...]
+Casting = Callable[[Tensor, Tensor, Products], Tensor]  # the product of x and a weight with both cast
+
+
+class UncastableError(Exception):
+    """Why the operands of a call can't be cast to a narrow format."""
 
 
 class Matmul(ABC):
@@ -29,7 +37,7 @@ class Matmul(ABC):
 
     name: str
     bias_labels: frozenset[str] = frozenset()
-    takes_casts = True  # whether its operands can be cast to a narrow format
+    uncastable = ""  # why its operands are never cast to a narrow format
 
     @abstractmethod
     def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,9 +56,29 @@ class Matmul(ABC):
     ) -> tuple[Any, Any] | None:
         """The activation and the weight, if the call is the product of just these two; None for any other."""
         found = [operand for label, operand in self.operands(args, kwargs).items() if label not in self.bias_labels]
-        if not self.takes_casts or len(found) != 2 or is_weight(found[0]) == is_weight(found[1]):
+        if self.uncastable or len(found) != 2 or is_weight(found[0]) == is_weight(found[1]):
             return None
         return (found[1], found[0]) if is_weight(found[0]) else (found[0], found[1])
+
+    def products(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any, weight: Any) -> Products:
+        """The bilinear product that the call is; `x` and `weight` need nothing but a shape.
+
+        Raises:
+            UncastableError: there is none that knows its adjoints.
+        """
+        raise UncastableError(f"{self.name} has no product with cast operands")
+
+    def cast(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        weight: Tensor,
+        casting: Casting,
+        bias_factor: float,
+    ) -> Tensor:
+        """Run the call with its multiplicands cast; the bias, if there is one, is added as it is."""
+        return casting(x, weight, self.products(args, kwargs, x, weight))
 
     def scaled(
         self,
@@ -82,3 +110,8 @@ def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, na
 def present(**operands: Any) -> dict[str, Any]:
     """The operands that were given."""
     return {label: operand for label, operand in operands.items() if operand is not None}
+
+
+def add_bias(product: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+    """`product + factor · bias`, in the dtype of the product."""
+    return product if bias is None else torch.add(product, bias.to(product.dtype), alpha=factor)

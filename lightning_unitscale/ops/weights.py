@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from lightning_unitscale.engine.functions import RECURRENT
-from lightning_unitscale.ops.matmul import Matmul, Shape, argument, present
+from lightning_unitscale.ops.matmul import Casting, Matmul, Shape, UncastableError, add_bias, argument, present
+from lightning_unitscale.ops.products import ConvolutionProducts, Products
 
 
 class Convolution(Matmul):
@@ -43,6 +44,48 @@ class Convolution(Matmul):
         strides: int = prod(stride) if isinstance(stride, (tuple, list)) else stride ** len(kernel)
         return max(1, int(shapes["weight"][0] // groups * prod(kernel) // strides))
 
+    def products(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any, weight: Any) -> Products:
+        kernel = tuple(weight.shape[2:])
+        if len(x.shape) != len(weight.shape):
+            raise UncastableError("a convolution of one sample without a batch dimension")
+
+        def numbers(conv: int, transposed: int, name: str, default: int) -> tuple[int, ...]:
+            given = argument(args, kwargs, transposed if self.transposed else conv, name, default)
+            if isinstance(given, int):
+                return (given,) * len(kernel)
+            return tuple(given) * len(kernel) if len(given) == 1 else tuple(given)
+
+        dilation = numbers(5, 7, "dilation", 1)
+        padding = argument(args, kwargs, 4, "padding", 0)
+        if isinstance(padding, str):
+            wide = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+            if any(width % 2 for width in wide):
+                raise UncastableError("padding='same' with a kernel of even size")
+            paddings = tuple(width // 2 for width in wide)
+        else:
+            paddings = numbers(4, 4, "padding", 0)
+        return ConvolutionProducts(
+            stride=numbers(3, 3, "stride", 1),
+            padding=paddings,
+            dilation=dilation,
+            groups=argument(args, kwargs, 6, "groups", 1),
+            transposed=self.transposed,
+            output_padding=numbers(5, 5, "output_padding", 0) if self.transposed else (0,) * len(kernel),
+        )
+
+    def cast(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        weight: Tensor,
+        casting: Casting,
+        bias_factor: float,
+    ) -> Tensor:
+        y = casting(x, weight, self.products(args, kwargs, x, weight))
+        bias = argument(args, kwargs, 2, "bias")
+        return add_bias(y, None if bias is None else bias.reshape(-1, *[1] * (weight.dim() - 2)), bias_factor)
+
     def scaled(
         self,
         function: Callable[..., Tensor],
@@ -63,7 +106,7 @@ class Recurrent(Matmul):
     Fan-in per gate matrix is its number of columns.
     """
 
-    takes_casts = False
+    uncastable = "one kernel makes all its products"
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -105,7 +148,7 @@ class Recurrent(Matmul):
 class Embedding(Matmul):
     """`F.embedding(indices, weight)` and `F.embedding_bag`: the rows are scaled, never the table."""
 
-    takes_casts = False
+    uncastable = "a lookup makes no product"
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from math import exp, log
 from typing import Any
 
 from torch import nn
 
+from lightning_unitscale.engine.castable import reason_not_to_cast
 from lightning_unitscale.engine.plan import EVERY_CALL, ParameterPlan, Plan, Site
 from lightning_unitscale.engine.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.structure import Structure
@@ -16,6 +17,7 @@ from lightning_unitscale.engine.trace import Call, Frame, Trace, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.options import Options, UnitScalingError
 
+SKIPPED = "skipped by the options"
 ALONE_REASONS = {
     "scale": "multiplies activations elementwise; kept as the model initialises it",
     "relative_position": "added to attention logits; kept as the model initialises it",
@@ -85,11 +87,14 @@ class Draft:
         for name, facts in self.trace.facts.items():
             if not facts.trainable:
                 reasons[name] = "frozen"
-            elif self.overrides.get(name, {}).get("skip") or _matches(name, self.options.skip):
-                reasons[name] = "skipped by the options"
+            elif self._is_skipped(name):
+                reasons[name] = SKIPPED
             elif self.roles[name] in ALONE_REASONS:
                 reasons[name] = ALONE_REASONS[self.roles[name]]
         return reasons
+
+    def _is_skipped(self, name: str) -> bool:
+        return bool(self.overrides.get(name, {}).get("skip")) or _matches(name, self.options.skip)
 
     def _parameter(self, name: str) -> ParameterPlan:
         facts = self.trace.facts[name]
@@ -116,6 +121,7 @@ class Draft:
             identity = (call.name, *keys)
             if identity in sites:
                 sites[identity].calls += 1
+                self._cast(sites[identity], call)
                 continue
             frame = call.frame or Frame("", "<hook>")
             main = self.uses[self._main_key(call, keys), call.name]
@@ -126,8 +132,32 @@ class Draft:
             site.rms_before = _operand_rms(call)
             if all(self.is_alone(key) for key in keys):
                 site.reason = self.alone[next(n for n in main.key.split("+") if n in self.alone)]
+            self._cast(site, call)
             sites[identity] = site
+        self._check_format_overrides(sites.values())
         return list(sites.values())
+
+    def _cast(self, site: Site, call: Call) -> None:
+        """Decide whether the operands of a site are cast; one call that can't be leaves all of them as they are."""
+        name = next((name for name in site.params[0].split("+") if "format" in self.overrides.get(name, {})), None)
+        wanted = self.options.format if name is None else self.overrides[name]["format"]
+        if wanted is None or call.name not in MATMULS or site.format_reason:
+            return
+        skipped = any(self._is_skipped(name) for name in site.params[0].split("+"))
+        site.format_reason = SKIPPED if skipped else reason_not_to_cast(call, wanted)
+        site.format = None if site.format_reason else wanted
+
+    def _check_format_overrides(self, sites: Collection[Site]) -> None:
+        for glob, override in self.options.overrides.items():
+            if override.get("format") is None:
+                continue
+            meant = [s for s in sites if any(_matches(name, (glob,)) for key in s.params for name in key.split("+"))]
+            if not any(site.format for site in meant):
+                why = "; ".join(dict.fromkeys(f"{s.name}: {s.format_reason}" for s in meant if s.format_reason))
+                raise UnitScalingError(
+                    f"overrides[{glob!r}]: format={override['format']!r}, but no matmul there can be cast "
+                    f"({why or 'its parameters are used by no matmul'}). Take the override out, or name other weights."
+                )
 
     def _main_key(self, call: Call, keys: list[str]) -> str:
         weights = [value.key for value in self.structure.weights_of(call)]

@@ -1,0 +1,161 @@
+"""Measure operand scales: on the first step, and again on a few steps of a schedule.
+
+While a step is measured, an `OperandObserver` sums up what the operands of every cast site are like. On the first step
+nothing is cast; from then on, the casts of a measured step are those in use, so what it counts is what they lose. A
+site whose cast changes an operand by more than `MOST_ERROR` of its RMS gets a new constant, is measured again on the
+next step, and if that did not help is left in the compute dtype from then on; the plan says so. Healthy casts change
+normal data by 2.7 % (e4m3) and 5.3 % (e5m2).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from lightning_unitscale.engine.apply import casts_in_force
+from lightning_unitscale.engine.casting import Use
+from lightning_unitscale.engine.observe import OperandObserver
+from lightning_unitscale.engine.plan import Plan, Site
+from lightning_unitscale.engine.statistics import Accumulator, Statistics, add_over_processes
+from lightning_unitscale.formats import FORMATS, OPERANDS, exponent, supports
+from lightning_unitscale.options import UnitScalingError
+
+MOST_ERROR = 0.15
+_SWITCHES = {"x": "activations", "weight": "weights", "gradient": "gradients"}
+
+
+class Calibration:
+    """The measurements of one prepared module.
+
+    Args:
+        module: with the plan in force.
+        recalibrate: the steps at which scales are measured again.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan, recalibrate: Sequence[int]) -> None:
+        self.module, self.plan, self.recalibrate = module, plan, tuple(recalibrate)
+        self.step: int | None = None  # of the measurement under way
+        self._open = ExitStack()
+        self._observer: OperandObserver | None = None
+        check_device(module, plan)
+
+    def due(self, step: int) -> bool:
+        """Whether this step is to be measured: the first, one that the schedule names, or one after a bad cast."""
+        if not self.plan.cast_sites:
+            return False
+        done = self.plan.measured_at
+        if not done or any(not site.operand_scales or _is_bad(site) for site in self.plan.cast_sites):
+            return True
+        return any(done[-1] < wanted <= step for wanted in self.recalibrate)
+
+    def begin(self, step: int) -> None:
+        """Watch operands from here on; compiled code runs uncompiled meanwhile."""
+        self._open.enter_context(torch.compiler.set_stance("force_eager"))
+        self._open.enter_context(self.observe(step))
+
+    def observe(self, step: int) -> OperandObserver:
+        """The observer of a measurement, to be entered; `finish` takes what it saw."""
+        self.step, self._observer = step, OperandObserver(self.module, self._accumulator)
+        return self._observer
+
+    def abort(self) -> None:
+        """Stop watching and forget what was seen."""
+        self._open.close()
+        self.step = self._observer = None
+
+    def finish(self) -> None:
+        """Stop watching, and let the sites cast with scales that fit what was seen."""
+        assert self._observer is not None
+        assert self.step is not None
+        found, step = self._observer.found, self.step
+        self.abort()
+        uses = {use: sites for use, sites in self._uses() if sites}
+        accumulators = [found.get(use, {}).get(operand) for use in uses for operand in OPERANDS]
+        known = [a or Accumulator(torch.float32) for a in accumulators]
+        add_over_processes(known, next(self.module.parameters()).device)
+        results = iter([accumulator.result() for accumulator in known])
+        for use, sites in uses.items():
+            self._take(use, sites, {operand: next(results) for operand in OPERANDS}, step)
+        self.plan.measured_at.append(step)
+
+    def _uses(self) -> Iterator[tuple[Use, list[Site]]]:
+        for use in casts_in_force(self.module):
+            yield use, [site for site in self.plan.cast_sites if (site.params[0], site.op) == use]
+
+    def _accumulator(self, use: Use, operand: str) -> Accumulator | None:
+        site = next((s for s in self.plan.cast_sites if (s.params[0], s.op) == use), None)
+        if site is None or site.format is None:
+            return None
+        return Accumulator(FORMATS[site.format].dtype(operand), site.operand_scales.get(operand))
+
+    def _take(self, use: Use, sites: list[Site], seen: dict[str, Statistics | None], step: int) -> None:
+        was_bad = _is_bad(sites[0])
+        scales = dict(sites[0].operand_scales)
+        measured = dict(sites[0].measured)
+        for operand, statistics in seen.items():
+            if statistics is None:  # an expert without tokens, a frozen layer at the bottom: no gradient
+                scales.setdefault(operand, 1.0)
+                continue
+            _report_non_finite(sites[0], operand, statistics, step)
+            measured[operand] = asdict(statistics)
+            dtype = FORMATS[sites[0].format or ""].dtype(operand)
+            wanted = self.plan.options.get(_SWITCHES[operand], True)
+            scales[operand] = 2.0 ** exponent(statistics.rms, statistics.largest, dtype) if wanted else 1.0
+        for site in sites:
+            site.operand_scales, site.measured = dict(scales), {name: dict(value) for name, value in measured.items()}
+        if was_bad and _is_bad(sites[0]):
+            worst = max(measured, key=lambda operand: measured[operand]["error"])
+            fall_back(
+                self.module,
+                self.plan,
+                use,
+                f"at step {step} casting its {worst} changed it by {measured[worst]['error']:.0%} of its RMS "
+                f"({measured[worst]['saturated']:.1%} saturated, {measured[worst]['flushed']:.1%} flushed to 0)",
+            )
+        else:
+            casts_in_force(self.module)[use].set_scales(scales)
+
+
+def fall_back(module: nn.Module, plan: Plan, use: Use, reason: str) -> None:
+    """Leave a use in the compute dtype from now on, and say so."""
+    casts = casts_in_force(module)
+    site = next(site for site in plan.cast_sites if (site.params[0], site.op) == use)
+    warnings.warn(f"unit scaling: {site.name} stays in the compute dtype from now on: {reason}.", stacklevel=2)
+    for site in plan.cast_sites:
+        if (site.params[0], site.op) == use:
+            site.format, site.format_reason = None, reason
+            site.operand_scales = {}
+    del casts[use]
+
+
+def check_device(module: nn.Module, plan: Plan) -> None:
+    """
+    Raises:
+        UnitScalingError: the device has no numbers of a format that the plan asks for.
+    """
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    for name in sorted({site.format for site in plan.cast_sites if site.format is not None}):
+        missing = [dtype for dtype in FORMATS[name].dtypes if not supports(dtype, device)]
+        if missing:
+            raise UnitScalingError(
+                f"format={name!r}: the device {device} has no {missing[0]}. Use another format or format=None "
+                "there, or a CPU or CUDA device."
+            )
+
+
+def _is_bad(site: Site) -> bool:
+    return any(operand["error"] > MOST_ERROR for operand in site.measured.values())
+
+
+def _report_non_finite(site: Site, operand: str, statistics: Statistics, step: int) -> None:
+    if statistics.non_finite:
+        warnings.warn(
+            f"unit scaling: at step {step} the {operand} of {site.name} ({site.params[0]}) has "
+            f"{statistics.non_finite} elements that are NaN or infinite, which a cast to {site.format} would hide.",
+            stacklevel=2,
+        )

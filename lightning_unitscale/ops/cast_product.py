@@ -1,0 +1,94 @@
+"""The product of an activation and a weight in narrow formats, with both its gradients.
+
+    x̂ = cast(x · sx)     ŵ = cast(w · sw)     ĝ = cast(g · sg)
+
+    y  = (a/sx) · (1/sw) · x̂ ∘ ŵ
+    gx = (a/sg) · (1/sw) · ĝ ∘ ŵ
+    gw = (a/sg) · (1/sx) · ĝ ∘ x̂
+
+where ∘ is a bilinear product or one of its adjoints (see `products`) and `a` the factor that unit scaling has for the
+site. The scales s are powers of two in 0-dim tensors (see `formats`), so a new value is no new graph. What is saved for
+the backward pass are the cast operands, a quarter of float32's memory in FP8. The casts belong to the Function, so
+autograd never casts a gradient by itself, as it does for `tensor.to(float8)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_unitscale.formats import Format, cast
+from lightning_unitscale.ops.multiply import Cast
+from lightning_unitscale.ops.products import Products
+
+
+class Scales(NamedTuple):
+    """What the operands of one site are multiplied by; 0-dim float32 tensors on the model's device."""
+
+    x: Tensor  # sx
+    weight: Tensor  # sw
+    gradient: Tensor  # sg
+    factor_over_x: Tensor  # a / sx
+    one_over_x: Tensor
+    one_over_weight: Tensor
+    factor_over_gradient: Tensor  # a / sg
+
+
+class CastProduct(torch.autograd.Function):
+    """The three products above."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        narrow_weight: Tensor | None,
+        products: Products,
+        format: Format,
+        dtype: torch.dtype,
+        *scales: Tensor,
+    ) -> Tensor:
+        s = Scales(*scales)
+        narrow_x = cast(x, format.x, s.x)
+        if narrow_weight is None:
+            narrow_weight = cast(weight, format.weight, s.weight)
+        ctx.save_for_backward(narrow_x, narrow_weight, *scales)
+        ctx.products, ctx.format, ctx.like = products, format, (x.shape, weight.shape, x.dtype, weight.dtype)
+        return products.forward(Cast(narrow_x, s.factor_over_x), Cast(narrow_weight, s.one_over_weight), dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        narrow_x, narrow_weight, *scales = ctx.saved_tensors
+        s, products = Scales(*scales), ctx.products
+        x_shape, weight_shape, x_dtype, weight_dtype = ctx.like
+        g = Cast(cast(gradients[0], ctx.format.gradient, s.gradient), s.factor_over_gradient)
+        gx = gw = None
+        if ctx.needs_input_grad[0]:
+            gx = products.grad_x(g, Cast(narrow_weight, s.one_over_weight), x_shape, x_dtype)
+        if ctx.needs_input_grad[1]:
+            gw = products.grad_weight(g, Cast(narrow_x, s.one_over_x), weight_shape, weight_dtype)
+        return (gx, gw, *[None] * (4 + len(scales)))
+
+
+def cast_product(
+    x: Tensor, weight: Tensor, products: Products, format: Format, scales: Scales, narrow_weight: Tensor | None = None
+) -> Tensor:
+    """`x · weight` with cast operands, in the dtype that autocast or x gives.
+
+    Args:
+        x, weight: of any floating-point dtype.
+        narrow_weight: the weight as it was cast before, to save casting it again.
+    """
+    device = x.device.type
+    arguments = (x, weight, narrow_weight, products, format)
+    y: Tensor
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            y = CastProduct.apply(*arguments, torch.get_autocast_dtype(device), *scales)  # type: ignore[no-untyped-call]
+    else:
+        y = CastProduct.apply(*arguments, x.dtype, *scales)  # type: ignore[no-untyped-call]
+    return y

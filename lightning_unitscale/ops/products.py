@@ -1,0 +1,177 @@
+"""Bilinear products and their adjoints, on operands in narrow formats.
+
+    forward      x ∘ w
+    grad_x       the adjoint in x:  ⟨g, x ∘ w⟩ = ⟨grad_x(g, w), x⟩
+    grad_weight  the adjoint in w:  ⟨g, x ∘ w⟩ = ⟨grad_weight(g, x), w⟩
+
+Products of matrices run on tensor cores where there are any for the format (`multiply`). For the others torch has no
+kernels with one scale per tensor; they get the same values, upcast.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_unitscale.ops.multiply import Cast, multiply, upcast
+
+
+class Products(ABC):
+    """A bilinear product and its two adjoints; results have the given dtype."""
+
+    @abstractmethod
+    def forward(self, x: Cast, weight: Cast, dtype: torch.dtype) -> Tensor:
+        """`x ∘ weight`."""
+
+    @abstractmethod
+    def grad_x(self, gradient: Cast, weight: Cast, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The gradient of x, which has this shape."""
+
+    @abstractmethod
+    def grad_weight(self, gradient: Cast, x: Cast, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The gradient of the weight, which has this shape."""
+
+
+@dataclass(frozen=True)
+class MatrixProducts(Products):
+    """`x wᵀ`; x: (n, in), w: (out, in)."""
+
+    def forward(self, x: Cast, weight: Cast, dtype: torch.dtype) -> Tensor:
+        return multiply(x, weight.t(), dtype, fast=True)
+
+    def grad_x(self, gradient: Cast, weight: Cast, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return multiply(gradient, weight, dtype)
+
+    def grad_weight(self, gradient: Cast, x: Cast, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return multiply(gradient.t(), x, dtype)
+
+
+class UpcastProducts(Products):
+    """A product known by its three forms on ordinary tensors."""
+
+    @abstractmethod
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x ∘ weight`."""
+
+    @abstractmethod
+    def adjoint_x(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        """Of the product in x."""
+
+    @abstractmethod
+    def adjoint_weight(self, gradient: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        """Of the product in the weight."""
+
+    def forward(self, x: Cast, weight: Cast, dtype: torch.dtype) -> Tensor:
+        y = self.product(upcast(x.values, dtype), upcast(weight.values, dtype))
+        return (y * (x.inverse * weight.inverse)).to(dtype)
+
+    def grad_x(self, gradient: Cast, weight: Cast, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        gx = self.adjoint_x(upcast(gradient.values, dtype), upcast(weight.values, dtype), shape)
+        return (gx * (gradient.inverse * weight.inverse)).to(dtype)
+
+    def grad_weight(self, gradient: Cast, x: Cast, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        gw = self.adjoint_weight(upcast(gradient.values, dtype), upcast(x.values, dtype), shape)
+        return (gw * (gradient.inverse * x.inverse)).to(dtype)
+
+
+@dataclass(frozen=True)
+class BatchedProducts(UpcastProducts):
+    """`x @ w`, or `w @ x`, of at least two dimensions each, with the batch dimensions broadcast."""
+
+    weight_first: bool
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return weight @ x if self.weight_first else x @ weight
+
+    def adjoint_x(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        whole = weight.mT @ gradient if self.weight_first else gradient @ weight.mT
+        return whole.sum_to_size(shape)
+
+    def adjoint_weight(self, gradient: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        whole = gradient @ x.mT if self.weight_first else x.mT @ gradient
+        return whole.sum_to_size(shape)
+
+
+@dataclass(frozen=True)
+class GroupedProducts(UpcastProducts):
+    """Each group of rows of x: (n, in) times its own matrix of w: (groups, in, out); `ends` of the groups in n."""
+
+    ends: Tensor
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch._grouped_mm(x, weight, offs=self.ends)
+
+    def adjoint_x(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return torch._grouped_mm(gradient, weight.mT, offs=self.ends)
+
+    def adjoint_weight(self, gradient: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        return torch._grouped_mm(x.t(), gradient, offs=self.ends)
+
+
+@dataclass(frozen=True)
+class EinsumProducts(UpcastProducts):
+    """An einsum of two operands, in which no index is repeated within a term or is in one term only."""
+
+    x: str
+    weight: str
+    output: str
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.einsum(f"{self.x},{self.weight}->{self.output}", x, weight)
+
+    def adjoint_x(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return torch.einsum(f"{self.output},{self.weight}->{self.x}", gradient, weight)
+
+    def adjoint_weight(self, gradient: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        return torch.einsum(f"{self.output},{self.x}->{self.weight}", gradient, x)
+
+
+@dataclass(frozen=True)
+class ConvolutionProducts(UpcastProducts):
+    """A convolution, or a transposed one, without its bias; one number per spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool
+    output_padding: tuple[int, ...]
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.convolution(
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+
+    def adjoint_x(self, gradient: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
+        return self._adjoint(gradient, gradient.new_empty(1).expand(shape), weight, 0)
+
+    def adjoint_weight(self, gradient: Tensor, x: Tensor, shape: torch.Size) -> Tensor:
+        return self._adjoint(gradient, x, gradient.new_empty(1).expand(shape), 1)
+
+    def _adjoint(self, gradient: Tensor, x: Tensor, weight: Tensor, which: int) -> Tensor:
+        mask = [which == 0, which == 1, False]
+        both: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+            gradient,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+            mask,
+        )
+        return both[which]
