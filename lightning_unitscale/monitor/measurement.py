@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unitscale.engine.observe import OperandObserver, Use
+from lightning_unitscale.engine.casting import Use
+from lightning_unitscale.engine.observe import OperandObserver
 from lightning_unitscale.engine.plan import Plan, plan_of
 from lightning_unitscale.engine.statistics import Accumulator, Statistics
 from lightning_unitscale.errors import InputError

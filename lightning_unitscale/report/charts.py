@@ -81,14 +81,13 @@ def _draw_range(axes: Axes, dtype: torch.dtype) -> None:
 
 def _draw_ruler(axes: Axes, beside: Axes) -> None:
     """One bar for each format: full precision dark, subnormal numbers light."""
-    for position, (name, dtype) in enumerate(RULER.items()):
+    for position, dtype in enumerate(RULER.values()):
         low, normal, high = _exponents(range_of(dtype))
         axes.bar(position, high - normal, bottom=normal, color="#555555", width=0.7)
         axes.bar(position, normal - low, bottom=low, color="#c8c8c8", width=0.7)
-        axes.text(position, beside.get_ylim()[1], name, rotation=90, ha="center", va="bottom", fontsize=7)
     axes.set_ylim(beside.get_ylim())
-    axes.tick_params(labelleft=False, bottom=False, labelbottom=False)
-    axes.set_xticks([])
+    axes.set_xticks(range(len(RULER)), list(RULER), rotation=90, fontsize=7)
+    axes.tick_params(labelleft=False, bottom=False, labelbottom=False, labeltop=True)
 
 
 def _exponents(range: Range) -> tuple[float, float, float]:

@@ -17,6 +17,7 @@ import csv
 import html
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import log2
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,13 @@ def render_report(folder: Path) -> Path:
     report.mkdir(exist_ok=True)
     run = _read_json(report / "run.json")
     sections = [
-        _metrics(_read_json(report / "metrics.json")),
+        *_metrics(_read_json(report / "metrics.json")),
         *_operands(report, records),
         *_loss(report, curves),
-        *(_section("Samples", "".join(f"<pre>{html.escape(s)}</pre>" for s in run["samples"])) for _ in run),
+        *_samples(run.get("samples", [])),
         *_plan(report / "plan.txt"),
     ]
-    page = PAGE.format(title=html.escape(run.get("title", folder.name)), sections="\n".join(filter(None, sections)))
+    page = PAGE.format(title=html.escape(run.get("title", folder.name)), sections="\n".join(sections))
     (report / "index.html").write_text(page, encoding="utf-8")
     return report / "index.html"
 
@@ -104,8 +105,9 @@ def _section(heading: str, *content: str) -> str:
     return "\n".join((f"<h2>{heading}</h2>", *content))
 
 
-def _metrics(metrics: Mapping[str, Any]) -> str:
-    return _table([], ([html.escape(name), _readable(value)] for name, value in metrics.items())) if metrics else ""
+def _metrics(metrics: Mapping[str, Any]) -> Iterator[str]:
+    if metrics:
+        yield _table([], ([html.escape(name), _readable(value)] for name, value in metrics.items()))
 
 
 def _operands(report: Path, records: Sequence[Record]) -> Iterator[str]:
@@ -149,7 +151,7 @@ def _worst(record: Record, plain: Record | None) -> str:
             HEADINGS[m.operand].lower(),
             f"{m.unscaled.rms:.2g}",
             f"{m.unscaled.largest:.2g}",
-            "1" if m.scale is None else f"{m.scale:g}",
+            f"2<sup>{log2(m.scale or 1.0):.0f}</sup>",
             f"{m.cast.flushed:.2%}",
             f"{m.cast.saturated:.2%}",
             f"{m.cast.snr_db:.1f}",
@@ -167,6 +169,11 @@ def _snr(measurement: Measurement | None) -> str:
 def _loss(report: Path, curves: Mapping[str, Curve]) -> Iterator[str]:
     if curves:
         yield _section("Loss", _image(report / "loss.png", loss_chart(curves), "Training and held-out loss by step"))
+
+
+def _samples(samples: Sequence[str]) -> Iterator[str]:
+    if samples:
+        yield _section("Samples", *(f"<pre>{html.escape(sample)}</pre>" for sample in samples))
 
 
 def _plan(file: Path) -> Iterator[str]:
