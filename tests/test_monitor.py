@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import tables
 import torch
+import zoo
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -95,6 +97,17 @@ def test_record_survives_its_file_and_a_line_cut_off(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"monitor\.jsonl, line 4: not a measurement"):
         Record.read(file)
     assert Record.read(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("name", ["llama-sdpa", "bert-eager", "t5-sdpa", "whisper-sdpa"])
+def test_powers_of_two_keep_what_plain_casts_lose(name: str) -> None:
+    """The table of `python tests/tables.py casts`."""
+    _, *shares = tables.cast_row(zoo.CASES[name])
+    forward, backward = (dict(zip(tables.CASTS, map(float, part), strict=True)) for part in (shares[:4], shares[4:]))
+    assert forward["umup × 2^k"] < 0.3
+    assert backward["umup × 2^k"] < 1
+    assert forward["plain"] > 2 * forward["umup"]  # u-μP alone brings the forward pass into the format
+    assert backward["umup"] > 10  # but not gradients: a mean over the batch makes them small
 
 
 # --- when -------------------------------------------------------------------------------------------------------------

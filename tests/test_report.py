@@ -158,8 +158,9 @@ def test_exponent_chart_shows_what_was_measured() -> None:
     )  # fmt: skip
     figure = exponent_chart([measured, scaled])
     weights = figure.axes[2]
-    dots = [line for line in weights.lines if line.get_label() == "scaled, step 1"][0]
-    plain = [line for line in weights.lines if line.get_label() == "run, step 0"][0]
+    dots, plain = (
+        next(line for line in weights.lines if line.get_label() == label) for label in ("scaled, step 1", "run, step 0")
+    )
     rms = model()[0].weight.detach().square().mean().sqrt().log2().item()
     assert plain.get_ydata()[0] == pytest.approx(rms, abs=1e-5)
     assert dots.get_ydata()[0] == pytest.approx(rms + 3, abs=1e-5)
