@@ -88,7 +88,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, scale: Tensor | float = 1.0) -> Ten
     """
     scaled = tensor * scale
     if dtype in (torch.float8_e5m2, torch.float16):  # these overflow to infinity; e4m3 saturates by itself
-        largest = range_of(dtype).largest
+        largest = torch.finfo(dtype).max
         scaled = scaled.clamp(-largest, largest)
     return scaled.to(dtype)
 

@@ -28,7 +28,7 @@ DOORS = {
         ({"scheme": "umpu"}, r"scheme='umpu' is not known; choose one of 'umup', 'preserve'\. Did you mean 'umup'\?"),
         ({"storage": "fold"}, r"storage='fold' is not known.*Did you mean 'folded'\?"),
         ({"lr_units": "standart"}, r"lr_units='standart' is not known.*Did you mean 'standard'\?"),
-        ({"format": "fp8"}, r"format='fp8' is not supported in this version; leave format=None"),
+        ({"format": "fp9"}, r"format='fp9' is not known; choose one of 'fp8', 'fp16', 'bf16'. Did you mean 'fp8'\?"),
         ({"verify": "yes"}, "verify='yes' must be True or False"),
         ({"weights": 1}, "weights=1 must be True or False"),
         ({"overrides": {"head*": {"rol": "hidden"}}}, r"overrides\['head\*'\] key='rol' is not known.*mean 'role'\?"),

@@ -57,7 +57,7 @@ def test_unknown_command_names_the_near_one(monkeypatch: pytest.MonkeyPatch) -> 
         ("experiment=tny", r"experiment=tny is not known.*Did you mean tiny"),
         ("unitscale.weights=maybe", r"unitscale\.weights"),
         ("unitscale.scheme=umpu", r"scheme='umpu' is not known.*Did you mean 'umup'"),
-        ("unitscale.format=fp8", r"format='fp8'"),
+        ("unitscale.format=fp9", r"format='fp9' is not known"),
         ("data=text", r"data\.path has no value; give one: data\.path="),
         ("+trainer.foo=3", r"Trainer.*unexpected keyword argument 'foo'"),
         ("trainer.max_steps=0", r"trainer\.max_steps=0 must be a positive whole number"),

@@ -169,7 +169,7 @@ def test_skip(options: dict[str, Any], storage: str) -> None:
         ({"scheme": "mup"}, "Did you mean 'umup'"),
         ({"storage": "units"}, "Did you mean 'unit'"),
         ({"lr_units": "umap"}, "lr_units='umap'"),
-        ({"format": "fp8"}, "format='fp8' is not supported"),
+        ({"format": "fp9"}, "format='fp9' is not known.*Did you mean 'fp8'"),
         ({"verify": 1}, "verify=1 must be True or False"),
     ],
 )

@@ -49,7 +49,7 @@ class Calibration:
         if not self.plan.cast_sites:
             return False
         done = self.plan.measured_at
-        if not done or any(not site.operand_scales or _is_bad(site) for site in self.plan.cast_sites):
+        if not done or any(not site.operand_scales or self._is_bad(site) for site in self.plan.cast_sites):
             return True
         return any(done[-1] < wanted <= step for wanted in self.recalibrate)
 
@@ -94,7 +94,7 @@ class Calibration:
         return Accumulator(FORMATS[site.format].dtype(operand), site.operand_scales.get(operand))
 
     def _take(self, use: Use, sites: list[Site], seen: dict[str, Statistics | None], step: int) -> None:
-        was_bad = _is_bad(sites[0])
+        was_bad = self._is_bad(sites[0])
         scales = dict(sites[0].operand_scales)
         measured = dict(sites[0].measured)
         for operand, statistics in seen.items():
@@ -104,11 +104,11 @@ class Calibration:
             _report_non_finite(sites[0], operand, statistics, step)
             measured[operand] = asdict(statistics)
             dtype = FORMATS[sites[0].format or ""].dtype(operand)
-            wanted = self.plan.options.get(_SWITCHES[operand], True)
-            scales[operand] = 2.0 ** exponent(statistics.rms, statistics.largest, dtype) if wanted else 1.0
+            scaled = self._is_scaled(operand)
+            scales[operand] = 2.0 ** exponent(statistics.rms, statistics.largest, dtype) if scaled else 1.0
         for site in sites:
             site.operand_scales, site.measured = dict(scales), {name: dict(value) for name, value in measured.items()}
-        if was_bad and _is_bad(sites[0]):
+        if was_bad and self._is_bad(sites[0]):
             worst = max(measured, key=lambda operand: measured[operand]["error"])
             fall_back(
                 self.module,
@@ -119,6 +119,13 @@ class Calibration:
             )
         else:
             casts_in_force(self.module)[use].set_scales(scales)
+
+    def _is_scaled(self, operand: str) -> bool:
+        """Whether the options leave the operand's scale to us."""
+        return bool(self.plan.options.get(_SWITCHES[operand], True))
+
+    def _is_bad(self, site: Site) -> bool:
+        return any(seen["error"] > MOST_ERROR for operand, seen in site.measured.items() if self._is_scaled(operand))
 
 
 def fall_back(module: nn.Module, plan: Plan, use: Use, reason: str) -> None:
@@ -146,10 +153,6 @@ def check_device(module: nn.Module, plan: Plan) -> None:
                 f"format={name!r}: the device {device} has no {missing[0]}. Use another format or format=None "
                 "there, or a CPU or CUDA device."
             )
-
-
-def _is_bad(site: Site) -> bool:
-    return any(operand["error"] > MOST_ERROR for operand in site.measured.values())
 
 
 def _report_non_finite(site: Site, operand: str, statistics: Statistics, step: int) -> None:

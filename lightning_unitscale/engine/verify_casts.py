@@ -44,8 +44,9 @@ def verify_casts(
         What is wrong, by use; empty if nothing is.
     """
     checker = _Checker(module, dict(casts_in_force(module)))
-    exact = rehearsed_gradients(module, step, trainer, casts=False, observer=checker)
-    with_casts = rehearsed_gradients(module, step, trainer)
+    seed = plan.loss_scale or 1.0
+    exact = rehearsed_gradients(module, step, trainer, casts=False, observer=checker, seed=seed)
+    with_casts = rehearsed_gradients(module, step, trainer, seed=seed)
     plan.gradient_cosine = {
         name: float(F.cosine_similarity(exact[name], with_casts[name], dim=0))
         for name in exact

@@ -56,12 +56,20 @@ def multiply(a: Cast, b: Cast, dtype: torch.dtype, *, fast: bool = False) -> Ten
 
 def upcast(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The same numbers in a dtype that both they and a result of `dtype` fit into."""
-    return values.to(dtype if values.dtype in _FP8 else torch.promote_types(dtype, values.dtype))
+    wide = dtype if values.dtype in _FP8 else torch.promote_types(dtype, values.dtype)
+    if wide == torch.float16 and values.device.type == "cpu":  # where FP16 products are a hundred times slower
+        wide = torch.float32
+    return values.to(wide)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether the device multiplies FP8; "meta" stands for a CUDA device that does, with all its rules."""
+    return _multiplies_fp8(device)
 
 
 @cache
-def has_tensor_cores(device: torch.device) -> bool:
-    """Whether the device multiplies FP8; "meta" stands for a CUDA device that does, with all its rules."""
+def _multiplies_fp8(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 9)
     return device.type == "meta"
