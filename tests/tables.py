@@ -5,8 +5,8 @@ the two storages' losses differ over 40 AdamW steps, and the share of matmul ope
 a factor of 2 and of 4 of 1 at initialisation, untouched and under u-μP in unit storage.
 
 Casts: for each of the twelve, the share in percent of the matmul operands' elements other than 0 that a cast to FP8
-flushes to zero or saturates: activations and weights in e4m3, gradients in e5m2, of the untouched model and under u-μP in unit storage,
-as they are and times a power of two for each operand, measured on another batch.
+flushes to zero or saturates: activations and weights in e4m3, gradients in e5m2, of the untouched model and under u-μP
+in unit storage, as they are and times a power of two for each operand, measured on another batch.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ class ScaleMonitor(Callback):
 
             records = Record.read(self.file)
             for logger in trainer.loggers if records else []:
-                experiment = getattr(logger, "experiment", None)
+                experiment: Any = getattr(logger, "experiment", None)
                 if hasattr(experiment, "add_figure"):
                     chart = exponent_chart([records[0], records[-1]])
                     experiment.add_figure("unitscale/exponents", chart, trainer.global_step)
