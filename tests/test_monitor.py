@@ -233,6 +233,17 @@ def test_an_exception_in_a_measured_step_leaves_nothing(tmp_path: Path) -> None:
     assert_nothing_installed(module.trainer, module)
 
 
+def test_a_skipped_batch_leaves_nothing(tmp_path: Path) -> None:
+    class Skips(Language):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 2 else None
+
+    module = Skips()
+    fit(tmp_path, ScaleMonitor(1, folder=tmp_path), module=module, max_steps=5)
+    assert [record.step for record in records(tmp_path)] == [0, 1, 2, 3, 4]
+    assert_nothing_installed(module.trainer, module)
+
+
 def test_another_wrapper_of_the_strategy_is_put_back(tmp_path: Path) -> None:
     calls = []
 

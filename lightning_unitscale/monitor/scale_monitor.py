@@ -101,6 +101,7 @@ class ScaleMonitor(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the charts to the loggers that take figures."""
+        self._release()
         self._begun, self._probes = None, None
         if self.figures and trainer.is_global_zero:
             from lightning_unitscale.report.charts import exponent_chart
@@ -121,6 +122,7 @@ class ScaleMonitor(Callback):
 
     def _watch(self, strategy: Strategy) -> None:
         """Observe inside the strategy's step alone: the rehearsal of `UnitScaling`, which comes before, is not seen."""
+        self._release()  # a batch that `on_train_batch_start` had skipped
         self._watched = strategy
         for name in _WATCHED:
             setattr(strategy, name, self._observed(strategy, getattr(strategy, name)))
