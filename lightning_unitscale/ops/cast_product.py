@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_unitscale.formats import Format, cast
+from lightning_unitscale.ops.autocast import autocast_dtype
 from lightning_unitscale.ops.multiply import Cast
 from lightning_unitscale.ops.products import Products
 
@@ -83,12 +84,11 @@ def cast_product(
         x, weight: of any floating-point dtype.
         narrow_weight: the weight as it was cast before, to save casting it again.
     """
-    device = x.device.type
-    arguments = (x, weight, narrow_weight, products, format)
+    arguments, dtype = (x, weight, narrow_weight, products, format), autocast_dtype(x.device)
     y: Tensor
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            y = CastProduct.apply(*arguments, torch.get_autocast_dtype(device), *scales)  # type: ignore[no-untyped-call]
-    else:
+    if dtype is None:
         y = CastProduct.apply(*arguments, x.dtype, *scales)  # type: ignore[no-untyped-call]
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            y = CastProduct.apply(*arguments, dtype, *scales)  # type: ignore[no-untyped-call]
     return y
