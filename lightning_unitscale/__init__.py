@@ -6,6 +6,7 @@
 from lightning_unitscale.callback import UnitScaling
 from lightning_unitscale.checkpoint import load_checkpoint
 from lightning_unitscale.engine.plan import Plan
+from lightning_unitscale.monitor import ScaleMonitor
 from lightning_unitscale.optim import scale_learning_rates
 from lightning_unitscale.options import UnitScalingError
 from lightning_unitscale.strategy import register_strategies
@@ -15,6 +16,7 @@ register_strategies()
 
 __all__ = [
     "Plan",
+    "ScaleMonitor",
     "UnitScaling",
     "UnitScalingError",
     "load_checkpoint",

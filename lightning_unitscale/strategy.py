@@ -9,6 +9,7 @@ When what happens:
     load_model_state_dict    a checkpoint's plan is put in force before its weights are loaded
     on_train_batch_start     no plan yet: the step is rehearsed on this batch and the plan put in force; optimizers
                              get their learning-rate multipliers
+    backward                 starts from the loss scale where gradients travel in FP16
     on_train_batch_end       after a measured step, operands are cast with the scales that were found
     save_checkpoint          the plan is saved beside the weights
     teardown, on_exception   strategy, optimizers and `log` are as before; the model keeps its plan
@@ -35,16 +36,18 @@ from lightning_unitscale.engine.apply import rescale_parameters
 from lightning_unitscale.engine.calibrate import Calibration, fall_back
 from lightning_unitscale.engine.marker import PLAN_KEY
 from lightning_unitscale.engine.plan import Plan, plan_of
-from lightning_unitscale.engine.prepare import prepare, put_in_force
+from lightning_unitscale.engine.prepare import Step, prepare, put_in_force
 from lightning_unitscale.engine.verify_casts import verify_casts
+from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
 from lightning_unitscale.optim import FAMILIES, ScaledStep, optimizer_family, scale_learning_rates
 from lightning_unitscale.options import Options, UnitScalingError
 
 LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay is below 1e-3
 SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)
 _BEFORE = {"on_train_batch_start": "before_train_batch", "load_model_state_dict": "before_loading"}
+_AROUND = {"backward": "around_backward", "optimizer_step": "around_optimizer_step"}
 # The options that decide what a plan says.
-_OF_THE_PLAN = ("scheme", "format", "storage", "lr_units", "weights", "activations", "skip", "overrides")
+_OF_THE_PLAN = ("scheme", "format", "storage", "lr_units", "weights", "activations", "gradients", "skip", "overrides")
 
 
 class TrainerScaling:
@@ -65,6 +68,7 @@ class TrainerScaling:
         self.plan: Plan | None = None
         self._steps: dict[int, tuple[Optimizer, Plan, ScaledStep]] = {}  # holds the optimizers, so ids stay theirs
         self._calibration: Calibration | None = None
+        self._loss_scale: LossScale | None = None
         self._wrapped: Strategy | None = None
         self._uncompiled: pl.LightningModule | None = None
 
@@ -76,16 +80,18 @@ class TrainerScaling:
     def wrap(self, strategy: Strategy) -> None:
         """Take over the methods of a strategy instance that is not a `UnitScalingMixin`."""
         if self._wrapped is not strategy:
-            for name, before in _BEFORE.items():
-                setattr(strategy, name, _After(getattr(self, before), strategy, name))
+            for name, ours in _BEFORE.items():
+                setattr(strategy, name, _Wrapper(getattr(self, ours), strategy, name, around=False))
+            for name, ours in _AROUND.items():
+                setattr(strategy, name, _Wrapper(getattr(self, ours), strategy, name, around=True))
             self._wrapped = strategy
 
     def release(self) -> None:
         """Give strategy, optimizers and module their own methods back; the model keeps its plan."""
         if self._wrapped is not None:
-            for name in _BEFORE:
+            for name in (*_BEFORE, *_AROUND):
                 wrapper = self._wrapped.__dict__.pop(name, None)
-                if isinstance(wrapper, _After) and wrapper.replaced is not None:
+                if isinstance(wrapper, _Wrapper) and wrapper.replaced is not None:
                     setattr(self._wrapped, name, wrapper.replaced)
             self._wrapped = None
         if self._uncompiled is not None:
@@ -97,6 +103,9 @@ class TrainerScaling:
         if self._calibration is not None:
             self._calibration.abort()
             self._calibration = None
+        if self._loss_scale is not None:
+            self._loss_scale.remove()
+            self._loss_scale = None
 
     def before_run(self, module: pl.LightningModule) -> None:
         """Keep `log` of a compiled LightningModule out of the compiler, which it crashes (torch 2.12, 2.13)."""
@@ -129,6 +138,8 @@ class TrainerScaling:
         if plan.scheme != "preserve" or any(p.lr_override is not None for p in plan.parameters.values()):
             for optimizer in strategy.optimizers:
                 self._scale_steps(optimizer, plan, module)
+        if self.options.format == "fp16" and self.options.gradients and self._loss_scale is None:
+            self._scale_loss(strategy, module, plan, lambda run: run.training_step(batch, batch_idx))
         if self._calibration is None or self._calibration.plan is not plan:
             self._calibration = Calibration(module, plan, self.options.recalibrate)
         if self._calibration.step is None and self._calibration.due(module.trainer.global_step):
@@ -145,6 +156,47 @@ class TrainerScaling:
             problems = verify_casts(module, calibration.plan, lambda run: run.training_step(batch, batch_idx), trainer)
             for use, problem in trainer.strategy.broadcast(problems, src=0).items():
                 fall_back(module, calibration.plan, use, problem)
+
+    def _scale_loss(self, strategy: Strategy, module: pl.LightningModule, plan: Plan, step: Step) -> None:
+        """Give losses a scale if gradients travel in FP16 and no GradScaler sees to it."""
+        if not needs_loss_scale(module) or getattr(strategy.precision_plugin, "scaler", None) is not None:
+            return
+        if plan.loss_scale is None:
+            plan.loss_scale = strategy.broadcast(find_loss_scale(module, step, module.trainer), src=0)
+        self._loss_scale = LossScale(module, plan.loss_scale)
+
+    def around_backward(
+        self, strategy: Strategy, proceed: Callable[..., Any], closure_loss: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Start the backward pass from the loss scale, if there is one."""
+        if self._loss_scale is None:
+            return proceed(closure_loss, *args, **kwargs)
+        with self._loss_scale.seeded(closure_loss) as seeded:
+            return proceed(seeded, *args, **kwargs)
+
+    def around_optimizer_step(
+        self,
+        strategy: Strategy,
+        proceed: Callable[..., Any],
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Leave a step out, loudly, if gradients that travelled in FP16 are not finite."""
+        scale, plan = self._loss_scale, self.plan
+        if scale is None or plan is None:
+            return proceed(optimizer, closure, *args, **kwargs)
+        assert strategy.lightning_module is not None
+        step = strategy.lightning_module.trainer.global_step
+
+        def checked() -> Any:
+            output = closure()
+            scale.leave_out_overflow(optimizer, step)
+            plan.loss_scale = scale.scale
+            return output
+
+        return proceed(optimizer, checked, *args, **kwargs)
 
     def _scale_steps(self, optimizer: Optimizer, plan: Plan, module: pl.LightningModule) -> None:
         _, known, _ = self._steps.get(id(optimizer), (None, None, None))
@@ -205,15 +257,21 @@ class TrainerScaling:
             checkpoint[PLAN_KEY] = as_plain_data(plan.to_dict())
 
 
-class _After:
-    """A method of a strategy instance, run after ours; picklable, as a Trainer that spawns processes must be."""
+class _Wrapper:
+    """A method of a strategy instance, run after ours or inside it; picklable, as a Trainer that spawns must be."""
 
-    def __init__(self, before: Callable[..., None], strategy: Strategy, name: str) -> None:
-        self.before, self.strategy, self.name = before, strategy, name
+    def __init__(self, ours: Callable[..., Any], strategy: Strategy, name: str, *, around: bool) -> None:
+        self.ours, self.strategy, self.name, self.around = ours, strategy, name, around
         self.replaced = strategy.__dict__.get(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.before(self.strategy, *args, **kwargs)
+        if self.around:
+            return self.ours(self.strategy, self.proceed, *args, **kwargs)
+        self.ours(self.strategy, *args, **kwargs)
+        return self.proceed(*args, **kwargs)
+
+    def proceed(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method that this one stands in for."""
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
         return getattr(type(self.strategy), self.name)(self.strategy, *args, **kwargs)
@@ -293,6 +351,17 @@ class UnitScalingMixin(Strategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.unit_scaling.before_train_batch(self, batch, batch_idx)
         super().on_train_batch_start(batch, batch_idx)
+
+    @override
+    def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result: torch.Tensor = self.unit_scaling.around_backward(self, super().backward, closure_loss, *args, **kwargs)
+        return result
+
+    @override
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        return self.unit_scaling.around_optimizer_step(
+            self, super().optimizer_step, optimizer, closure, *args, **kwargs
+        )
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -28,12 +28,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_unitscale import unit_scale
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.data import BOS, IGNORED, ByteText, decode, encode
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.interrupt import SaveOnInterrupt
-from lightning_unitscale.monitor import LayerRMS, measure_rms
+from lightning_unitscale.monitor import Record, measure
 from lightning_unitscale.report import write_report
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,6 +130,7 @@ def main(cfg: DictConfig) -> float:
     # Everything that can be wrong with the input is found before any work is done.
     check(cfg)
     unitscale = instantiate(cfg.unitscale) if cfg.unitscale else None
+    monitor = instantiate(cfg.monitor) if cfg.monitor else None
     data = ByteText(
         instantiate(cfg.data.documents),
         sequence_length=cfg.task.sequence_length,
@@ -146,6 +146,7 @@ def main(cfg: DictConfig) -> float:
     interrupt = SaveOnInterrupt(run_folder / "checkpoints" / "last.ckpt")
     callbacks = [
         *([unitscale] if unitscale else []),
+        *([monitor] if monitor else []),
         ModelCheckpoint(
             run_folder / "checkpoints",
             filename="step-{step}",  # not "step=…", which Hydra could not read back in ckpt_path=…
@@ -183,12 +184,12 @@ def main(cfg: DictConfig) -> float:
         "steps": trainer.global_step,
         "seconds": round(time.perf_counter() - begin, 1),
     }
+    if unitscale and monitor and monitor.last:
+        untouched(cfg, module, data, monitor.last.format).append_to(monitor.file)
     page = write_report(
-        run_folder / "report",
+        run_folder,
         title=f"pretrain: {cfg.model.config.model_type}, width {cfg.model.width}, depth {cfg.model.depth}",
         metrics=metrics,
-        log=run_folder / "csv" / "metrics.csv",
-        rms=compare_rms(cfg, module, data),
         samples=samples,
         plan=unitscale.plan.summary() if unitscale else "no unit scaling (unitscale=none)",
     )
@@ -245,24 +246,12 @@ class Progress(RichProgressBar):
         return "Training"
 
 
-def compare_rms(cfg: DictConfig, trained: CausalLM, data: ByteText) -> dict[str, list[LayerRMS]]:
-    """The same batch through the untouched model, the scaled one, and the trained one."""
+def untouched(cfg: DictConfig, trained: CausalLM, data: ByteText, format: str) -> Record:
+    """What the same model without unit scaling is like before its first step, to compare with."""
     inputs, targets = (tensor.to(trained.device) for tensor in next(iter(data.train_dataloader())))
-
-    def loss_of(module: Any) -> Tensor:
-        loss: Tensor = module.loss((inputs, targets))[0]
-        return loss
-
     pl.seed_everything(cfg.seed, verbose=False)
     twin = new_module(cfg).to(trained.device)
-    rms = {"untouched, step 0": measure_rms(twin, loss_of)}
-    if cfg.unitscale:
-        options = instantiate(cfg.unitscale, _target_="builtins.dict")
-        del options["optimizer_family"]  # says how to train, not what the model is
-        unit_scale(twin, loss_of, **options)
-        rms["scaled, step 0"] = measure_rms(twin, loss_of)
-    rms[f"{'scaled' if cfg.unitscale else 'untouched'}, trained"] = measure_rms(trained, loss_of)
-    return rms
+    return measure(twin, lambda module: module.loss((inputs, targets))[0], format, label="untouched")
 
 
 if __name__ == "__main__":

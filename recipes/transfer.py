@@ -174,6 +174,15 @@ def train(cfg: DictConfig) -> tuple[float, list[float]]:
     return (held_out if math.isfinite(held_out) else math.inf), curve.points()
 
 
+def many_runs(threads: int | None) -> None:
+    """Set up a process that trains one model after another: with so many threads, and without Lightning's greetings."""
+    if threads:
+        torch.set_num_threads(threads)
+    for name in ("pytorch_lightning", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+
+
 def finished(file: Path) -> dict[str, Result]:
     """The runs in the file, by the hash of their settings; a line cut short by an interrupt doesn't count."""
     results = {}
@@ -366,12 +375,7 @@ def main(cfg: DictConfig) -> None:
     """Runs what is not finished yet, then reports."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     runs = {run: configuration(cfg, run) for run in check_sweep(cfg)}
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    for name in ("pytorch_lightning", "lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-
+    many_runs(cfg.threads)
     file = folder / "runs.jsonl"
     keys = {run: settings(run_cfg) for run, run_cfg in runs.items()}
     known = finished(file)

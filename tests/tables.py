@@ -1,8 +1,12 @@
-"""Print the README's table of models: `python tests/tables.py [names…]`.
+"""Print the README's tables: of models, `python tests/tables.py [names…]`, and of casts, `… tables.py casts [names…]`.
 
-For each model of the zoo: whether it trains under each scheme and storage, what stays explicit when folded, how far
+Models: for each of the zoo, whether it trains under each scheme and storage, what stays explicit when folded, how far
 the two storages' losses differ over 40 AdamW steps, and the share of matmul operands and outputs whose RMS lies within
 a factor of 2 and of 4 of 1 at initialisation, untouched and under u-μP in unit storage.
+
+Casts: for each of the twelve, the share in percent of the matmul operands' elements other than 0 that a cast to FP8
+flushes to zero or saturates: activations and weights in e4m3, gradients in e5m2, of the untouched model and under u-μP
+in unit storage, as they are and times a power of two for each operand, measured on another batch.
 """
 
 from __future__ import annotations
@@ -18,8 +22,11 @@ from rich.table import Table
 from torch import nn
 
 from lightning_unitscale import Plan, UnitScalingError, scale_learning_rates, unit_scale
+from lightning_unitscale.formats import FORMATS, exponent
+from lightning_unitscale.monitor import Record, measure
 
 STEPS = 40
+CASTS = ("plain", "plain × 2^k", "umup", "umup × 2^k")
 
 
 def prepared(case: zoo.Case, scheme: str, storage: str) -> tuple[nn.Module, Plan]:
@@ -70,7 +77,46 @@ def row(case: zoo.Case) -> list[str]:
     return [case.name, "yes", f"{difference:.0e}", ", ".join(kept) or "nothing", *shares]
 
 
-def main(names: list[str]) -> None:
+def lost(record: Record, operands: tuple[str, ...]) -> str:
+    """Share in percent of the elements other than 0."""
+    measurements = [m for operand in operands for m in record.of(operand)]
+    elements = sum(sum(m.exponents.counts) for m in measurements)
+    gone = sum(m.cast.flushed * sum(m.exponents.counts) + m.cast.saturated * m.cast.elements for m in measurements)
+    return f"{100 * gone / elements:.2f}"
+
+
+def constants(record: Record) -> dict[tuple[tuple[str, str], str], float]:
+    """The powers of two that bring each operand to an RMS of about 1."""
+    return {
+        ((m.parameter, m.op), m.operand): 2.0
+        ** exponent(m.unscaled.rms, m.unscaled.largest, FORMATS[record.format].dtype(m.operand))
+        for m in record.measurements
+    }
+
+
+def cast_row(case: zoo.Case) -> list[str]:
+    torch.manual_seed(0)
+    plain = case.build()
+    scaled, _ = prepared(case, "umup", "unit")
+    shares: dict[str, list[str]] = {"forward": [], "backward": []}
+    for model in (plain, scaled):
+        as_it_is = measure(model, lambda m: case.loss(m, case.batch(0)))
+        another = measure(model, lambda m: case.loss(m, case.batch(1)))
+        times_constants = measure(model, lambda m: case.loss(m, case.batch(0)), scales=constants(another))
+        for record in (as_it_is, times_constants):
+            shares["forward"].append(lost(record, ("x", "weight")))
+            shares["backward"].append(lost(record, ("gradient",)))
+    return [case.name, *shares["forward"], *shares["backward"]]
+
+
+def print_casts(names: list[str]) -> None:
+    table = Table("model", *(f"{part}: {kind}" for part in ("e4m3", "e5m2") for kind in CASTS))
+    for name in names or zoo.TWELVE:
+        table.add_row(*cast_row(zoo.CASES[name]))
+    Console(width=130).print(table)
+
+
+def print_models(names: list[str]) -> None:
     cases = {**zoo.CASES, **zoo.UNSEEN}
     table = Table(
         "model", "trains", "folded vs unit", "stays explicit when folded", "plain ≤2", "≤4", "scaled ≤2", "≤4"
@@ -86,4 +132,7 @@ def main(names: list[str]) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    main(sys.argv[1:])
+    if sys.argv[1:2] == ["casts"]:
+        print_casts(sys.argv[2:])
+    else:
+        print_models(sys.argv[1:])

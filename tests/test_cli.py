@@ -12,11 +12,11 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from lightning_unitscale import UnitScaling, cli, config
+from lightning_unitscale import ScaleMonitor, UnitScaling, cli, config
 from lightning_unitscale.errors import InputError
 
 CONF = config.shipped("conf")
-GROUPS = ("model", "data", "task", "optimizer", "unitscale", "trainer", "logger", "experiment")
+GROUPS = ("model", "data", "task", "optimizer", "unitscale", "monitor", "trainer", "logger", "experiment")
 
 
 def failure(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> str:
@@ -100,6 +100,19 @@ def test_schema_has_the_arguments_and_defaults_of_the_callback() -> None:
     for name, value in defaults.items():
         expected = arguments[name].default
         assert value == expected or not (value or expected), name  # [] for (), {} for None
+
+
+def test_nodes_of_the_monitor_have_its_arguments_and_defaults() -> None:
+    defaults = {name: argument.default for name, argument in inspect.signature(ScaleMonitor).parameters.items()}
+    elsewhere = OmegaConf.load(config.PACKAGE / "hydra_plugin" / "conf" / "callbacks" / "scale_monitor.yaml")
+    node = OmegaConf.to_container(elsewhere.scale_monitor)
+    assert node == {"_target_": "lightning_unitscale.ScaleMonitor", **defaults}
+    ours = OmegaConf.load(CONF / "monitor" / "scale.yaml")
+    assert set(ours) == set(node)
+    own = {"folder", "figures"}  # beside the run's other files; the recipes have matplotlib
+    assert {name: ours[name] for name in defaults.keys() - own} == {
+        name: defaults[name] for name in defaults.keys() - own
+    }
 
 
 def test_the_node_for_other_applications_is_the_same() -> None:

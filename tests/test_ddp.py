@@ -1,5 +1,6 @@
 """The same global batch gives the same training, cut into processes or into accumulated pieces, in float64."""
 
+import json
 import os
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from training import Language, trainer
 from zoo import Batch, default_dtype, next_token_batch
 from zoo_modules import LoopExperts
 
-from lightning_unitscale import UnitScaling
+from lightning_unitscale import ScaleMonitor, UnitScaling
 from lightning_unitscale.engine.plan import plan_of
 from lightning_unitscale.strategy import UnitScalingDDPStrategy
 
@@ -59,7 +60,13 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def train(
-    cls: type[Shared], folder: Path, storage: str, pieces: int = 1, strategy: Any = "auto", callback: bool = True
+    cls: type[Shared],
+    folder: Path,
+    storage: str,
+    pieces: int = 1,
+    strategy: Any = "auto",
+    callback: bool = True,
+    monitor: bool = False,
 ) -> Shared:
     """`STEPS` steps on the global batches; each cut into `pieces` that are accumulated."""
     with default_dtype(torch.float64):
@@ -73,6 +80,7 @@ def train(
         loop = trainer(
             folder,
             *([UnitScaling(storage=storage)] if callback else []),
+            *([ScaleMonitor(2, folder=folder)] if monitor else []),
             strategy=strategy,
             devices=2 if isinstance(strategy, DDPStrategy) else 1,
             use_distributed_sampler=False,
@@ -102,6 +110,8 @@ def one_of_two(folder: str) -> None:
 
         result = {"losses": module.losses, "weights": weights_of(module), "plan": plan.to_dict()}
         torch.save(result, Path(folder, f"{name}-{rank}.pt"))
+    monitored = train(Shared, Path(folder), "unit", strategy=DDPStrategy(), monitor=True)
+    torch.save(monitored.losses, Path(folder, f"monitored-{rank}.pt"))
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +194,11 @@ def test_accumulated_pieces_are_one_batch(tmp_path: Path, storage: str) -> None:
     pieces = train(Shared, tmp_path, storage, pieces=4)
     assert len(pieces.losses) == 4 * len(whole.losses)
     assert_close(weights_of(pieces), weights_of(whole), started(whole))
+
+
+def test_rank_0_monitors_and_training_is_the_same(in_two: Path) -> None:
+    lines = (in_two / "monitor.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 2, 4, 5]
+    for rank in range(2):
+        plain = torch.load(in_two / f"callback-unit-{rank}.pt")["losses"]
+        assert torch.load(in_two / f"monitored-{rank}.pt") == plain

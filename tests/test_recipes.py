@@ -33,7 +33,7 @@ from lightning_unitscale.data import (
 )
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.interrupt import SaveOnInterrupt
-from lightning_unitscale.monitor import measure_rms
+from lightning_unitscale.monitor import Record
 
 
 @pytest.fixture(scope="module")
@@ -242,15 +242,6 @@ def test_interrupt_saves_after_the_step_and_gives_ctrl_c_back(pretrain: ModuleTy
         assert torch.equal(expected, value)
 
 
-def test_rms_of_a_known_layer() -> None:
-    layer = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False))
-    torch.nn.init.constant_(layer[0].weight, 2.0)
-    (row,) = measure_rms(layer, lambda module: module(torch.ones(1, 2)).sum())
-    assert (row.layer, row.weight, row.activation) == ("0", 2.0, 4.0)
-    assert (row.activation_gradient, row.weight_gradient) == (1.0, 1.0)
-    assert layer[0].weight.grad is None
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """`unitscale pretrain experiment=tiny`: the run folder and what it printed."""
@@ -269,7 +260,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_run_leaves_report_logs_checkpoints_and_configuration(run: tuple[Path, str]) -> None:
     folder, _ = run
-    for file in ("index.html", "loss.png", "rms.png", "metrics.json", "plan.txt"):
+    for file in ("index.html", "loss.png", "exponents.png", "drift.png", "metrics.json", "plan.txt"):
         assert (folder / "report" / file).stat().st_size > 0
     assert OmegaConf.load(folder / ".hydra" / "overrides.yaml") == ["experiment=tiny"]
     assert (folder / "checkpoints" / "last.ckpt").is_file()
@@ -280,6 +271,10 @@ def test_run_leaves_report_logs_checkpoints_and_configuration(run: tuple[Path, s
     assert bits == pytest.approx(nats / math.log(2), rel=1e-6)
     assert metrics["held-out perplexity per byte"] == pytest.approx(math.exp(nats), rel=1e-4)
     assert metrics["steps"] == 2
+    records = Record.read(folder / "monitor.jsonl")
+    assert {(record.label, record.step) for record in records} == {("untouched", 0), ("run", 0), ("run", 1)}
+    sites = {record.label: [(m.parameter, m.operand) for m in record.measurements] for record in records}
+    assert sites["untouched"] == sites["run"]
 
 
 def test_run_prints_the_plan_once_and_samples(run: tuple[Path, str]) -> None:

@@ -25,12 +25,14 @@ def rehearsed_gradients(
     *,
     casts: bool = True,
     observer: OperandObserver | None = None,
+    seed: float = 1.0,
 ) -> dict[str, Tensor]:
     """Evenly spaced elements of each parameter's gradient, in float64; parameters without one are left out.
 
     Args:
         casts: whether operands are cast.
         observer: watches the step, forward and backward.
+        seed: what the backward pass starts from.
     """
     with rehearsal(module, trainer) as run, torch.enable_grad():
         if not casts:
@@ -38,7 +40,9 @@ def rehearsed_gradients(
         with observer or nullcontext():
             losses = [loss.sum() for loss in loss_tensors(step(run), run.losses) if loss.requires_grad]
             named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-            gradients = torch.autograd.grad(losses, list(named.values()), allow_unused=True)
+            gradients = torch.autograd.grad(
+                losses, list(named.values()), [torch.full_like(loss, seed) for loss in losses], allow_unused=True
+            )
     return {
         name: gradient.reshape(-1)[:: -(-gradient.numel() // SAMPLES)].double()
         for name, gradient in zip(named, gradients, strict=True)

@@ -138,7 +138,7 @@ class Plan:
         notes: what else the reader of the plan should know.
         measured_at: the steps at which operand scales were measured.
         gradient_cosine: for each parameter, between its gradients with and without casts, on the first batch.
-        loss_scale: what the loss is multiplied by where gradients are in FP16 on their way; 1 elsewhere.
+        loss_scale: what backward passes start from where gradients travel in FP16; None elsewhere.
     """
 
     scheme: str
@@ -151,7 +151,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     measured_at: list[int] = field(default_factory=list)
     gradient_cosine: dict[str, float] = field(default_factory=dict)
-    loss_scale: float = 1.0
+    loss_scale: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
 

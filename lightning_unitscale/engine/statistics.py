@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, log10, sqrt
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ class Statistics:
         largest: largest finite absolute value.
         flushed: share of the elements other than 0 that the cast turned into 0.
         saturated: share of the elements that lie beyond the largest number of the format.
-        error: RMS of what the cast changed, relative to `rms`; its signal-to-noise ratio is −20·log10(error) dB.
+        error: RMS of what the cast changed, relative to `rms`.
         non_finite: number of NaN and infinite elements.
     """
 
@@ -36,6 +36,11 @@ class Statistics:
     saturated: float
     error: float
     non_finite: int
+
+    @property
+    def snr_db(self) -> float:
+        """Signal-to-noise ratio of the cast in dB; infinite where it changed nothing."""
+        return -20 * log10(self.error) if self.error else inf
 
 
 class Accumulator:

@@ -44,8 +44,9 @@ def verify_casts(
         What is wrong, by use; empty if nothing is.
     """
     checker = _Checker(module, dict(casts_in_force(module)))
-    exact = rehearsed_gradients(module, step, trainer, casts=False, observer=checker)
-    with_casts = rehearsed_gradients(module, step, trainer)
+    seed = plan.loss_scale or 1.0
+    exact = rehearsed_gradients(module, step, trainer, casts=False, observer=checker, seed=seed)
+    with_casts = rehearsed_gradients(module, step, trainer, seed=seed)
     plan.gradient_cosine = {
         name: float(F.cosine_similarity(exact[name], with_casts[name], dim=0))
         for name in exact
@@ -124,9 +125,11 @@ class _CheckedCall:
     def scaled_exactly(self) -> str:
         """What is wrong with the product of scaled operands that are not cast; empty if nothing is."""
         sx, sw = self.scales["x"], self.scales["weight"]
-        with torch.no_grad():
-            plain = self._run(self.x, self.weight, lambda bias: bias)
-            scaled = self._run(self.x * sx, self.weight * sw, lambda bias: bias * (sx * sw)) / (sx * sw)
+        wide = torch.promote_types(torch.float32, self.x.dtype)
+        x, weight = self.x.to(wide), self.weight.to(wide)
+        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
+            plain = self._run(x, weight, lambda bias: bias.to(wide))
+            scaled = self._run(x * sx, weight * sw, lambda bias: bias.to(wide) * (sx * sw)) / (sx * sw)
         if torch.equal(plain, scaled):
             return ""
         return f"scaling its operands by {sx:g} and {sw:g} alone changed the product"

@@ -1,5 +1,6 @@
 """Instruments that show the numbers; they work on any module, scaled or not."""
 
-from lightning_unitscale.monitor.rms import LayerRMS, measure_rms
+from lightning_unitscale.monitor.measurement import Measurement, Record, measure
+from lightning_unitscale.monitor.scale_monitor import ScaleMonitor
 
-__all__ = ["LayerRMS", "measure_rms"]
+__all__ = ["Measurement", "Record", "ScaleMonitor", "measure"]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_unitscale.formats import Format, cast
+from lightning_unitscale.ops.autocast import autocast_dtype
 from lightning_unitscale.ops.multiply import Cast
 from lightning_unitscale.ops.products import Products
 from lightning_unitscale.options import UnitScalingError
@@ -89,13 +90,11 @@ def cast_product(
         x, weight: of any floating-point dtype.
         narrow_weight: the weight as it was cast before, to save casting it again.
     """
-    device = x.device.type
-    arguments = (x, weight, narrow_weight, products, format)
+    arguments, dtype = (x, weight, narrow_weight, products, format), autocast_dtype(x.device)
     y: Tensor
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)  # as autocast does
-        with torch.autocast(device, enabled=False):
-            y = CastProduct.apply(*arguments, dtype, *scales)  # type: ignore[no-untyped-call]
-    else:
+    if dtype is None or x.dtype == torch.float64:  # which autocast leaves alone
         y = CastProduct.apply(*arguments, x.dtype, *scales)  # type: ignore[no-untyped-call]
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            y = CastProduct.apply(*arguments, dtype, *scales)  # type: ignore[no-untyped-call]
     return y

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_unitscale.ops.autocast import autocast_dtype
 from lightning_unitscale.ops.matmul import Casting, Matmul, Shape, UncastableError, add_bias, argument, present
 from lightning_unitscale.ops.products import BatchedProducts, EinsumProducts, GroupedProducts, MatrixProducts, Products
 
@@ -63,13 +64,12 @@ def _product(left: Tensor, right: Tensor, a: float) -> Tensor:
 
 def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: float) -> Tensor:
     """`a · x Wᵀ + b · bias`; x: (*, in), weight: (out, in), bias: (out,), result: (*, out)."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
         # Cast first: inside the Function autocast would give the backward pass operands of two dtypes.
-        dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return scaled_linear(x, weight, bias, a, b)
     y: Tensor = ScaledProduct.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b)  # type: ignore[no-untyped-call]
     return y.reshape(*x.shape[:-1], weight.shape[0])

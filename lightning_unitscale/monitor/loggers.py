@@ -1,0 +1,118 @@
+"""A record as scalars and histograms for Lightning's loggers, under `unitscale/…`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from statistics import median
+
+from pytorch_lightning.loggers import Logger
+
+from lightning_unitscale.engine.statistics import Statistics
+from lightning_unitscale.formats import OPERANDS
+from lightning_unitscale.monitor.exponents import Exponents
+from lightning_unitscale.monitor.measurement import Measurement, Record
+
+
+def log_to(logger: Logger, record: Record, step: int, details: bool) -> None:
+    """Scalars to any logger, histograms of exponents to one that has room for them.
+
+    Args:
+        logger: of the Trainer.
+        record: what was measured.
+        step: the logger's own.
+        details: every site by name, not the summary alone.
+    """
+    logger.log_metrics(summary(record) | (each(record) if details else {}), step=step)
+    experiment = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_histogram_raw"):
+        for name, exponents in _histograms(record, details).items():
+            _add_histogram(experiment, name, exponents, step)
+
+
+def summary(record: Record) -> dict[str, float]:
+    """For each operand, over all sites: the extremes and medians. Casts have the site's operand scale."""
+    scalars: dict[str, float] = {}
+    for operand in OPERANDS:
+        found = record.of(operand)
+        if not found:
+            continue
+        rms = [m.unscaled.rms for m in found]
+        casts = [m.cast for m in found]
+        values = {
+            "rms_min": min(rms),
+            "rms_median": median(rms),
+            "rms_max": max(rms),
+            "largest": max(m.unscaled.largest for m in found),
+            "flushed_max": max(cast.flushed for cast in casts),
+            "saturated_max": max(cast.saturated for cast in casts),
+            "non_finite": float(sum(cast.non_finite for cast in casts)),
+            **_snr("snr_db", casts),
+            **(_snr("unscaled_snr_db", [m.unscaled for m in found]) if any(m.scaled for m in found) else {}),
+        }
+        scalars |= {f"unitscale/{operand}/{name}": value for name, value in values.items()}
+    return scalars
+
+
+def each(record: Record) -> dict[str, float]:
+    """Every site and operand by name."""
+    scalars: dict[str, float] = {}
+    for m in record.measurements:
+        values = {
+            "rms": m.unscaled.rms,
+            "largest": m.unscaled.largest,
+            "flushed": m.cast.flushed,
+            "saturated": m.cast.saturated,
+            **({"snr_db": m.cast.snr_db} if m.cast.error else {}),
+            **({} if m.scale is None else {"scale": m.scale}),
+        }
+        scalars |= {f"unitscale/{m.operand}/{m.site}/{name}": value for name, value in values.items()}
+    return scalars
+
+
+def worst(record: Record) -> dict[str, float]:
+    """Two numbers for a progress bar: the lowest signal-to-noise ratio in dB, and the largest share lost in percent."""
+    casts = [m.cast for m in record.measurements]
+    numbers = {"lost_%": 100 * max(cast.flushed + cast.saturated for cast in casts)}
+    ratios = _snr("snr_db", casts)
+    return {"snr_db": ratios["snr_db_min"], **numbers} if ratios else numbers
+
+
+def _snr(name: str, casts: Iterable[Statistics]) -> dict[str, float]:
+    """Of the casts that change anything at all; the others have no finite ratio."""
+    ratios = [cast.snr_db for cast in casts if cast.error]
+    return {f"{name}_min": min(ratios), f"{name}_median": median(ratios)} if ratios else {}
+
+
+def _histograms(record: Record, details: bool) -> dict[str, Exponents]:
+    found = {f"unitscale/{operand}/log2": _together(record.of(operand)) for operand in OPERANDS if record.of(operand)}
+    if details:
+        found |= {f"unitscale/{m.operand}/{m.site}/log2": m.exponents for m in record.measurements}
+    return {name: exponents for name, exponents in found.items() if exponents.counts}
+
+
+def _together(measurements: Iterable[Measurement]) -> Exponents:
+    total: Counter[int] = Counter()
+    for m in measurements:
+        total.update(dict(enumerate(m.exponents.counts, start=m.exponents.first)))
+    if not total:
+        return Exponents(0, ())
+    first, last = min(total), max(total)
+    return Exponents(first, tuple(total[exponent] for exponent in range(first, last + 1)))
+
+
+def _add_histogram(experiment: object, name: str, exponents: Exponents, step: int) -> None:
+    """Of log2 |t|, in steps of one: the buckets are what was counted."""
+    first, counts = exponents.first, exponents.counts
+    middles = [first + position + 0.5 for position in range(len(counts))]
+    experiment.add_histogram_raw(  # type: ignore[attr-defined]
+        name,
+        min=first,
+        max=first + len(counts),
+        num=sum(counts),
+        sum=sum(m * n for m, n in zip(middles, counts, strict=True)),
+        sum_squares=sum(m * m * n for m, n in zip(middles, counts, strict=True)),
+        bucket_limits=[first + position + 1 for position in range(len(counts))],
+        bucket_counts=list(counts),
+        global_step=step,
+    )
