@@ -34,11 +34,13 @@ class CastSite:
         format: a name in `FORMATS`.
         factor: unit scaling's own for this use.
         scales: None as long as they have not been measured, and nothing is cast.
+        used: whether it has cast anything yet, other than in compiled code.
     """
 
     format: str
     factor: float = 1.0
     scales: Scales | None = None
+    used: bool = False
     _weight: _CachedCast | None = field(default=None, repr=False)
 
     def set_scales(self, scales: dict[str, float]) -> None:
@@ -55,6 +57,8 @@ class CastSite:
     def __call__(self, x: Tensor, weight: Tensor, products: Products) -> Tensor:
         """The product of the cast operands times the factor; see `ops.cast_product`."""
         assert self.scales is not None
+        if not torch.compiler.is_compiling():
+            self.used = True
         if self.scales.x.device != x.device:
             self.scales = Scales(*(scale.to(x.device) for scale in self.scales))
         return cast_product(x, weight, products, FORMATS[self.format], self.scales, self._narrow(weight))

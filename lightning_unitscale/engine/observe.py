@@ -61,11 +61,12 @@ class OperandObserver(TorchFunctionMode):
         for name, parameter in module.named_parameters():
             self._keys[parameter] = name
         self._constants: Any = WeakTensorKeyDictionary()
-        for buffer in module.buffers():
-            self._constants[buffer] = True
+        self._module = module
         self._inside = False
 
     def __enter__(self) -> OperandObserver:
+        for buffer in self._module.buffers():  # only now: a rehearsed step has buffers of its own
+            self._constants[buffer] = True
         _ENTERED.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self

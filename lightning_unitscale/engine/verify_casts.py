@@ -1,6 +1,6 @@
 """The gate of the casts: before they are trusted, on a rehearsed step with real data.
 
-For the first call of every cast site,
+Every cast site that is called does cast, and for its first call,
 
     operands times their scales, not cast      give the product back bit for bit, as scales are powers of two
     each of the three products with casts      equals torch's own product of the cast operands in float32, to
@@ -47,7 +47,16 @@ def verify_casts(
     checker = _Checker(module, dict(casts_in_force(module)))
     seed = plan.loss_scale or 1.0
     exact = rehearsed_gradients(module, step, trainer, casts=False, observer=checker, seed=seed)
-    with_casts = rehearsed_gradients(module, step, trainer, seed=seed)
+    used: set[Use] = set()
+
+    def watched_step(run: Rehearsal) -> Any:
+        output = step(run)
+        used.update(use for use, site in casts_in_force(module).items() if site.used)  # copies, made for the rehearsal
+        return output
+
+    with_casts = rehearsed_gradients(module, watched_step, trainer, seed=seed)
+    for use in checker.checked - used:
+        checker.problems[use] = "its call is made where it can't be intercepted, as by a hook of the outermost module"
     sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in exact.items()}
     plan.gradient_cosine = {
         name: float(F.cosine_similarity(exact[name], with_casts[name], dim=0))
@@ -72,7 +81,7 @@ class _Checker(OperandObserver):
         super().__init__(module, lambda use, operand: None)
         self.casts = casts
         self.problems: dict[Use, str] = {}
-        self._checked: set[Use] = set()
+        self.checked: set[Use] = set()
 
     def _observe(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -84,9 +93,9 @@ class _Checker(OperandObserver):
         x, weight = operands
         use = self._keys[weight], name
         site = self.casts.get(use)
-        if site is None or site.scales is None or use in self._checked:
+        if site is None or site.scales is None or use in self.checked:
             return
-        self._checked.add(use)
+        self.checked.add(use)
         call = _CheckedCall(function, args, kwargs, x, weight, site)
         with torch._C.DisableTorchFunction():  # an interceptor below counts the model's own calls
             problem = call.scaled_exactly()
