@@ -56,7 +56,9 @@ def verify_casts(
 
     with_casts = rehearsed_gradients(module, watched_step, trainer, seed=seed)
     for use in checker.checked - used:
-        checker.problems[use] = "its call is made where it can't be intercepted, as by a hook of the outermost module"
+        checker.problems[use] = (
+            "its call is made where it can't be intercepted, in a module's hook or with a weight from one"
+        )
     sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in exact.items()}
     plan.gradient_cosine = {
         name: float(F.cosine_similarity(exact[name], with_casts[name], dim=0))
