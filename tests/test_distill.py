@@ -34,8 +34,6 @@ TINY = [
     "schedule.warmup_steps=1",
 ]
 
-WITH_TEACHER = ["teacher.path=TEACHER", "task.sequence_length=16"]
-
 
 @pytest.fixture(scope="module")
 def distill() -> Iterator[ModuleType]:
