@@ -78,7 +78,7 @@ class UnitScaling(Callback):
                 lr_units=lr_units,
                 skip=tuple(skip),
                 overrides=overrides or {},
-                recalibrate=tuple(recalibrate),
+                recalibrate=recalibrate,
                 verify=verify,
             ),
             optimizer_family,

@@ -81,15 +81,20 @@ def range_of(dtype: torch.dtype) -> Range:
 def cast(tensor: Tensor, dtype: torch.dtype, scale: Tensor | float = 1.0) -> Tensor:
     """`tensor · scale` in another dtype, saturating; NaN stays NaN, infinity becomes the largest number.
 
+    (bfloat16, with the range of float32, keeps infinity.)
+
     Args:
         tensor: of any floating-point dtype.
         dtype: see `FORMATS`.
         scale: a power of two, as a number or a 0-dim tensor.
     """
+    if tensor.dtype == torch.float16:
+        tensor = tensor.float()  # on CUDA the scale would be rounded to float16, and most powers of two are none
     scaled = tensor * scale
-    if dtype in (torch.float8_e5m2, torch.float16):  # these overflow to infinity; e4m3 saturates by itself
-        largest = torch.finfo(dtype).max
-        scaled = scaled.clamp(-largest, largest)
+    if dtype == torch.float16:  # overflows to infinity; clamped afterwards, as bfloat16 has no 65504 to clamp to
+        return scaled.to(dtype).clamp(-range_of(dtype).largest, range_of(dtype).largest)
+    if dtype == torch.float8_e5m2:  # overflows too; e4m3 saturates by itself
+        scaled = scaled.clamp(-range_of(dtype).largest, range_of(dtype).largest)
     return scaled.to(dtype)
 
 

@@ -48,10 +48,10 @@ def _check_override(glob: str, value: Mapping[str, Any]) -> None:
 
 
 def _steps(recalibrate: Sequence[int]) -> tuple[int, ...]:
-    steps = tuple(recalibrate)
-    if not all(isinstance(step, int) and step > 0 for step in steps) or list(steps) != sorted(set(steps)):
+    steps = tuple(recalibrate) if isinstance(recalibrate, Sequence) else (recalibrate,)
+    if not all(type(step) is int and step > 0 for step in steps) or list(steps) != sorted(set(steps)):
         raise UnitScalingError(
-            f"recalibrate={list(steps)!r} must be steps above 0 in rising order, such as (10, 1000)."
+            f"recalibrate={recalibrate!r} must be steps above 0 in rising order, such as (10, 1000)."
         )
     return steps
 

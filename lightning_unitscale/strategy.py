@@ -47,7 +47,7 @@ SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arX
 _BEFORE = {"on_train_batch_start": "before_train_batch", "load_model_state_dict": "before_loading"}
 _AROUND = {"backward": "around_backward", "optimizer_step": "around_optimizer_step"}
 # The options that decide what a plan says.
-_OF_THE_PLAN = ("scheme", "format", "storage", "lr_units", "weights", "activations", "skip", "overrides")
+_OF_THE_PLAN = ("scheme", "format", "storage", "lr_units", "weights", "activations", "gradients", "skip", "overrides")
 
 
 class TrainerScaling:

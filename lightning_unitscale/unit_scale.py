@@ -52,7 +52,7 @@ def unit_scale(
         lr_units=lr_units,
         skip=tuple(skip),
         overrides=overrides or {},
-        recalibrate=tuple(recalibrate),
+        recalibrate=recalibrate,
         verify=verify,
     )
     plan = prepare(module, lambda _: step(module), options)

@@ -27,6 +27,7 @@ from lightning_unitscale.engine.plan import EVERY_CALL, Plan, Site
 from lightning_unitscale.engine.record import MODULE_CALL, has_ordinal
 from lightning_unitscale.ops import MATMULS, Matmul
 from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
+from lightning_unitscale.ops.matmul import UncastableError
 from lightning_unitscale.options import UnitScalingError
 
 # Functions whose backward pass reads their input alone: their output can be multiplied in place.
@@ -186,7 +187,13 @@ class Interceptor(TorchFunctionMode):
         if self.rules.casts and (casting := self._casting(op, args, kwargs)):
             site, x, weight = casting
             bias = next((v for k, v in op.operands(args, kwargs).items() if k in op.bias_labels), None)
-            return op.cast(args, kwargs, x, weight, site, self._factor(bias, name))
+            try:
+                return op.cast(args, kwargs, x, weight, site, self._factor(bias, name))
+            except UncastableError as error:
+                raise UnitScalingError(
+                    f"{self.frames[-1].scope.name}: the operands of {name} were cast in the recorded step, and those "
+                    f"of this call can't be ({error}). Leave its weight out: overrides={{name: {{'format': None}}}}."
+                ) from None
         factors = {}
         for label, operand in op.operands(args, kwargs).items():
             factor = self._factor(operand, name)

@@ -5,6 +5,9 @@ nothing is cast; from then on, the casts of a measured step are those in use, so
 site whose cast changes an operand by more than `MOST_ERROR` of its RMS gets a new constant, is measured again on the
 next step, and if that did not help is left in the compute dtype from then on; the plan says so. Healthy casts change
 normal data by 2.7 % (e4m3) and 5.3 % (e5m2).
+
+Operands that are all 0, as behind a zero-initialised weight, tell nothing of what will come, and an expert may get no
+token: such a site keeps the scales it has; where it has none yet, it casts nothing, and is measured again soon.
 """
 
 from __future__ import annotations
@@ -45,11 +48,17 @@ class Calibration:
         check_device(module, plan)
 
     def due(self, step: int) -> bool:
-        """Whether this step is to be measured: the first, one that the schedule names, or one after a bad cast."""
+        """Whether this step is to be measured.
+
+        The first is, and those that the schedule names, those after a bad cast, and, as long as some operand has not
+        been seen, those in which the number of steps has doubled.
+        """
         if not self.plan.cast_sites:
             return False
         done = self.plan.measured_at
-        if not done or any(not site.operand_scales or self._is_bad(site) for site in self.plan.cast_sites):
+        if not done or any(self._is_bad(site) for site in self.plan.cast_sites):
+            return True
+        if step > 2 * done[-1] and any(set(site.measured) != set(OPERANDS) for site in self.plan.cast_sites):
             return True
         return any(done[-1] < wanted <= step for wanted in self.recalibrate)
 
@@ -95,19 +104,19 @@ class Calibration:
 
     def _take(self, use: Use, sites: list[Site], seen: dict[str, Statistics | None], step: int) -> None:
         was_bad = self._is_bad(sites[0])
-        scales = dict(sites[0].operand_scales)
         measured = dict(sites[0].measured)
         for operand, statistics in seen.items():
-            if statistics is None:  # an expert without tokens, a frozen layer at the bottom: no gradient
-                scales.setdefault(operand, 1.0)
-                continue
-            _report_non_finite(sites[0], operand, statistics, step)
-            measured[operand] = asdict(statistics)
-            dtype = FORMATS[sites[0].format or ""].dtype(operand)
-            scaled = self._is_scaled(operand)
-            scales[operand] = 2.0 ** exponent(statistics.rms, statistics.largest, dtype) if scaled else 1.0
+            if statistics is not None:
+                _report_non_finite(sites[0], operand, statistics, step)
+                if statistics.rms:
+                    measured[operand] = asdict(statistics)
+        zero = [operand for operand, statistics in seen.items() if statistics is not None and operand not in measured]
         for site in sites:
-            site.operand_scales, site.measured = dict(scales), {name: dict(value) for name, value in measured.items()}
+            site.measured = {operand: dict(value) for operand, value in measured.items()}
+        if zero or not {"x", "weight"} <= measured.keys():
+            return  # no scale is known that would fit what comes after 0, so nothing is cast until it has come
+        for site in sites:
+            site.operand_scales = {operand: self._scale(site, operand) for operand in OPERANDS}
         if was_bad and self._is_bad(sites[0]):
             worst = max(measured, key=lambda operand: measured[operand]["error"])
             fall_back(
@@ -118,7 +127,13 @@ class Calibration:
                 f"({measured[worst]['saturated']:.1%} saturated, {measured[worst]['flushed']:.1%} flushed to 0)",
             )
         else:
-            casts_in_force(self.module)[use].set_scales(scales)
+            casts_in_force(self.module)[use].set_scales(sites[0].operand_scales)
+
+    def _scale(self, site: Site, operand: str) -> float:
+        if operand not in site.measured or not self._is_scaled(operand):  # a layer without gradient needs none
+            return 1.0
+        seen = site.measured[operand]
+        return 2.0 ** exponent(seen["rms"], seen["largest"], FORMATS[site.format or ""].dtype(operand))
 
     def _is_scaled(self, operand: str) -> bool:
         """Whether the options leave the operand's scale to us."""

@@ -25,8 +25,9 @@ def reason_not_to_cast(call: Call, format: str) -> str:
         products = op.products(call.args, call.kwargs, x, weight)
     except UncastableError as error:
         return str(error)
-    rows, columns = weight.shape[-2:]
-    cost = padded(rows) * padded(columns) / (rows * columns)
-    if FORMATS[format].x.itemsize == 1 and isinstance(products, MatrixProducts) and cost > MOST_PADDING:
-        return f"padding {rows} x {columns} to multiples of 16 would cost {cost - 1:.0%} more than it saves"
+    if FORMATS[format].x.itemsize == 1 and isinstance(products, MatrixProducts):
+        rows, columns = weight.shape
+        cost = padded(rows) * padded(columns) / (rows * columns)
+        if cost > MOST_PADDING:
+            return f"padding {rows} x {columns} to multiples of 16 would cost {cost - 1:.0%} more than it saves"
     return ""

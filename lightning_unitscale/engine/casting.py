@@ -1,16 +1,22 @@
 """Casts in the forward pass: one `CastSite` for each weight and function whose operands the plan casts.
 
-A site's scales are measured while it casts nothing (see `calibrate`); from then on it casts. A weight is cast once as
-long as it does not change: through accumulated batches, and wherever one layer is called many times.
+A site's scales are measured while it casts nothing (see `calibrate`); from then on it casts. A parameter is cast once
+as long as it does not change: through accumulated batches, and wherever one layer is called many times. A change is
+known by the parameter's version, which operations in place count up, or by a step of any optimizer, as many write to
+`parameter.data`, which counts nothing. (Code that writes to `.data` without an optimizer step before the next forward
+pass is not noticed until there is one.) Weights computed from parameters are cast each time.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_unitscale.engine.plan import Site
 from lightning_unitscale.formats import FORMATS, OPERANDS, cast
@@ -54,8 +60,10 @@ class CastSite:
         return cast_product(x, weight, products, FORMATS[self.format], self.scales, self._narrow(weight))
 
     def _narrow(self, weight: Tensor) -> Tensor | None:
-        """The cast weight, if it is worth keeping: while training in eager mode."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not weight.requires_grad:
+        """The cast weight, if it is worth keeping: of a parameter or a view of one, while training in eager mode."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return None
+        if not (weight if weight._base is None else weight._base).is_leaf:
             return None
         if self._weight is None or not self._weight.holds(weight):
             assert self.scales is not None
@@ -70,22 +78,37 @@ class CastSite:
 
 @dataclass
 class _CachedCast:
-    """A cast weight, and what it was cast from: storage, layout and version, which every in-place change counts up."""
+    """A cast weight, and what it was cast from."""
 
     narrow: Tensor
-    version: int
-    place: tuple[Any, ...]
+    source: tuple[Any, ...]
 
     @classmethod
     def of(cls, weight: Tensor, narrow: Tensor) -> _CachedCast:
-        return cls(narrow, weight._version, _place(weight))
+        return cls(narrow, _state(weight))
 
     def holds(self, weight: Tensor) -> bool:
-        return self.version == weight._version and self.place == _place(weight)
+        return self.source == _state(weight)
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    """What differs once a weight has changed: where it lies, its layout, its version and the steps taken."""
+    return (
+        *(weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device),
+        *(weight._version, _count_steps()[0]),
+    )
+
+
+@cache
+def _count_steps() -> list[int]:
+    """How many steps all optimizers have taken, counted from the first call on."""
+    steps = [0]
+
+    def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return steps
 
 
 def cast_sites(sites: list[Site]) -> dict[Use, CastSite]:

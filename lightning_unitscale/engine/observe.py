@@ -7,7 +7,6 @@ again inside its interceptor).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -19,29 +18,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_unitscale.engine.casting import Use
-from lightning_unitscale.engine.functions import short_name
+from lightning_unitscale.engine.functions import RANDOM, short_name
 from lightning_unitscale.engine.record import tensors_in
 from lightning_unitscale.engine.statistics import Accumulator
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import open_multi_head_attention
 
-_ENTERED = threading.local()
+_ENTERED: list[OperandObserver] = []
 
 
 def entered_observers() -> list[OperandObserver]:
-    """The observers that are entered in this thread, innermost last."""
-    if not hasattr(_ENTERED, "observers"):
-        _ENTERED.observers = []
-    observers: list[OperandObserver] = _ENTERED.observers
-    return observers
+    """The observers that are entered, innermost last; in any thread, as checkpointed layers run again in autograd's."""
+    return _ENTERED
 
 
 def observers_inside() -> AbstractContextManager[Any]:
     """Enters the entered observers again, so that they come before a mode entered since."""
-    if torch.compiler.is_compiling() or not entered_observers():
+    if torch.compiler.is_compiling() or not _ENTERED:
         return nullcontext()
     stack = ExitStack()
-    for observer in list(entered_observers()):
+    for observer in list(_ENTERED):
         stack.enter_context(observer)
     return stack
 
@@ -64,16 +60,19 @@ class OperandObserver(TorchFunctionMode):
         self._keys: Any = WeakTensorKeyDictionary()
         for name, parameter in module.named_parameters():
             self._keys[parameter] = name
+        self._constants: Any = WeakTensorKeyDictionary()
+        for buffer in module.buffers():
+            self._constants[buffer] = True
         self._inside = False
 
     def __enter__(self) -> OperandObserver:
-        entered_observers().append(self)
+        _ENTERED.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        entered_observers().pop()
+        _ENTERED.pop()
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -92,7 +91,7 @@ class OperandObserver(TorchFunctionMode):
         name = short_name(function)
         if name in MATMULS:
             self._observe(function, args, kwargs, result)
-        self._follow(args, kwargs, result)
+        self._follow(name, args, kwargs, result)
         return result
 
     def _observe(
@@ -123,12 +122,24 @@ class OperandObserver(TorchFunctionMode):
         if accumulator is not None:
             accumulator.add(tensor)
 
-    def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """What is made of parameters alone goes by their names."""
+    def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """What is made of parameters and constants alone goes by the parameters' names, as the recorder has it."""
         inputs = list(tensors_in((*args, *kwargs.values())))
-        if not inputs or not all(tensor in self._keys for tensor in inputs):
+        constants = [tensor for tensor in inputs if tensor in self._constants]
+        weights = [tensor for tensor in inputs if tensor in self._keys]
+        if name in RANDOM or len(constants) + len(weights) < len(inputs) or (weights and _looks_up(name, constants)):
             return
-        names = sorted({name for tensor in inputs for name in self._keys[tensor].split("+")})
+        names = sorted({name for tensor in weights for name in self._keys[tensor].split("+")})
         for tensor in tensors_in(result):
-            if tensor not in self._keys:
-                self._keys[tensor] = "+".join(names)
+            if tensor not in self._keys and tensor not in self._constants:
+                if names:
+                    self._keys[tensor] = "+".join(names)
+                else:
+                    self._constants[tensor] = True
+
+
+def _looks_up(name: str, constants: list[Tensor]) -> bool:
+    """Whether a call on weights and constants makes an activation: a lookup, or a product with a constant batch."""
+    if name.startswith("embedding"):
+        return True
+    return name in MATMULS and any(tensor.is_floating_point() and tensor.dim() > 1 for tensor in constants)

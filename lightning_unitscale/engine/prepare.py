@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_unitscale.engine.apply import install, rescale_parameters, restore_parameters, uninstall
-from lightning_unitscale.engine.calibrate import Calibration, fall_back
+from lightning_unitscale.engine.calibrate import Calibration, check_device, fall_back
 from lightning_unitscale.engine.fold import folded_copy
 from lightning_unitscale.engine.gradients import rehearsed_gradients
 from lightning_unitscale.engine.marker import add_marker, remove_marker
@@ -53,6 +53,7 @@ def prepare(
     plan = SCHEMES[options.scheme](module, trace, options)
     _refuse_nothing(module, trace, plan)
     plan = Plan.from_dict(agree(plan.to_dict()))
+    check_device(module, plan)
     rescale_parameters(module, plan)
     put_in_force(module, plan)
     if options.verify:

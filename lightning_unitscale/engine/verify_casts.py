@@ -86,17 +86,16 @@ class _Checker(OperandObserver):
             return
         self._checked.add(use)
         call = _CheckedCall(function, args, kwargs, x, weight, site)
-        if problem := call.scaled_exactly():
+        with torch._C.DisableTorchFunction():  # an interceptor below counts the model's own calls
+            problem = call.scaled_exactly()
+        if problem:
             self.problems[use] = problem
         if result.requires_grad:
             result.register_hook(lambda gradient: self._check_products(use, call, gradient))
 
     def _check_products(self, use: Use, call: _CheckedCall, gradient: Tensor) -> None:
-        self._inside = True
-        try:
+        with torch._C.DisableTorchFunction():
             problem = call.products_as_in_float32(gradient.detach())
-        finally:
-            self._inside = False
         if problem:
             self.problems.setdefault(use, problem)
 

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_unitscale.formats import Format, cast
 from lightning_unitscale.ops.autocast import autocast_dtype
 from lightning_unitscale.ops.multiply import Cast
 from lightning_unitscale.ops.products import Products
+from lightning_unitscale.options import UnitScalingError
 
 
 class Scales(NamedTuple):
@@ -56,13 +56,19 @@ class CastProduct(torch.autograd.Function):
         narrow_x = cast(x, format.x, s.x)
         if narrow_weight is None:
             narrow_weight = cast(weight, format.weight, s.weight)
-        ctx.save_for_backward(narrow_x, narrow_weight, *scales)
+        x_for_weight = narrow_x if ctx.needs_input_grad[1] else None
+        weight_for_x = narrow_weight if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x_for_weight, weight_for_x, *scales)
         ctx.products, ctx.format, ctx.like = products, format, (x.shape, weight.shape, x.dtype, weight.dtype)
         return products.forward(Cast(narrow_x, s.factor_over_x), Cast(narrow_weight, s.one_over_weight), dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient would lack its own graph
+            raise UnitScalingError(
+                "create_graph=True asks for the gradient of a gradient, which operands cast to a narrow format do not "
+                "have. Leave the modules it passes through in the compute dtype: overrides={glob: {'format': None}}."
+            )
         narrow_x, narrow_weight, *scales = ctx.saved_tensors
         s, products = Scales(*scales), ctx.products
         x_shape, weight_shape, x_dtype, weight_dtype = ctx.like
@@ -86,7 +92,7 @@ def cast_product(
     """
     arguments, dtype = (x, weight, narrow_weight, products, format), autocast_dtype(x.device)
     y: Tensor
-    if dtype is None:
+    if dtype is None or x.dtype == torch.float64:  # which autocast leaves alone
         y = CastProduct.apply(*arguments, x.dtype, *scales)  # type: ignore[no-untyped-call]
     else:
         with torch.autocast(x.device.type, enabled=False):

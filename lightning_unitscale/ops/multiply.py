@@ -55,11 +55,12 @@ def multiply(a: Cast, b: Cast, dtype: torch.dtype, *, fast: bool = False) -> Ten
 
 
 def upcast(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same numbers in a dtype that both they and a result of `dtype` fit into."""
+    """The same numbers in a dtype that both they and a result of `dtype` fit into, before it is unscaled.
+
+    Never float16: scaled operands make products that it has no room for.
+    """
     wide = dtype if values.dtype in _FP8 else torch.promote_types(dtype, values.dtype)
-    if wide == torch.float16 and values.device.type == "cpu":  # where FP16 products are a hundred times slower
-        wide = torch.float32
-    return values.to(wide)
+    return values.to(torch.float32 if wide == torch.float16 else wide)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -46,8 +46,6 @@ class Convolution(Matmul):
 
     def products(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any, weight: Any) -> Products:
         kernel = tuple(weight.shape[2:])
-        if len(x.shape) != len(weight.shape):
-            raise UncastableError("a convolution of one sample without a batch dimension")
 
         def numbers(conv: int, transposed: int, name: str, default: int) -> tuple[int, ...]:
             given = argument(args, kwargs, transposed if self.transposed else conv, name, default)
@@ -82,7 +80,11 @@ class Convolution(Matmul):
         casting: Casting,
         bias_factor: float,
     ) -> Tensor:
-        y = casting(x, weight, self.products(args, kwargs, x, weight))
+        products = self.products(args, kwargs, x, weight)
+        if x.dim() < weight.dim():  # one sample without a batch dimension
+            y = casting(x.unsqueeze(0), weight, products).squeeze(0)
+        else:
+            y = casting(x, weight, products)
         bias = argument(args, kwargs, 2, "bias")
         return add_bias(y, None if bias is None else bias.reshape(-1, *[1] * (weight.dim() - 2)), bias_factor)
 
