@@ -63,7 +63,9 @@ class Structure(Graph):
         return self._logits.biases
 
     def _shared_own(self, value: Value) -> float:
-        return max((source.own for source in self.sources(value)[0]), default=1.0)
+        """The model's own constant on `value`, if everything it is summed from has the same (LoRA's does not)."""
+        constants = {source.own for source in self.sources(value)[0]}
+        return constants.pop() if len(constants) == 1 else 1.0
 
     @cached_property
     def _additions(self) -> list[Addition]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from io import StringIO
 
 from rich.box import SIMPLE_HEAD
@@ -20,19 +21,31 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
     groups: dict[tuple[str, ...], list[Site]] = {}
     for site in plan.sites:
         kept = "-" if site.multiplier == 1.0 else "weights" if site.folded else "forward"
-        key = (_NUMBER.sub("*", site.name), site.role, f"{site.multiplier:.3g}", kept, site.reason)
+        remark = "; ".join(filter(None, (site.reason, site.format_reason)))
+        key = (_NUMBER.sub("*", site.name), site.role, f"{site.multiplier:.3g}", kept, site.format or "-", remark)
         groups.setdefault(key, []).append(site)
     table = Table(box=SIMPLE_HEAD)
-    for column in ("site", "count", "role", "multiplier", "kept in", "learning rate ×", "remark"):
+    casts = any(site.format or site.format_reason for site in plan.sites)
+    columns = ["site", "count", "role", "multiplier", "kept in", "format", "learning rate ×", "remark"]
+    for column in columns if casts else [column for column in columns if column != "format"]:
         table.add_column(column, justify="right" if column in ("count", "multiplier", "learning rate ×") else "left")
     lr = plan.lr_multipliers
-    for (name, role, multiplier, kept, reason), sites in list(groups.items())[:rows]:
+    for (name, role, multiplier, kept, format, remark), sites in list(groups.items())[:rows]:
         rates = sorted({lr[key] for site in sites for key in site.params[:1] if key in lr})
         rate = " … ".join(dict.fromkeys(f"{r:.3g}" for r in (rates[:1] + rates[-1:])))
-        table.add_row(name, str(len(sites)), role, multiplier, kept, rate, reason)
+        table.add_row(name, str(len(sites)), role, multiplier, kept, *([format] if casts else []), rate, remark)
     placed = {name for site in plan.sites for key in site.params for name in key.split("+")}
     for reason, names in _by_reason(plan, placed).items():
-        table.add_row(f"{names[0]}{' …' if len(names) > 1 else ''}", str(len(names)), "unused", "", "-", "", reason)
+        table.add_row(
+            f"{names[0]}{' …' if len(names) > 1 else ''}",
+            str(len(names)),
+            "unused",
+            "",
+            "-",
+            *([""] if casts else []),
+            "",
+            reason,
+        )
     text = StringIO()
     console = Console(file=text, width=_WIDTH, color_system=None)
     console.print(_headline(plan))
@@ -58,7 +71,9 @@ def _headline(plan: Plan) -> str:
     alone = len(plan.parameters) - scaled
     explicit = len(plan.explicit_sites)
     where = "nothing stays in the forward pass" if not explicit else f"{explicit} sites stay in the forward pass"
+    formats = Counter(site.format for site in plan.cast_sites)
+    casts = "".join(f"; {format} at {count} sites" for format, count in formats.items())
     return (
         f"unit scaling: scheme={plan.scheme}, storage={plan.storage}, lr_units={plan.lr_units}; "
-        f"{scaled} parameters planned, {alone} left alone; {where}"
+        f"{scaled} parameters planned, {alone} left alone; {where}{casts}"
     )

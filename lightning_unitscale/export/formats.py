@@ -1,0 +1,156 @@
+"""What a plain model is written as. Each is read back from disk and run, before it counts as written.
+
+hf           a folder that `from_pretrained` of transformers loads
+safetensors  one file of weights
+pt2          a program of torch.export; batch and length may differ from call to call
+onnx         the same for onnxruntime and others
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_unitscale.errors import InputError
+from lightning_unitscale.export.examples import DYNAMIC, Logits, example_inputs, logits_of
+from lightning_unitscale.export.plain import check_same, relative_difference, to_plain
+
+Inputs = dict[str, Tensor]
+Run = Callable[[Inputs], Tensor]
+FORMATS = ("hf", "safetensors", "pt2", "onnx")
+SUFFIX = {"hf": "", "safetensors": ".safetensors", "pt2": ".pt2", "onnx": ".onnx"}
+
+
+def export(
+    model: PreTrainedModel,
+    output: Path,
+    format: str = "hf",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Write the model, its scaling moved into plain weights.
+
+    Args:
+        model: plain or prepared, in float32; left on the CPU and in eval mode, otherwise as it was.
+        output: the folder (hf) or file (other formats) to make.
+        format: see above.
+        tokenizer: goes into the folder of "hf".
+        dtype: of what is written; weights are rounded to it after the scaling was moved.
+
+    Returns:
+        The largest difference between the logits of what was read back and those of `model`, relative to the largest
+        logit, on other inputs than it was made with. Above 1e-5 it can only be the rounding to `dtype`.
+
+    Raises:
+        InputError: the output cannot be written, or the format cannot hold the model.
+        UnitScalingError: a factor cannot be moved into weights, or the logits are not the same; nothing is left behind.
+    """
+    check_output(output, format)
+    model = model.cpu().eval()
+    plain: Any = to_plain(model, partial(logits_of, inputs=example_inputs(model))).to(dtype)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch, torch.no_grad():
+        written = Path(scratch) / output.name
+        run = _WRITERS[format](plain, written, example_inputs(plain))
+        if tokenizer is not None and format == "hf":
+            tokenizer.save_pretrained(written)
+        inputs = example_inputs(plain, batch=3, length=9, seed=1)
+        found = run(inputs)
+        check_same(found, logits_of(plain, inputs), type(model).__name__)
+        expected = logits_of(model, example_inputs(model, batch=3, length=9, seed=1))
+        for made in [written] if written.is_dir() else list(Path(scratch).iterdir()):  # large ONNX models are two files
+            shutil.move(made, output.parent / made.name)
+    return relative_difference(found.float(), expected)
+
+
+def check_output(output: Path, format: str) -> None:
+    """
+    Raises:
+        InputError: there is no such format, or the output exists or cannot be written.
+    """
+    if format not in FORMATS:
+        raise InputError(f"format={format} is not known; choose one of {', '.join(FORMATS)}")
+    if output.exists():
+        raise InputError(f"output={output} exists; give another name, or remove it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"output={output} cannot be written: {error.strerror}") from error
+
+
+def _write_hugging_face(model: PreTrainedModel, folder: Path, inputs: Inputs) -> Run:
+    model.save_pretrained(folder)
+    found = type(model).from_pretrained(folder).eval()
+    return partial(logits_of, found)
+
+
+def _write_safetensors(model: PreTrainedModel, file: Path, inputs: Inputs) -> Run:
+    safetensors.torch.save_model(model, str(file), metadata={"format": "pt"})
+    found = nn.Module.to(type(model)(model.config), model.dtype).eval()
+    safetensors.torch.load_model(found, file)
+    return partial(logits_of, found)
+
+
+def _write_program(model: PreTrainedModel, file: Path, inputs: Inputs) -> Run:
+    with _readable_errors(model, "pt2"):
+        program = torch.export.export(Logits(model), (), inputs, dynamic_shapes=_dynamic(inputs))
+    torch.export.save(program, file)
+    found = torch.export.load(file).module()
+    return lambda inputs: found(**inputs)
+
+
+def _write_onnx(model: PreTrainedModel, file: Path, inputs: Inputs) -> Run:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it, and says so in 40 lines)
+    except ImportError as error:
+        raise InputError(f"format=onnx needs {error.name}: pip install 'lightning-unitscale[export]'") from error
+    with _readable_errors(model, "onnx"):
+        torch.onnx.export(
+            Logits(model),
+            (),
+            str(file),
+            kwargs=inputs,
+            dynamic_shapes=_dynamic(inputs),
+            dynamo=True,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [known.name for known in session.get_inputs()]
+    return lambda inputs: torch.from_numpy(session.run(None, {name: inputs[name].numpy() for name in names})[0])
+
+
+_WRITERS = {"hf": _write_hugging_face, "safetensors": _write_safetensors, "pt2": _write_program, "onnx": _write_onnx}
+
+
+def _dynamic(inputs: Inputs) -> dict[str, dict[int, Any]]:
+    return {name: dict.fromkeys(range(len(DYNAMIC[name])), torch.export.Dim.DYNAMIC) for name in inputs}
+
+
+@contextmanager
+def _readable_errors(model: PreTrainedModel, format: str) -> Iterator[None]:
+    """The compilers' own messages are pages long; their cause is one line."""
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except Exception as error:  # whatever the tracer or converter runs into
+            cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"format={format} cannot hold {type(model).__name__}: {type(error).__name__}: {cause}. "
+                "The formats hf and safetensors hold every model."
+            ) from error

@@ -1,0 +1,49 @@
+"""Write a trained model as plain weights or as a program, for use without this package.
+
+    unitscale export model.path=outputs/pretrain/…/last.ckpt                   # a folder for transformers
+    unitscale export model.path=… format=onnx output=model.onnx                # also safetensors, pt2
+    unitscale export model.path=… dtype=bfloat16                               # half the size
+
+What is written is read back and compared with the model before it counts.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from lightning_unitscale.cli import recipe
+from lightning_unitscale.errors import InputError
+from lightning_unitscale.export import SUFFIX, check_output, export
+from lightning_unitscale.pretrained import load_pretrained
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@recipe("export")
+def main(cfg: DictConfig) -> float:
+    """Loads, writes, compares; returns the largest difference of the logits, relative to the largest."""
+    begin = time.perf_counter()
+    output = Path(cfg.output or Path(HydraConfig.get().runtime.output_dir) / f"model{SUFFIX.get(cfg.format, '')}")
+    check_output(output, cfg.format)
+    if cfg.dtype not in DTYPES:
+        raise InputError(f"dtype={cfg.dtype} is not known; choose one of {', '.join(DTYPES)}")
+    transformers.logging.disable_progress_bar()
+
+    found = load_pretrained(cfg.model.path, cfg.model.head, cfg.model.tokenizer)
+    scaling = "none" if found.plan is None else f"{found.plan.scheme}, {found.plan.storage} storage"
+    difference = export(found.model, output, cfg.format, found.tokenizer, DTYPES[cfg.dtype])
+    size = sum(file.stat().st_size for file in ([output] if output.is_file() else output.rglob("*")) if file.is_file())
+    print(f"model        {type(found.model).__name__} from {found.path}, unit scaling: {scaling}")
+    print(f"written      {output} ({size / 2**20:.1f} MiB, {time.perf_counter() - begin:.1f} s)")
+    print(f"read back    largest difference of the logits {difference:.1e} of the largest logit")
+    return difference
+
+
+if __name__ == "__main__":
+    main()
