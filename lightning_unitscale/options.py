@@ -18,7 +18,8 @@ ROLES = (
     *("relative_position", "scale", "other"),
 )
 OVERRIDE_KEYS = ("role", "multiplier", "lr_multiplier", "format", "skip")
-RECALIBRATE = (1, 10, 100, 1_000, 10_000, 100_000)  # early, while everything changes; then rarely
+# Early, while everything changes; then rarely
+RECALIBRATE = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 
 
 class UnitScalingError(Exception):

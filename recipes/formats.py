@@ -2,6 +2,7 @@
 
     unitscale formats                                 # = python recipes/formats.py; 18 runs, half an hour on two cores
     unitscale formats seeds=[1] model.width=64
+    unitscale formats model.width=256 only=[umup,umup-fp8]
     unitscale formats '+variants.mine=[unitscale.format=fp8,unitscale.recalibrate=[100]]'
 
 Every run is the recipe `pretrain` with some overrides, the same text, steps and batches. A finished run is one line in
@@ -25,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pretrain import check
 from rich.console import Console
 from rich.table import Table
-from transfer import many_runs, settings, train
+from transfer import many_runs, measure, settings
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.errors import InputError
@@ -40,6 +41,19 @@ class Result:
     settings: str
     held_out: float | None
     seconds: float
+
+
+def chosen(cfg: DictConfig) -> list[str]:
+    """The names of the variants to compare.
+
+    Raises:
+        InputError: `only` names one that there is not.
+    """
+    known = [str(name) for name in cfg.variants]
+    wanted = known if cfg.only is None else [str(name) for name in cfg.only]
+    if unknown := [name for name in wanted if name not in known]:
+        raise InputError(f"only={','.join(unknown)}: there are the variants {', '.join(known)}")
+    return wanted
 
 
 def configuration(cfg: DictConfig, variant: str, seed: int) -> DictConfig:
@@ -96,9 +110,8 @@ def mean(runs: list[Result]) -> float:
 def main(cfg: DictConfig) -> None:
     """Runs what is not finished yet, then prints the table and writes it to formats.txt."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    planned = {
-        (variant, seed): configuration(cfg, str(variant), seed) for seed in cfg.seeds for variant in cfg.variants
-    }
+    variants = chosen(cfg)
+    planned = {(variant, seed): configuration(cfg, variant, seed) for seed in cfg.seeds for variant in variants}
     for run in planned.values():
         check(run)
     many_runs(cfg.threads)
@@ -108,14 +121,14 @@ def main(cfg: DictConfig) -> None:
         if settings(run) in known:
             continue
         start = time.perf_counter()
-        held_out, _ = train(run)
+        held_out, _ = measure(run)
         seconds = round(time.perf_counter() - start, 1)
         result = Result(variant, seed, settings(run), held_out if math.isfinite(held_out) else None, seconds)
         known[result.settings] = result
         with file.open("a") as lines:
             lines.write(json.dumps(asdict(result)) + "\n")
         print(f"[{number}/{len(planned)}] {variant}, seed {seed}: {held_out:.3f} ({seconds:.0f} s)", flush=True)
-    by_variant = {str(v): [known[settings(planned[v, seed])] for seed in cfg.seeds] for v in cfg.variants}
+    by_variant = {v: [known[settings(planned[v, seed])] for seed in cfg.seeds] for v in variants}
     report = table(cfg, by_variant)
     Console().print(report)
     with (folder / "formats.txt").open("w") as text:

@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,7 @@ from lightning_unitscale.errors import InputError
 from lightning_unitscale.interrupt import SaveOnInterrupt
 from lightning_unitscale.monitor import Record, measure
 from lightning_unitscale.report import write_report
+from lightning_unitscale.schedule import warm_up_and_decay
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model: any causal language model of transformers, and an ordinary LightningModule around it
@@ -82,15 +85,7 @@ class CausalLM(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The configured optimizer; its learning rate rises linearly, then falls linearly."""
         optimizer = instantiate(self.optimizer, params=self.parameters())
-        warmup, decay, final = (self.schedule[key] for key in ("warmup_steps", "decay_steps", "final"))
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return float((step + 1) / warmup)
-            done = min(1.0, (step - warmup) / max(1, decay - warmup))
-            return float(1 - (1 - final) * done)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = warm_up_and_decay(optimizer, **self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @torch.inference_mode()
@@ -131,15 +126,7 @@ def main(cfg: DictConfig) -> float:
     check(cfg)
     unitscale = instantiate(cfg.unitscale) if cfg.unitscale else None
     monitor = instantiate(cfg.monitor) if cfg.monitor else None
-    data = ByteText(
-        instantiate(cfg.data.documents),
-        sequence_length=cfg.task.sequence_length,
-        batch_size=cfg.data.batch_size,
-        steps=cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches,
-        held_out=cfg.data.held_out,
-        seed=cfg.seed,
-        workers=cfg.data.workers,
-    )
+    data = text_data(cfg)
     pl.seed_everything(cfg.seed, workers=True)
     module = new_module(cfg)
 
@@ -218,12 +205,56 @@ def check(cfg: DictConfig) -> None:
         raise InputError(f"ckpt_path={cfg.ckpt_path}: no such file (looked in {Path.cwd()})")
 
 
+def text_data(cfg: DictConfig) -> ByteText:
+    """The text of this configuration."""
+    return ByteText(
+        instantiate(cfg.data.documents),
+        sequence_length=cfg.task.sequence_length,
+        batch_size=cfg.data.batch_size,
+        steps=cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches,
+        held_out=cfg.data.held_out,
+        seed=cfg.seed,
+        workers=cfg.data.workers,
+    )
+
+
 def new_module(cfg: DictConfig) -> CausalLM:
     """The module of this configuration, with fresh weights from the global seed."""
     parts: Any = [
         OmegaConf.to_container(part, resolve=True) for part in (cfg.model.config, cfg.optimizer, cfg.schedule)
     ]
     return CausalLM(*parts)
+
+
+def train(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
+    """A run without its logs, checkpoints and report, for other recipes; its last held-out loss is `val/loss`."""
+    data = text_data(cfg)
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    module = new_module(cfg)
+    trainer: pl.Trainer = instantiate(
+        cfg.trainer,
+        callbacks=[*callbacks, *([instantiate(cfg.unitscale)] if cfg.unitscale else [])],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        _convert_="all",
+    )
+    trainer.fit(module, data)
+    return trainer
+
+
+def train_base(settings: Sequence[str], file: Path) -> float:
+    """A model for other recipes to start from; writes its checkpoint and returns its held-out loss.
+
+    Args:
+        settings: overrides of `unitscale pretrain`.
+        file: the checkpoint.
+    """
+    cfg = hydra.compose("pretrain", overrides=list(settings))
+    check(cfg)
+    trainer = train(cfg)
+    trainer.save_checkpoint(file, weights_only=False)
+    return float(trainer.callback_metrics["val/loss"])
 
 
 class PrintPlan(pl.Callback):

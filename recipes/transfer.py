@@ -35,15 +35,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from pretrain import check, new_module
+from pretrain import check, train
 from rich.console import Console
 from rich.table import Table
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.data import ByteText
 from lightning_unitscale.errors import InputError
 
 CURVE_STEPS = 10  # training steps averaged into one point of a curve
@@ -147,29 +145,10 @@ class Curve(pl.Callback):
         return [round(fmean(self.losses[start : start + CURVE_STEPS]), 4) for start in starts]
 
 
-def train(cfg: DictConfig) -> tuple[float, list[float]]:
-    """One run of the pretraining recipe without its logs and report: held-out loss and training curve."""
-    data = ByteText(
-        instantiate(cfg.data.documents),
-        sequence_length=cfg.task.sequence_length,
-        batch_size=cfg.data.batch_size,
-        steps=cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches,
-        held_out=cfg.data.held_out,
-        seed=cfg.seed,
-        workers=cfg.data.workers,
-    )
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    module = new_module(cfg)
+def measure(cfg: DictConfig) -> tuple[float, list[float]]:
+    """Held-out loss and training curve of one run of the pretraining recipe."""
     curve = Curve()
-    trainer: pl.Trainer = instantiate(
-        cfg.trainer,
-        callbacks=[curve, *([instantiate(cfg.unitscale)] if cfg.unitscale else [])],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        _convert_="all",
-    )
-    trainer.fit(module, data)
+    trainer = train(cfg, [curve])
     held_out = float(trainer.callback_metrics["val/loss"])
     return (held_out if math.isfinite(held_out) else math.inf), curve.points()
 
@@ -382,7 +361,7 @@ def main(cfg: DictConfig) -> None:
     left = [] if cfg.only_report else [run for run, key in keys.items() if key not in known]
     for number, run in enumerate(left, start=1):
         begin = time.perf_counter()
-        held_out, curve = train(runs[run])
+        held_out, curve = measure(runs[run])
         result = Result(run, keys[run], held_out, curve, round(time.perf_counter() - begin, 1))
         with file.open("a") as stream:
             stream.write("\n" * ends_within_line(file) + result.to_json() + "\n")

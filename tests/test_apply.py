@@ -503,3 +503,16 @@ def test_gradient_penalty(name: str, storage: str, monkeypatch: pytest.MonkeyPat
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-8, atol=1e-11 * largest)
+
+
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+@pytest.mark.parametrize("format", [None, "fp8"])
+@pytest.mark.parametrize("name", ["torch-encoder-prenorm", "torch-encoder-postnorm"])
+def test_kernels_of_whole_layers_are_not_taken_in_evaluation(name: str, format: str | None, storage: str) -> None:
+    case = zoo.CASES[name]
+    model, _ = prepared(case, storage=storage, format=format)
+    model.eval()
+    with_grad = case.loss(model, case.batch(1)).detach()
+    with torch.no_grad():
+        without = case.loss(model, case.batch(1))
+    assert torch.equal(with_grad, without)

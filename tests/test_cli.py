@@ -99,6 +99,7 @@ def test_schema_has_the_arguments_and_defaults_of_the_callback() -> None:
     assert set(defaults) == set(arguments)
     for name, value in defaults.items():
         expected = arguments[name].default
+        expected = list(expected) if isinstance(expected, tuple) else expected
         assert value == expected or not (value or expected), name  # [] for (), {} for None
 
 

@@ -67,6 +67,7 @@ def train(
     strategy: Any = "auto",
     callback: bool = True,
     monitor: bool = False,
+    format: str | None = None,
 ) -> Shared:
     """`STEPS` steps on the global batches; each cut into `pieces` that are accumulated."""
     with default_dtype(torch.float64):
@@ -79,7 +80,7 @@ def train(
             data += [{name: value[piece] for name, value in cut.items()} for piece in range(pieces)]
         loop = trainer(
             folder,
-            *([UnitScaling(storage=storage)] if callback else []),
+            *([UnitScaling(storage=storage, format=format)] if callback else []),
             *([ScaleMonitor(2, folder=folder)] if monitor else []),
             strategy=strategy,
             devices=2 if isinstance(strategy, DDPStrategy) else 1,
@@ -92,6 +93,7 @@ def train(
 
 
 IN_TWO: dict[str, tuple[type[Shared], str, Callable[[], DDPStrategy], bool]] = {
+    "callback-fp8": (Shared, "unit", DDPStrategy, True),
     "callback-folded": (Shared, "folded", DDPStrategy, True),
     "callback-unit": (Shared, "unit", DDPStrategy, True),
     "strategy-unit": (Shared, "unit", lambda: UnitScalingDDPStrategy(storage="unit"), False),
@@ -100,11 +102,15 @@ IN_TWO: dict[str, tuple[type[Shared], str, Callable[[], DDPStrategy], bool]] = {
 }
 
 
+def format_of(name: str) -> str | None:
+    return "fp8" if name.endswith("fp8") else None
+
+
 def one_of_two(folder: str) -> None:
     """Runs in each of the two processes."""
     rank = os.environ["LOCAL_RANK"]
     for name, (cls, storage, strategy, callback) in IN_TWO.items():
-        module = train(cls, Path(folder), storage, strategy=strategy(), callback=callback)
+        module = train(cls, Path(folder), storage, strategy=strategy(), callback=callback, format=format_of(name))
         plan = plan_of(module)
         assert plan is not None
 
@@ -151,7 +157,7 @@ def assert_close(weights: dict[str, Tensor], expected: dict[str, Tensor], start:
 
 def what_it_does(plan: dict[str, Any]) -> dict[str, Any]:
     """The plan without what each process measured on its own rows after it was put in force."""
-    return {**plan, "sites": [{**site, "rms_after": {}} for site in plan["sites"]]}
+    return {**plan, "sites": [{**site, "rms_after": {}} for site in plan["sites"]], "gradient_cosine": {}}
 
 
 def started(module: Shared) -> dict[str, Tensor]:
@@ -163,7 +169,7 @@ def started(module: Shared) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", IN_TWO)
 def test_two_processes_are_one(tmp_path: Path, in_two: Path, name: str) -> None:
     cls, storage, _, _ = IN_TWO[name]
-    whole = train(cls, tmp_path, storage)
+    whole = train(cls, tmp_path, storage, format=format_of(name))
     halves = [torch.load(in_two / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
     one, other = (what_it_does(half["plan"]) for half in halves)
     assert one == other
@@ -188,10 +194,11 @@ def test_the_first_tokens_go_to_different_experts() -> None:
     assert routes[0] != routes[1]
 
 
-@pytest.mark.parametrize("storage", ["folded", "unit"])
-def test_accumulated_pieces_are_one_batch(tmp_path: Path, storage: str) -> None:
-    whole = train(Shared, tmp_path, storage)
-    pieces = train(Shared, tmp_path, storage, pieces=4)
+@pytest.mark.parametrize(("storage", "format"), [("folded", None), ("unit", None), ("folded", "fp8")])
+def test_accumulated_pieces_are_one_batch(tmp_path: Path, storage: str, format: str | None) -> None:
+    """Scales are measured on all pieces, or processes, and powers of two, so that the casts are the whole batch's."""
+    whole = train(Shared, tmp_path, storage, format=format)
+    pieces = train(Shared, tmp_path, storage, pieces=4, format=format)
     assert len(pieces.losses) == 4 * len(whole.losses)
     assert_close(weights_of(pieces), weights_of(whole), started(whole))
 

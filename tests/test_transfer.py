@@ -90,7 +90,7 @@ def test_a_run_is_that_of_the_pretrain_recipe(
     overrides = ["experiment=tiny", "unitscale.lr_units=umup", "optimizer.lr=0.5", "seed=3"]
     command(tmp_path, monkeypatch, "pretrain", *overrides)
     (metrics,) = tmp_path.glob("outputs/pretrain/*/report/metrics.json")
-    held_out, curve = transfer.train(composed("pretrain", *overrides))
+    held_out, curve = transfer.measure(composed("pretrain", *overrides))
     assert held_out == json.loads(metrics.read_text())["held-out loss, nats per byte"]
     assert len(curve) == 1
 

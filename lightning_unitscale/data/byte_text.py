@@ -37,19 +37,23 @@ def decode(tokens: Tensor) -> str:
     return bytes(token for token in tokens.tolist() if token < BOS).decode(errors="replace")
 
 
-def _sample(tokens: Tensor) -> Sample:
+def _sample(tokens: Tensor, boundary: int) -> Sample:
     inputs, targets = tokens[:-1], tokens[1:]
-    return inputs, targets.masked_fill(targets == BOS, IGNORED)
+    return inputs, targets.masked_fill(targets == boundary, IGNORED)
 
 
 class RandomCrops(Dataset[Sample]):
-    """`length` crops of the training text; `start` is the number of samples used before this epoch."""
+    """`length` crops of the training text; `start` is the number of samples used before this epoch.
 
-    def __init__(self, tokens: Tensor, sequence_length: int, length: int, seed: int) -> None:
+    The token `boundary` stands between documents, and is no target.
+    """
+
+    def __init__(self, tokens: Tensor, sequence_length: int, length: int, seed: int, boundary: int = BOS) -> None:
         self.tokens = tokens
         self.sequence_length = sequence_length
         self.length = length
         self.seed = seed
+        self.boundary = boundary
         self.start = 0
 
     def __len__(self) -> int:
@@ -58,15 +62,16 @@ class RandomCrops(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         digest = hashlib.blake2b(f"{self.seed}/{self.start + index}".encode(), digest_size=8).digest()
         position = int.from_bytes(digest, "little") % (len(self.tokens) - self.sequence_length)
-        return _sample(self.tokens[position : position + self.sequence_length + 1])
+        return _sample(self.tokens[position : position + self.sequence_length + 1], self.boundary)
 
 
 class Windows(Dataset[Sample]):
     """The held-out text from end to end; only the last window has padding."""
 
-    def __init__(self, tokens: Tensor, sequence_length: int) -> None:
+    def __init__(self, tokens: Tensor, sequence_length: int, boundary: int = BOS) -> None:
         self.tokens = tokens
         self.sequence_length = sequence_length
+        self.boundary = boundary
 
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // self.sequence_length)
@@ -74,18 +79,22 @@ class Windows(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         position = index * self.sequence_length
         window = self.tokens[position : position + self.sequence_length + 1]
-        return _sample(torch.cat([window, torch.full((self.sequence_length + 1 - len(window),), BOS)]))
+        padding = torch.full((self.sequence_length + 1 - len(window),), self.boundary)
+        return _sample(torch.cat([window, padding]), self.boundary)
 
 
-class ContinuingLoader(DataLoader[Sample]):
-    """Counts the batches it hands out; Lightning keeps the count in the checkpoint and gives it back."""
+class ContinuingLoader(DataLoader[Any]):
+    """Counts the batches it hands out; Lightning keeps the count in the checkpoint and gives it back.
+
+    Its data set has an attribute `start`, the number of samples used before.
+    """
 
     batches = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning needs an iterator, not torch's own class
-        assert isinstance(self.dataset, RandomCrops)
         assert self.batch_size is not None
-        self.dataset.start = self.batches * self.batch_size * getattr(self.sampler, "num_replicas", 1)
+        dataset: Any = self.dataset
+        dataset.start = self.batches * self.batch_size * getattr(self.sampler, "num_replicas", 1)
         for batch in super().__iter__():
             self.batches += 1
             yield batch

@@ -374,13 +374,13 @@ def install(module: nn.Module, plan: Plan) -> None:
     keys_in_use = {key for key, _ in uses}
     tracked = {name for key in keys_in_use for name in key.split("+")}
     modules = dict(module.named_modules())
-    enclosing = _enclosing_frames(plan, uses, modules)
+    enclosing = _enclosing_frames(plan, uses, modules) | _fused_frames(uses, free, modules)
     for where, method, keys in [*_scoped_frames(plan, modules), *((*frame, []) for frame in enclosing)]:
         own = modules[where]
         touched = [key for key in keys if key in tracked]
         sites = [site for site in free if site.module == where and site.method == method]
         in_use = touched or sites or keys_in_use.intersection(keys)
-        if in_use or (where, method) in enclosing or (free and not keys):
+        if in_use or free or (where, method) in enclosing:
             scope = own.__dict__.get(method)
             if not isinstance(scope, ScopedForward):
                 scope = ScopedForward(own, method, rules)
@@ -432,6 +432,17 @@ def _enclosing_frames(plan: Plan, uses: list[Use], modules: dict[str, nn.Module]
                     if has_method:
                         found.add((where, method))
     return found
+
+
+def _fused_frames(uses: list[Use], free: list[Site], modules: dict[str, nn.Module]) -> set[tuple[str, str]]:
+    """Layers of torch that in evaluation run as one kernel, past everything inside, unless a function mode is on."""
+    inside = {*(name for key, _ in uses for name in key.split("+")), *(f"{site.module}." for site in free)}
+    return {
+        (where, "forward")
+        for where, module in modules.items()
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+        and any(name.startswith(f"{where}." if where else "") for name in inside)
+    }
 
 
 def uninstall(module: nn.Module) -> None:

@@ -32,7 +32,7 @@ from lightning_unitscale.formats import FORMATS, OPERANDS, cast
 from lightning_unitscale.ops import MATMULS
 
 LOW_COSINE = 0.98
-ROUNDING = 1e-6  # of the largest gradient: what is left of one that is 0 but for rounding, as a key's bias has
+_ROUNDING = 1e-5  # of the largest RMS: gradients that are 0 but for rounding, as those of an attention key's bias
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the norm; other dtypes round the product itself
 
 
@@ -47,23 +47,22 @@ def verify_casts(
     checker = _Checker(module, dict(casts_in_force(module)))
     seed = plan.loss_scale or 1.0
     exact = rehearsed_gradients(module, step, trainer, casts=False, observer=checker, seed=seed)
-    used: set[Use] = set()
+    seen, used = OperandObserver(module, lambda use, operand: None), set[Use]()
 
     def watched_step(run: Rehearsal) -> Any:
         output = step(run)
-        used.update(use for use, site in casts_in_force(module).items() if site.used)  # copies, made for the rehearsal
+        casts = casts_in_force(module)  # copies, made for the rehearsal
+        used.update(use for use, site in casts.items() if site.used or site.scales is None)
         return output
 
-    with_casts = rehearsed_gradients(module, watched_step, trainer, seed=seed)
-    for use in checker.checked - used:
-        checker.problems[use] = (
-            "its call is made where it can't be intercepted, in a module's hook or with a weight from one"
-        )
+    with_casts = rehearsed_gradients(module, watched_step, trainer, observer=seen, seed=seed)
+    for use in (casts_in_force(module).keys() & seen.found.keys()) - used:
+        checker.problems[use] = "its weight is made in a module's hook, out of reach of an interceptor"
     sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in exact.items()}
     plan.gradient_cosine = {
         name: float(F.cosine_similarity(exact[name], with_casts[name], dim=0))
-        for name in exact
-        if name in with_casts and sizes[name] > ROUNDING * max(sizes.values())
+        for name, size in sizes.items()
+        if name in with_casts and size > _ROUNDING * max(sizes.values())
     }
     low = sorted((cosine, name) for name, cosine in plan.gradient_cosine.items() if not cosine >= LOW_COSINE)
     if low and any(site.format == "fp8" for site in plan.cast_sites):
@@ -83,7 +82,7 @@ class _Checker(OperandObserver):
         super().__init__(module, lambda use, operand: None)
         self.casts = casts
         self.problems: dict[Use, str] = {}
-        self.checked: set[Use] = set()
+        self._checked: set[Use] = set()
 
     def _observe(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -95,9 +94,9 @@ class _Checker(OperandObserver):
         x, weight = operands
         use = self._keys[weight], name
         site = self.casts.get(use)
-        if site is None or site.scales is None or use in self.checked:
+        if site is None or site.scales is None or use in self._checked:
             return
-        self.checked.add(use)
+        self._checked.add(use)
         call = _CheckedCall(function, args, kwargs, x, weight, site)
         with torch._C.DisableTorchFunction():  # an interceptor below counts the model's own calls
             problem = call.scaled_exactly()

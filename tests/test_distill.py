@@ -1,0 +1,174 @@
+"""The distillation recipe: its losses against torch's own, its two students, and its errors."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from recipe_runs import run_recipe
+from torch.distributions import Categorical, kl_divergence
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_unitscale import config, unit_scale
+from lightning_unitscale.checkpoint import plan_in
+from lightning_unitscale.pretrained import byte_tokenizer, load_pretrained
+
+WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+STUDENT = {"model_type": "llama", "vocab_size": 257, "bos_token_id": 256, "num_hidden_layers": 1, **WIDTH}
+TINY = [
+    *(f"student.config.{key}={value}" for key, value in STUDENT.items()),
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.limit_val_batches=2",
+    "+trainer.limit_test_batches=2",
+    "trainer.enable_progress_bar=false",
+    "task.sequence_length=16",
+    "data.batch_size=2",
+    "schedule.warmup_steps=1",
+]
+
+
+@pytest.fixture(scope="module")
+def distill() -> Iterator[ModuleType]:
+    """The recipe as a module."""
+    folder = str(config.shipped("recipes"))
+    sys.path.insert(0, folder)
+    yield importlib.import_module("distill")
+    sys.path.remove(folder)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a teacher as wide as the student."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(1)
+    layers = {"num_hidden_layers": 3, "max_position_embeddings": 32}
+    LlamaForCausalLM(LlamaConfig(**{**STUDENT, **layers})).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def results(folder: Path) -> dict[str, float]:
+    numbers = json.loads((folder / "distill.json").read_text())
+    return {name: value["test loss"] for name, value in numbers.items() if isinstance(value, dict)}
+
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_distance_of_logits_is_the_divergence_of_softened_predictions(distill: ModuleType, temperature: float) -> None:
+    student, teacher = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1)).unbind()
+    p, q = Categorical(logits=teacher / temperature), Categorical(logits=student / temperature)
+    expected = temperature**2 * kl_divergence(p, q).mean()
+    torch.testing.assert_close(distill.distance_of_logits(student, teacher, temperature), expected)
+
+
+def test_distance_of_hidden_states_pairs_layers_by_depth_and_ignores_scale(distill: ModuleType) -> None:
+    teacher = torch.randn(5, 2, 3, 8, generator=torch.Generator().manual_seed(1)).unbind()  # embeddings and 4 layers
+    student = (torch.randn(2, 3, 8), 10 * teacher[2], 0.1 * teacher[4])
+    assert distill.distance_of_hidden_states(student, teacher) < 1e-6
+    swapped = (student[0], student[2], student[1])
+    assert distill.distance_of_hidden_states(swapped, teacher) > 0.5
+
+
+def test_the_teacher_is_no_part_of_the_plan(distill: ModuleType, teacher: str) -> None:
+    torch.manual_seed(1)
+    batch = {"input_ids": torch.randint(256, (2, 8)), "labels": torch.randint(256, (2, 8))}
+    plans = []
+    for model in (None, load_pretrained(teacher).model):
+        torch.manual_seed(2)
+        settings = {"temperature": 2.0, "logits": 0.5, "hidden": 0.5}
+        module = distill.Student(
+            STUDENT, "AutoModelForCausalLM", {}, {}, distillation=settings, teacher=model, tokenizer="bytes"
+        )
+        module.log_dict = module.log = lambda *_, **__: None
+        plans.append(unit_scale(module, lambda m: m.training_step(batch, 0), scheme="umup"))
+        assert set(dict(module.named_parameters())) == set(plans[-1].parameters)
+    alone, taught = plans
+    assert alone.lr_multipliers == taught.lr_multipliers
+    assert {p.name: p.multiplier for p in alone.parameters.values()} == {
+        p.name: p.multiplier for p in taught.parameters.values()
+    }
+    names = [site.name for site in alone.sites]
+    extra = [site for site in taught.sites if site.name not in names]  # the teacher's calls, listed as left alone
+    assert all(site.multiplier == 1.0 and not site.params for site in extra)
+    assert len(taught.sites) == len(names) + len(extra)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def test_run_shows_both_students_beside_the_teacher(teacher: str, tmp_path: Path) -> None:
+    folder, printed = run_recipe(
+        "distill", tmp_path, *TINY, f"teacher.path={teacher}", "distillation.hidden=0.5", "trainer.max_steps=8"
+    )
+    found = results(folder)
+    assert list(found) == ["teacher", "student alone", "student with teacher"]
+    assert found["teacher"] == pytest.approx(math.log(257), abs=0.2)  # random weights know nothing
+    assert found["student alone"] != found["student with teacher"]
+    assert all(name in printed for name in found)
+    for name in ("student_alone", "student_with_teacher"):
+        checkpoint = torch.load(folder / name / "best.ckpt", weights_only=True)
+        assert set(checkpoint["hyper_parameters"]).isdisjoint({"teacher", "weights"})
+        assert not any("teacher" in key for key in checkpoint["state_dict"])
+        plan = plan_in(checkpoint)
+        assert plan is not None
+        assert plan.scheme == "umup"
+        assert load_pretrained(str(folder / name / "best.ckpt")).model.config.num_hidden_layers == 1
+
+
+def test_without_the_teachers_share_both_students_are_one(teacher: str, tmp_path: Path) -> None:
+    folder, _ = run_recipe("distill", tmp_path, *TINY, f"teacher.path={teacher}", "distillation.logits=0")
+    found = results(folder)
+    assert found["student alone"] == found["student with teacher"]
+
+
+def test_distillation_moves_towards_the_teacher(teacher: str, tmp_path: Path) -> None:
+    settings = ["distillation.logits=1", "distillation.temperature=1", "trainer.max_steps=12"]
+    folder, _ = run_recipe("distill", tmp_path, *TINY, f"teacher.path={teacher}", *settings)
+    tokens = torch.randint(256, (4, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = load_pretrained(teacher).model(input_ids=tokens).logits
+        distances = [
+            kl_divergence(
+                Categorical(logits=wanted),
+                Categorical(logits=load_pretrained(str(folder / name / "best.ckpt")).model(input_ids=tokens).logits),
+            ).mean()
+            for name in ("student_with_teacher", "student_alone")
+        ]
+    assert distances[0] < distances[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["distillation.temperature=0"], "distillation.temperature=0 must be positive"),
+        (["distillation.logits=2"], "distillation.logits=2 must lie between 0 and 1"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0 must be a positive whole number"),
+        (["data=digits"], "needs data with `documents`"),
+        (["teacher.path=missing.ckpt"], "no such file or folder"),
+        (["teacher.path=TEACHER", "student.config.vocab_size=300"], "the teacher has 257 tokens"),
+        (["teacher.path=TEACHER", "task.sequence_length=64"], "longer than the teacher's context of 32 tokens"),
+        (
+            [
+                "teacher.path=TEACHER",
+                "task.sequence_length=16",
+                "distillation.hidden=1",
+                "student.config.hidden_size=64",
+            ],
+            "the student's width is 64 and the teacher's 32",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_message(settings: list[str], message: str, teacher: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as raised:
+        run_recipe("distill", tmp_path, *[setting.replace("TEACHER", teacher) for setting in settings])
+    assert message in str(raised.value)

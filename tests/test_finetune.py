@@ -1,0 +1,427 @@
+"""The fine-tuning recipe: what goes in, what is trained, and what comes out, against plain transformers and peft."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from recipe_runs import run_recipe
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from lightning_unitscale import unit_scale
+from lightning_unitscale.checkpoint import plan_in
+from lightning_unitscale.data import IGNORED
+from lightning_unitscale.data.batches import ImageBatch, PairBatch, TextBatch
+from lightning_unitscale.data.digits import digits
+from lightning_unitscale.data.examples import Examples, Labelled, Pair, split_by
+from lightning_unitscale.data.labelled_files import labelled_file, paired_file
+from lightning_unitscale.data.standard_library import package_snippets, python_sources, split_names
+from lightning_unitscale.data.token_text import TokenText
+from lightning_unitscale.errors import InputError
+from lightning_unitscale.pretrained import byte_tokenizer, load_pretrained
+from lightning_unitscale.tasks.fine_tuning import freeze_parameters
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOKENS = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(1))
+QUICK = [
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.limit_val_batches=2",
+    "+trainer.limit_test_batches=2",
+    "trainer.enable_progress_bar=false",
+    "schedule.warmup_steps=1",
+    "data.batch_size=2",
+    "logger=csv",
+    "optimizer.lr=1e-2",
+]
+TEXT = [*QUICK, "task.sequence_length=16", "data.documents._target_=lightning_unitscale.data.python_topics"]
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    result: Tensor = model.eval()(input_ids=TOKENS).logits
+    return result
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a language model on bytes, as transformers writes it."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(1)
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=257, bos_token_id=256, max_position_embeddings=32, **SMALL)
+    ).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def full(llama: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A language model fine-tuned in whole."""
+    return run_recipe("finetune", tmp_path_factory.mktemp("full"), *TEXT, f"model.path={llama}")
+
+
+# --- what goes in -----------------------------------------------------------------------------------------------------
+
+
+def models() -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
+    torch.manual_seed(1)
+    labels = torch.tensor([0, 2])
+    return {
+        "causal": (LlamaForCausalLM(LlamaConfig(vocab_size=257, **SMALL)), {"input_ids": TOKENS, "labels": TOKENS}),
+        "text": (
+            BertForSequenceClassification(BertConfig(vocab_size=257, num_labels=3, **SMALL)),
+            {"input_ids": TOKENS, "labels": labels},
+        ),
+        "image": (
+            ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, num_labels=3, **SMALL)),
+            {"pixel_values": torch.randn(2, 3, 8, 8), "labels": labels},
+        ),
+        "seq2seq": (
+            T5ForConditionalGeneration(
+                T5Config(
+                    vocab_size=257, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0
+                )
+            ),
+            {"input_ids": TOKENS, "labels": TOKENS},
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["causal", "text", "image", "seq2seq"])
+def test_preserve_leaves_logits_and_weights_bit_for_bit(name: str) -> None:
+    model, batch = models()[name]
+    model.eval()
+    before, weights = model(**batch).logits, {key: value.clone() for key, value in model.state_dict().items()}
+    plan = unit_scale(model, lambda m: m(**batch).loss, scheme="preserve")
+    assert any(site.params for site in plan.sites)
+    assert torch.equal(model(**batch).logits, before)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_freezing_by_parameter_or_module() -> None:
+    model, _ = models()["causal"]
+    freeze_parameters(model, ["model.embed_tokens", "model.layers.0", "*.norm.weight"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith(("model.layers.1", "lm_head"))}
+    with pytest.raises(InputError, match=r"model\.freeze: model\.layer\.1 matches no parameter"):
+        freeze_parameters(model, ["model.layer.1"])
+    with pytest.raises(InputError, match="leaves nothing to train"):
+        freeze_parameters(model, ["*"])
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def test_run_trains_and_keeps_the_best(full: tuple[Path, str], llama: str) -> None:
+    folder, printed = full
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["test/loss"] < metrics["test/loss, before"]
+    assert "test/loss" in printed
+    with (folder / "csv" / "metrics.csv").open() as stream:
+        held_out = [float(row["val/loss"]) for row in csv.DictReader(stream) if row.get("val/loss")]
+    assert metrics["best val/loss"] == pytest.approx(min(held_out), rel=1e-6)
+    checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    plan = plan_in(checkpoint)
+    assert plan is not None
+    assert plan.scheme == "preserve"
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_exported_folder_is_the_best_checkpoint(full: tuple[Path, str]) -> None:
+    folder, _ = full
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert torch.equal(logits(plain), logits(load_pretrained(str(folder / "checkpoints" / "best.ckpt")).model))
+    assert AutoTokenizer.from_pretrained(folder / "model")("a\n").input_ids == [256, 97, 10]
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+sys.modules["lightning_unitscale"] = None  # importing it fails
+import torch, pytorch_lightning as pl
+from transformers import AutoConfig, AutoModelForCausalLM
+
+class Plain(pl.LightningModule):
+    def __init__(self, model, **others):
+        super().__init__()
+        self.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model))
+
+folder, tokens = sys.argv[1], torch.load(sys.argv[2])
+a = AutoModelForCausalLM.from_pretrained(folder + "/model").eval()
+b = Plain.load_from_checkpoint(folder + "/checkpoints/best.ckpt", weights_only=True).model.eval()
+with torch.no_grad():
+    torch.save([m(input_ids=tokens).logits for m in (a, b)], sys.argv[3])
+"""
+
+
+def test_what_comes_out_loads_where_this_package_is_not(full: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = full
+    torch.save(TOKENS, tmp_path / "tokens")
+    arguments = [str(folder), str(tmp_path / "tokens"), str(tmp_path / "logits")]
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE, *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    expected = logits(load_pretrained(str(folder / "checkpoints" / "best.ckpt")).model)
+    for found in torch.load(tmp_path / "logits"):
+        assert torch.equal(found, expected)
+
+
+def test_early_stopping(llama: str, tmp_path: Path) -> None:
+    settings = [
+        "trainer.max_steps=20",
+        "patience=1",
+        "optimizer.lr=1e-30",
+        "optimizer.weight_decay=0",
+        "test_before=false",
+    ]
+    folder, _ = run_recipe("finetune", tmp_path, *TEXT, f"model.path={llama}", *settings)
+    assert json.loads((folder / "metrics.json").read_text())["steps"] == 4  # the second validation was no better
+
+
+def test_frozen_layers_stay(llama: str, tmp_path: Path) -> None:
+    folder, _ = run_recipe(
+        "finetune", tmp_path, *TEXT, f"model.path={llama}", "model.freeze=[model.embed_tokens,model.layers.0]"
+    )
+    before = AutoModelForCausalLM.from_pretrained(llama).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    unchanged = {name for name in before if torch.equal(before[name], after[name])}
+    assert unchanged == {name for name in before if name.startswith(("model.embed_tokens", "model.layers.0."))}
+
+
+def test_lora_saves_what_peft_loads(llama: str, tmp_path: Path) -> None:
+    folder, _ = run_recipe("finetune", tmp_path, *TEXT, f"model.path={llama}", "lora=all_linear", "lora.r=2")
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    untouched = logits(base)
+    adapted = PeftModel.from_pretrained(base, folder / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(folder / "model")
+    torch.testing.assert_close(logits(adapted), logits(merged), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(adapted), untouched, atol=1e-4)
+    torch.testing.assert_close(
+        logits(load_pretrained(str(folder / "adapter")).model), logits(merged), rtol=1e-4, atol=1e-5
+    )
+    plan = plan_in(torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True))
+    assert plan is not None
+    adapters = {name for name in plan.parameters if "lora_" in name}
+    in_matmuls = {name for site in plan.sites for name in site.params if "lora_" in name}
+    assert len(adapters) == 2 * 7 * 2  # layers, linear layers in each, matrices
+    assert in_matmuls == adapters
+
+
+# --- a model of this package goes on ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """`unitscale finetune` as it is by default, only smaller: it first pretrains a base under umup."""
+    base = ["experiment=tiny", "trainer.enable_progress_bar=false"]
+    return run_recipe("finetune", tmp_path_factory.mktemp("continued"), *TEXT, f"model.base={base}".replace(" ", ""))
+
+
+def test_umup_checkpoint_goes_on_in_its_own_parametrization(continued: tuple[Path, str], tmp_path: Path) -> None:
+    folder, printed = continued
+    assert "own parametrization goes on: umup" in printed
+    files = (folder / "base.ckpt", folder / "checkpoints" / "best.ckpt")
+    plans = [plan_in(torch.load(file, weights_only=True)) for file in files]
+    before, after = (plan.lr_multipliers for plan in plans if plan is not None)
+    assert before == after
+    assert len(set(before.values())) > 1
+    assert all(plan is not None and plan.scheme == "umup" for plan in plans)
+
+
+def test_the_plan_can_be_left_behind(continued: tuple[Path, str], tmp_path: Path) -> None:
+    base = continued[0] / "base.ckpt"
+    folder, printed = run_recipe("finetune", tmp_path, *TEXT, f"model.path={base}", "model.keep_plan=false")
+    assert "goes on" not in printed
+    plan = plan_in(torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True))
+    assert plan is not None
+    assert plan.scheme == "preserve"
+
+
+# --- the other tasks --------------------------------------------------------------------------------------------------
+
+
+def test_text_classification_of_a_csv_file(llama: str, tmp_path: Path) -> None:
+    rows = ["text,label"] + [f"{word} {number},{word}" for number in range(20) for word in ("sun", "rain")]
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    folder, printed = run_recipe(
+        "finetune",
+        tmp_path,
+        "experiment=text_classification",
+        "data=labelled_file",
+        "data.path=a.csv",
+        "data.held_out=0.2",
+        *QUICK,
+        "task.sequence_length=16",
+        "trainer.max_steps=12",
+        "trainer.val_check_interval=6",
+        f"model.path={llama}",
+    )
+    assert "new, with random weights: score.weight" in printed
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    assert model.config.id2label == {0: "rain", 1: "sun"}
+    assert json.loads((folder / "metrics.json").read_text())["test/accuracy"] >= 0.75
+
+
+def test_sequence_to_sequence(tmp_path: Path) -> None:
+    sizes = ["d_model=32", "d_kv=16", "num_heads=2", "num_layers=1", "num_decoder_layers=1"]
+    folder, _ = run_recipe(
+        "finetune", tmp_path, "experiment=seq2seq", *QUICK, *(f"model.config.{size}" for size in sizes)
+    )
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert 0 <= metrics["test/exact_match"] <= 1
+    assert metrics["test/character_error_rate"] > 0
+    assert metrics["test/loss"] < metrics["test/loss, before"]
+
+
+@pytest.mark.slow
+def test_digits_reach_95_percent(tmp_path: Path) -> None:
+    folder, _ = run_recipe("finetune", tmp_path, "experiment=digits", "trainer.enable_progress_bar=false")
+    assert json.loads((folder / "metrics.json").read_text())["test/accuracy"] >= 0.95
+
+
+def test_digits_run(tmp_path: Path) -> None:
+    folder, _ = run_recipe("finetune", tmp_path, "experiment=digits", *QUICK, "lora=none")
+    assert ViTForImageClassification.from_pretrained(folder / "model").config.num_labels == 10
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def test_split_keeps_groups_together_and_leaks_none() -> None:
+    examples = [Labelled(f"text {number}", "a", group=str(number % 40)) for number in range(200)]
+    parts = split_by(lambda example: example.group, examples, 0.2)
+    groups = [{example.group for example in part} for part in parts]
+    assert sum(map(len, parts)) == 200
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+    assert split_by(lambda example: example.group, examples[::-1], 0.2)[2] == parts[2][::-1]
+    for share in (0.0, 0.5):
+        with pytest.raises(InputError, match="must lie between"):
+            split_by(lambda example: example.group, examples, share)
+
+
+def test_examples_come_in_epochs_and_continue_where_they_were_saved() -> None:
+    def loader() -> Any:
+        parts = [list(range(10)), [0], [0]]
+        return Examples(parts, lambda items: items, batch_size=2, steps=10, seed=1).train_dataloader()  # type: ignore[arg-type]
+
+    whole = list(loader())
+    assert sorted(chain(*whole[:5])) == sorted(chain(*whole[5:])) == list(range(10))
+    assert whole[:5] != whole[5:]
+    first = loader()
+    batches = iter(first)
+    for _ in range(3):
+        next(batches)
+    second = loader()
+    second.load_state_dict(first.state_dict())
+    assert next(iter(second)) == whole[3]
+
+
+def test_batches_are_what_the_models_take() -> None:
+    tokenizer = byte_tokenizer()
+    batch = TextBatch(tokenizer, {"x": 0, "y": 1}, 4)([Labelled("abcdef", "y", ""), Labelled("a", "x", "")])
+    assert batch["input_ids"].tolist() == [[256, 97, 98, 99], [256, 97, 256, 256]]
+    assert batch["attention_mask"].sum(1).tolist() == [4, 2]
+    assert batch["labels"].tolist() == [1, 0]
+    pairs = PairBatch(tokenizer, 4)([Pair("ab", "a"), Pair("a", "abcdef")])
+    assert pairs["labels"].tolist() == [[97, 256, IGNORED, IGNORED], [97, 98, 99, 256]]
+    images = digits()[:2]
+    pixels = ImageBatch({str(number): number for number in range(10)}, 3, (16, 16))(images)["pixel_values"]
+    assert pixels.shape == (2, 3, 16, 16)
+    assert torch.equal(pixels[:, 0], pixels[:, 2])
+
+
+def test_token_text_holds_out_documents_for_validation_and_test() -> None:
+    documents = {str(number): f"{number:03d} ".encode() * 20 for number in range(40)}
+    data = TokenText(documents, byte_tokenizer(), sequence_length=8, batch_size=2, steps=2, held_out=0.1, seed=1)
+    streams = [part.tokens for part in (data.training, data.validation, data.test)]
+    assert sum(map(len, streams)) == 40 * 81
+    words = [{bytes(stream[i + 1 : i + 4].tolist()) for i in range(0, len(stream), 81)} for stream in streams]
+    assert sum(map(len, words)) == len(set.union(*words)) == 40
+    batch = next(iter(data.val_dataloader()))
+    assert torch.equal(batch["input_ids"][0, 1:], batch["labels"][0, :-1])
+
+
+def test_data_of_the_standard_library() -> None:
+    sources = python_sources(["json"])
+    assert set(sources) >= {"json/__init__.py", "json/decoder.py"}
+    assert sum(map(len, python_sources(max_bytes=100_000).values())) <= 100_000
+    snippets = package_snippets(["json", "html"], 100)
+    assert {example.label for example in snippets} == {"json", "html"}
+    assert all(len(example.text) <= 101 and example.group.startswith(example.label) for example in snippets)
+    pairs = split_names(12)
+    assert all(pair.target.replace("_", "") == pair.source and len(pair.target) <= 12 for pair in pairs)
+    assert len(pairs) > 500
+    with pytest.raises(InputError, match="no package nothing_like_it"):
+        python_sources(["nothing_like_it"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("none.csv", None, "no such file"),
+        ("a.txt", "x", r"ends in \.csv or \.jsonl"),
+        ("a.csv", "text,label\n", "has no rows"),
+        ("a.csv", "words,label\na,b\n", r"row 1 has no 'text' \(data\.text\); it has words, label"),
+        ("a.csv", "text,label\na,b\nc,b\n", "the same label"),
+        ("a.jsonl", '{"text": "a", "label": "b"}\nnot json\n', "line 2 is not JSON"),
+    ],
+)
+def test_bad_labelled_files(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        labelled_file(str(tmp_path / name))
+
+
+def test_pairs_of_a_json_lines_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"source": "a", "target": 1}\n\n{"source": "b", "target": 2}\n')
+    assert paired_file(str(tmp_path / "a.jsonl")) == [Pair("a", "1"), Pair("b", "2")]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["model.path=missing.ckpt"], "no such file or folder"),
+        (["model.base=null"], "there is no model to start from"),
+        (["task=text_classification"], "this task needs data with `labelled`, and what was chosen has documents"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0 must be a positive whole number"),
+        (["optimizer.lr=-1"], "optimizer.lr=-1 must be a positive number"),
+        (["ckpt_path=missing.ckpt"], "ckpt_path=missing.ckpt: no such file"),
+        (["model.path=LLAMA", "task.sequence_length=64"], "longer than the model's context of 32 tokens"),
+        (["model.path=LLAMA", "task.sequence_length=16", "model.freeze=[nothing]"], "model.freeze: nothing matches"),
+        (["model.path=LLAMA", "task.sequence_length=16", "lora=all_linear", "lora.target_modules=[nothing]"], "lora: "),
+        (["model.path=LLAMA", "task.sequence_length=16", "lora=all_linear", "+lora.rank=2"], "lora: "),
+        (["model.path=LLAMA", "task.head=AutoModelForImageClassification"], "does not fit a llama model"),
+        (["model.path=LLAMA", "+model.changes.dropout_rate=1"], "has no setting dropout_rate"),
+    ],
+)
+def test_bad_input_is_one_clear_message(settings: list[str], message: str, llama: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as raised:
+        run_recipe("finetune", tmp_path, *[setting.replace("LLAMA", llama) for setting in settings])
+    assert message in str(raised.value)
+    assert str(raised.value).startswith("error: ")
