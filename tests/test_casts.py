@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 import zoo
 from prepared import gradients, prepared
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -41,7 +42,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def is_eager() -> bool:
-    """Whether no compile stance was left behind: a compiled function still compiles."""
+    """Whether compiled functions run uncompiled, as they would under a compile stance that was left behind."""
     compiled = torch.compile(lambda x: torch.compiler.is_compiling(), backend="eager")
     torch._dynamo.reset()
     return not compiled(torch.ones(1))
@@ -514,6 +515,18 @@ def test_accumulated_pieces_are_one_batch(tmp_path: Path) -> None:
         losses.append([sum(module.losses[i : i + pieces]) / pieces for i in range(0, len(module.losses), pieces)])
     assert plans[0] == plans[1]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+def test_averaging_leaves_training_as_it_was(tmp_path: Path) -> None:
+    """The average is put into the model for validation, and the weights are put back, by way of `.data`."""
+    losses = []
+    for average in ([], [EMAWeightAveraging(decay=0.5)]):
+        module = build(batch_norm=False)
+        loop = trainer(tmp_path, *average, UnitScaling(**OPTIONS), max_steps=10, val_check_interval=1)
+        loop.fit(module, batches(), batches(1))
+        losses.append((module.losses, float(loop.callback_metrics["val_loss"])))
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] != losses[1][1]
 
 
 def test_measured_on_schedule_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
