@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
+from lightning_unitscale.engine.functions import short_name
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.linear import ScaledProduct, scaled_linear
 from lightning_unitscale.schemes.umup import gaussian_rms
@@ -337,3 +338,11 @@ def test_residual_rule_of_the_peer_package(depth: int) -> None:
     scale = ours.norm() / theirs.norm()
     torch.testing.assert_close(theirs * scale, ours, rtol=1e-9, atol=1e-12)
     assert float(scale) == pytest.approx(math.sqrt(3), rel=1e-9)
+
+
+@pytest.mark.parametrize("first", ["dsmm", "spmm", "mm"])
+def test_equal_functions_have_one_name(first: str) -> None:
+    """Builtin functions of one C function are equal, so whichever is named first names all in a cache."""
+    short_name.cache_clear()
+    short_name(getattr(torch, first))
+    assert short_name(torch.mm) == "mm"

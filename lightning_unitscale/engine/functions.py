@@ -27,6 +27,7 @@ _ALIASES = {
     "masked_fill_": "masked_fill", "index_add_": "index_add", "index_copy_": "index_copy",
     "index_put_": "index_put", "scatter_add_": "scatter_add", "scatter_": "scatter", "copy_": "copy",
     "softmax_": "softmax", "dropout_": "dropout",
+    "dsmm": "mm", "spmm": "mm",  # equal to torch.mm, so that a cache can't tell them apart
 }  # fmt: skip
 
 
