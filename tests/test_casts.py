@@ -14,6 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import zoo
+from prepared import build as zoo_build
 from prepared import gradients, prepared
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
@@ -136,6 +137,21 @@ def test_without_operand_scales() -> None:
     assert all(set(site.operand_scales.values()) == {1.0} for site in plan.cast_sites)
     _, plan = two_layers()
     assert all(site.operand_scales["weight"] > 1 and site.operand_scales["gradient"] > 1 for site in plan.cast_sites)
+
+
+def test_a_zero_operand_is_not_guessed_at(tmp_path: Path) -> None:
+    """Behind a weight of 0 no gradient tells its scale: nothing is cast until one does, and the user is told."""
+    case = zoo.CASES["dit"]
+    with pytest.warns(UserWarning, match=r"14 sites stay in the compute dtype.*all 0"):
+        model, _ = prepared(case, scheme="preserve", format="fp8")
+    plain = zoo_build(case)
+    assert gradients(case, model)[0] == gradients(case, plain)[0]
+    callback = UnitScaling("preserve", format="fp8", recalibrate=(1000,), verify=False)
+    torch.manual_seed(0)
+    fit(tmp_path, callback, module=zoo.CaseModule(case), data=zoo.loader(case, 9), max_steps=9)
+    assert callback.plan is not None
+    assert callback.plan.measured_at == [0, 1, 3]  # by then all have been seen
+    assert all(site.operand_scales["gradient"] > 1 for site in callback.plan.cast_sites)
 
 
 def change_with_optimizer(layer: nn.Linear) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from math import isfinite
 from typing import Any
@@ -65,6 +66,10 @@ def measure_operands(module: nn.Module, step: Step, options: Options, trainer: p
     """Measure the operand scales of a prepared module on one step, forward and backward, that leaves no trace.
 
     In a Trainer this is not needed: scales are measured while it trains.
+
+    Warns:
+        of sites that cast nothing, as an operand of theirs is all 0 in this step (behind zero-initialised weights) or
+        they were not called; only a Trainer measures again.
     """
     plan = plan_of(module)
     assert plan is not None
@@ -76,6 +81,14 @@ def measure_operands(module: nn.Module, step: Step, options: Options, trainer: p
     if options.verify:
         for use, problem in verify_casts(module, plan, step, trainer).items():
             fall_back(module, plan, use, problem)
+    unknown = [site.name for site in plan.cast_sites if not site.operand_scales]
+    if unknown:
+        warnings.warn(
+            f"unit scaling: {len(unknown)} sites stay in the compute dtype, as an operand of theirs was all 0 or not "
+            f"seen in this step: {', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}. Prepare the model after "
+            "a few steps of training, or with a Trainer, where they are measured again.",
+            stacklevel=3,
+        )
 
 
 def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None) -> Trace:
