@@ -45,6 +45,7 @@ from lightning_unitscale.pretrained import (
     load_tokenizer,
     new_model,
 )
+from lightning_unitscale.report import write_report
 from lightning_unitscale.tasks import FineTuning
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,6 +65,7 @@ def main(cfg: DictConfig) -> float:
     start = starting_point(cfg, labels, run_folder)
     data = new_data(cfg, start, examples, labels)
     unitscale = scaling_of(cfg, start)
+    monitor = instantiate(cfg.monitor) if cfg.monitor else None
     module = new_module(cfg, start)
 
     best = ModelCheckpoint(
@@ -77,6 +79,7 @@ def main(cfg: DictConfig) -> float:
     interrupt = SaveOnInterrupt(run_folder / "checkpoints" / "last.ckpt")
     callbacks = [
         *([unitscale] if unitscale else []),
+        *([monitor] if monitor else []),
         best,
         EarlyStopping(cfg.task.monitor, mode=cfg.task.mode, patience=cfg.patience),
         LearningRateMonitor(logging_interval="step"),
@@ -106,11 +109,15 @@ def main(cfg: DictConfig) -> float:
         "steps": trainer.global_step,
         "seconds": round(time.perf_counter() - begin, 1),
     }
-    (run_folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    if unitscale and unitscale.plan:
-        (run_folder / "plan.txt").write_text(unitscale.plan.summary())
+    page = write_report(
+        run_folder,
+        title=f"finetune: {cfg.model.path or 'a model made in this run'}",
+        metrics=metrics,
+        plan=unitscale.plan.summary() if unitscale and unitscale.plan else "no unit scaling",
+    )
     print("\n" + "\n".join(f"{name:40} {value:>12,.6g}" for name, value in metrics.items()))
-    print(f"\nbest checkpoint {best.best_model_path}")
+    print(f"\nreport {page}")
+    print(f"best checkpoint {best.best_model_path}")
     for line in export(module, run_folder):
         print(line)
     return score

@@ -136,7 +136,7 @@ def test_freezing_by_parameter_or_module() -> None:
 
 def test_run_trains_and_keeps_the_best(full: tuple[Path, str], llama: str) -> None:
     folder, printed = full
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "report" / "metrics.json").read_text())
     assert metrics["test/loss"] < metrics["test/loss, before"]
     assert "test/loss" in printed
     with (folder / "csv" / "metrics.csv").open() as stream:
@@ -197,7 +197,9 @@ def test_early_stopping(llama: str, tmp_path: Path) -> None:
         "test_before=false",
     ]
     folder, _ = run_recipe("finetune", tmp_path, *TEXT, f"model.path={llama}", *settings)
-    assert json.loads((folder / "metrics.json").read_text())["steps"] == 4  # the second validation was no better
+    assert (
+        json.loads((folder / "report" / "metrics.json").read_text())["steps"] == 4
+    )  # the second validation was no better
 
 
 def test_frozen_layers_stay(llama: str, tmp_path: Path) -> None:
@@ -281,7 +283,7 @@ def test_text_classification_of_a_csv_file(llama: str, tmp_path: Path) -> None:
     assert "new, with random weights: score.weight" in printed
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
     assert model.config.id2label == {0: "rain", 1: "sun"}
-    assert json.loads((folder / "metrics.json").read_text())["test/accuracy"] >= 0.75
+    assert json.loads((folder / "report" / "metrics.json").read_text())["test/accuracy"] >= 0.75
 
 
 def test_sequence_to_sequence(tmp_path: Path) -> None:
@@ -289,7 +291,7 @@ def test_sequence_to_sequence(tmp_path: Path) -> None:
     folder, _ = run_recipe(
         "finetune", tmp_path, "experiment=seq2seq", *QUICK, *(f"model.config.{size}" for size in sizes)
     )
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "report" / "metrics.json").read_text())
     assert 0 <= metrics["test/exact_match"] <= 1
     assert metrics["test/character_error_rate"] > 0
     assert metrics["test/loss"] < metrics["test/loss, before"]
@@ -298,7 +300,7 @@ def test_sequence_to_sequence(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_digits_reach_95_percent(tmp_path: Path) -> None:
     folder, _ = run_recipe("finetune", tmp_path, "experiment=digits", "trainer.enable_progress_bar=false")
-    assert json.loads((folder / "metrics.json").read_text())["test/accuracy"] >= 0.95
+    assert json.loads((folder / "report" / "metrics.json").read_text())["test/accuracy"] >= 0.95
 
 
 def test_digits_run(tmp_path: Path) -> None:
