@@ -39,6 +39,7 @@ from lightning_unitscale.data.examples import Batch
 from lightning_unitscale.data.token_text import TokenText
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.pretrained import BYTES, Pretrained, load_pretrained
+from lightning_unitscale.report import write_report
 from lightning_unitscale.tasks import LanguageModeling
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,18 +214,28 @@ def train(
     )
     folder = run_folder / name.replace(" ", "_")
     best = ModelCheckpoint(folder, filename="best", monitor="val/loss", enable_version_counter=False)
+    unitscale = instantiate(cfg.unitscale) if cfg.unitscale else None
+    monitor = instantiate(cfg.monitor, folder=folder) if cfg.monitor else None
     trainer: pl.Trainer = instantiate(
         cfg.trainer,
         callbacks=[
-            *([instantiate(cfg.unitscale)] if cfg.unitscale else []),
+            *([unitscale] if unitscale else []),
+            *([monitor] if monitor else []),
             best,
             *([Progress(leave=True)] if cfg.trainer.enable_progress_bar else []),
         ],
-        logger=pl.loggers.CSVLogger(folder, name="", version=""),
+        logger=pl.loggers.CSVLogger(folder, name="csv", version=""),
         _convert_="all",
     )
     trainer.fit(module, data)
     (scores,) = trainer.test(module, data, ckpt_path=best.best_model_path, verbose=False)
+    page = write_report(
+        folder,
+        title=f"distill: {name}",
+        metrics={**scores, "parameters": size(module.model), "steps": trainer.global_step},
+        plan=unitscale.plan.summary() if unitscale else "no unit scaling",
+    )
+    print(f"report {page}")
     return module, scores["test/loss"]
 
 
