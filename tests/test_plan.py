@@ -299,7 +299,6 @@ def test_properties() -> None:
     assert plan.skipped == [("2.bias", "frozen")]
     assert plan.is_plain
     assert not plan.explicit_sites
-    assert plan.lr_multipliers["4.weight"] == 1.0
     unit = unit_scale(mlp(), step, storage="unit")
     assert not unit.is_plain
     assert {site.name for site in unit.explicit_sites if site.params} == {"0:linear", "2:linear", "4:linear"}
@@ -313,6 +312,23 @@ def test_first_relative_updates_are_those_of_the_plain_model() -> None:
         before = untouched.get_parameter(name).square().mean().sqrt()
         after = model.get_parameter(name).detach().square().mean().sqrt()
         assert plan.lr_multipliers[name] / float(after) == pytest.approx(1 / float(before), rel=0.022)
+
+
+def test_readout_steps_keep_their_proportion_to_hidden_ones() -> None:
+    """lr_units="standard": 4η/fan_in, where a hidden weight's relative step 1/RMS(W) is η/√fan_in; √2 is ReLU's."""
+    untouched = mlp()
+    etas = [
+        layer.in_features**0.5 / float(layer.weight.square().mean().sqrt()) for layer in (untouched[0], untouched[2])
+    ]
+    rates = unit_scale(mlp(), step).lr_multipliers
+    assert rates["4.weight"] == pytest.approx(4 * (etas[0] * etas[1]) ** 0.5 * 2**0.5 / 16, rel=0.022)
+
+
+def test_readout_without_hidden_weights_keeps_its_own_step() -> None:
+    model = mlp()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("4."))
+    assert unit_scale(model, step).lr_multipliers["4.weight"] == 1.0
 
 
 @pytest.mark.parametrize("width", [32, 64])

@@ -221,7 +221,8 @@ class Plan:
         if family == "muon":
             return parameter.depth_lr / ratio
         if self.lr_units == "standard":
-            function_lr = 1.0 if parameter.role == "readout" else parameter.relative_lr * abs(parameter.multiplier)
+            own_step = family == "sgd" and parameter.role == "readout"  # under SGD the scheme's would be smaller still
+            function_lr = 1.0 if own_step else parameter.relative_lr * abs(parameter.multiplier)
             return function_lr / ratio ** (2 if family == "sgd" else 1)
         if family == "sgd":
             return parameter.sgd_lr * parameter.stored**2

@@ -20,6 +20,13 @@ Two learning rates differ from the paper, whose models have neither gains nor bi
 in folded storage, and the readout 4 times the paper's. Measured on the default pre-training job (300 steps, one seed,
 held-out nats per byte, best η):  width 64: 2.01 → 1.72 (gains) → 1.64 (readout);  width 256: 1.76 → 1.56 (readout).
 
+With lr_units="standard" a learning rate `lr` gives each hidden weight the relative step that it had in the untouched
+model: η = (lr / its initial RMS) · √(fan_in · L). The readout has the step of the table at the geometric mean of these
+η. Keeping the readout's own step instead falls behind the untouched model as the width grows: there most of the first
+change of the logits comes from the hidden weights, through a readout whose initial RMS is that of any weight, and the
+readout of u-μP starts √fan_in smaller. Measured (width 256, 3e-4, one seed): untouched 1.785; readout's own step 1.996,
+5 times that 1.897, the table's (27 times) 1.618.
+
 The model's own constants (1/√d on logits, √d on embeddings, fixed residual multipliers) are absorbed: the rules above
 give the total. Under SGD, learning rates are fan_in (hidden) and width (others), the gradient's own scale taken out
 (μP, Yang & Hu, arXiv 2203.03466, Table 8).
@@ -91,6 +98,7 @@ class _Planner:
         plan.notes += self.notes
         include_siblings(plan)
         resolve(plan, self.options.storage)
+        self._readout_steps(plan)
         return plan
 
     # --- weights ----------------------------------------------------------------------------------------------
@@ -146,6 +154,14 @@ class _Planner:
                     if name in site.multipliers and site.role == plan.parameters[name].role:
                         site.multipliers[name] = float(override["multiplier"])
                         site.multiplier = site.multipliers[site.params[0]]
+
+    def _readout_steps(self, plan: Plan) -> None:
+        """With lr_units="standard": the table's step at the η of the hidden weights, or, without any, its own."""
+        scaled = [p for p in plan.parameters.values() if p.initial_rms and not p.reason]
+        rates = [p.relative_lr / p.unit_lr for p in scaled if p.role == "hidden"]
+        for parameter in (p for p in scaled if p.role == "readout"):
+            own = 1 / abs(parameter.multiplier)
+            parameter.relative_lr = geometric_mean(rates) * parameter.unit_lr if rates else own
 
     # --- pushing a factor back to where a tensor is made --------------------------------------------------------
 
