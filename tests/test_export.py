@@ -193,7 +193,7 @@ def test_factors_of_weights_made_of_several_are_named() -> None:
     config = DebertaV2Config(**sizes, relative_attention=True, pos_att_type=["c2p"], pooler_hidden_size=32)
     model, ids = DebertaV2ForSequenceClassification(config), torch.arange(12).view(2, 6)
     unit_scale(model, lambda m: m(input_ids=ids, labels=torch.tensor([0, 1])).loss, verify=False)
-    with pytest.raises(UnitScalingError, match="disentangled_attention_bias:bmm.*made of several"):
+    with pytest.raises(UnitScalingError, match=r"disentangled_attention_bias:bmm.*made of several"):
         to_plain(model.eval(), partial(logits_of, inputs=example_inputs(model)))
 
 
