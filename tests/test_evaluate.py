@@ -155,7 +155,7 @@ def test_other_data_other_part_and_an_exported_folder(inputs: dict[str, str], tm
         evaluated(tmp_path, f"model.path={moved}/model")
     (named,) = evaluated(tmp_path, f"model.path={moved}/model", "data=labelled_file", f"data.path={inputs['CLASSES']}")
     assert named["loss"] == folder["loss"]
-    (tmp_path / "other.csv").write_text("text,label\n" + "\n".join(f"{number},snow" for number in range(40)))
+    (tmp_path / "other.csv").write_text("text,label\n" + "\n".join(f"{n},{('rain', 'snow')[n % 2]}" for n in range(40)))
     for settings, message in (
         (
             ["data=labelled_file", f"data.path={tmp_path}/other.csv"],
