@@ -3,6 +3,7 @@
     unitscale inference                                                # the newest checkpoint of `unitscale pretrain`
     unitscale inference model.path=… prompt="The with statement"       # or prompt_file=prompts.txt
     unitscale inference mode=predict model.path=… rows=reviews.jsonl output=answers.jsonl    # goes on if interrupted
+    unitscale inference mode=predict model.path=…/digits/…/best.ckpt output=answers.parquet  # what its run held out
     unitscale inference mode=evaluate model.path=…                     # the scores of its validation
     unitscale inference mode=evaluate weights=[float32,bfloat16,fp8]   # size, held-out loss and speed of each
 
@@ -27,7 +28,8 @@ from finetune import new_data
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pretrain import text_data, train_base
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_unitscale.cli import recipe
@@ -45,7 +47,14 @@ from lightning_unitscale.inference import (
     rows_done,
 )
 from lightning_unitscale.narrow import WEIGHT_FORMATS, narrow_weights, stored_bytes
-from lightning_unitscale.pretrained import CAUSAL_LM, TASK_HEADS, Pretrained, byte_tokenizer, load_pretrained
+from lightning_unitscale.pretrained import (
+    CAUSAL_LM,
+    TASK_HEADS,
+    Pretrained,
+    byte_tokenizer,
+    context_length,
+    load_pretrained,
+)
 from lightning_unitscale.tasks import FineTuning, LanguageModeling
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,8 +74,8 @@ def check(cfg: DictConfig) -> None:
     """Raises InputError for settings that would fail late or obscurely."""
     if cfg.mode not in ("generate", "predict", "evaluate"):
         raise InputError(f"mode={cfg.mode} is not known; choose generate, predict or evaluate")
-    if cfg.mode == "predict" and not (cfg.rows and cfg.output):
-        raise InputError("mode=predict needs rows=<file with the inputs> and output=<.jsonl or .parquet>")
+    if cfg.mode == "predict" and not cfg.output:
+        raise InputError("mode=predict needs output=<.jsonl or .parquet>")
     if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
         raise InputError(f"batch_size={cfg.batch_size} must be a positive whole number")
     if cfg.part not in ("validation", "test"):
@@ -123,12 +132,19 @@ def load(cfg: DictConfig, path: str, weights: str | None) -> Pretrained:
     return found
 
 
-def load_with_tokenizer(cfg: DictConfig, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """As `load`, for text."""
+def load_with_tokenizer(cfg: DictConfig, path: str) -> Pretrained:
+    """As `load`, with a tokenizer that can pad."""
     found = load(cfg, path, weight_formats(cfg)[0])
-    if found.tokenizer is None:
+    tokenizer = found.tokenizer
+    if tokenizer is None:
         raise InputError(f"model.path={path} has no tokenizer beside it; give one: model.tokenizer=<path, or bytes>")
-    return found.model, found.tokenizer
+    if tokenizer.pad_token is None:  # its positions are masked, so any token does
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise InputError(f"model.path={path}: the tokenizer has no pad, eos, bos or unk token to pad texts with")
+    if found.model.config.pad_token_id is None:
+        found.model.config.pad_token_id = tokenizer.pad_token_id
+    return found
 
 
 def print_numbers(**numbers: str) -> None:
@@ -148,7 +164,11 @@ def print_numbers(**numbers: str) -> None:
 def generate_texts(cfg: DictConfig, path: str) -> list[str]:
     """One text streams to the terminal as it comes; many are generated in batches."""
     prompts = read_prompts(cfg)
-    model, tokenizer = load_with_tokenizer(cfg, path)
+    found = load_with_tokenizer(cfg, path)
+    model, tokenizer = found.model, found.tokenizer
+    assert tokenizer is not None
+    if not model.can_generate():
+        raise InputError(f"{type(model).__name__} does not write text; mode=predict and mode=evaluate are for it")
     config = generation_of(cfg, model, tokenizer)
     check_prompts(model, tokenizer, prompts, config.max_new_tokens)
     stream = len(prompts) == 1 and config.num_beams in (None, 1)
@@ -190,7 +210,7 @@ def generation_of(
 
 
 class TextPredictor(pl.LightningModule):
-    """Classes where the model has them, generated text where it writes."""
+    """Generated text for each text."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: transformers.GenerationConfig
@@ -200,38 +220,64 @@ class TextPredictor(pl.LightningModule):
 
     def predict_step(self, batch: list[str], batch_idx: int) -> dict[str, Any]:
         """One entry for each text."""
-        if self.model.can_generate():
-            return {"text": generate(self.model, self.tokenizer, batch, self.config).texts}
-        inputs = self.tokenizer(batch, return_tensors="pt", padding=True, truncation=True).to(self.device)
+        return {"text": generate(self.model, self.tokenizer, batch, self.config).texts}
+
+
+class ClassPredictor(pl.LightningModule):
+    """The likeliest class for each text or image, and how likely it is."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.names: Any = model.config.id2label
+
+    def predict_step(self, batch: list[str] | dict[str, Tensor], batch_idx: int) -> dict[str, Any]:
+        """One entry for each text, or for each example of a task's batch, with its true class."""
+        if isinstance(batch, list):
+            assert self.tokenizer is not None
+            context = context_length(self.model)
+            inputs = self.tokenizer(
+                batch, return_tensors="pt", padding=True, truncation=context is not None, max_length=context
+            ).to(self.device)
+            known = {}
+        else:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            known = {"target": self._names_of(batch["labels"])}
         probabilities = self.model(**inputs).logits.float().softmax(-1)  # [batch, classes]
         score, number = probabilities.max(-1)
-        names: Any = self.model.config.id2label
-        return {"label": [names[int(n)] for n in number], "score": score}
+        return {"label": self._names_of(number), "score": score, **known}
+
+    def _names_of(self, numbers: Tensor) -> list[str]:
+        return [self.names[number] for number in numbers.tolist()]
 
 
 def predict_rows(cfg: DictConfig, path: str) -> Path:
     """Every row of the data set, after those that an interrupted run has done."""
     output = Path(cfg.output)
-    rows = read_rows(cfg.rows, cfg.column)
+    rows: Any = read_rows(cfg.rows, cfg.column) if cfg.rows else None
     done = rows_done(output)
+    if rows is None:
+        found = load(cfg, path, weight_formats(cfg)[0])
+        rows, collate, predictor = held_out_rows(cfg, found)
+    else:
+        found = load_with_tokenizer(cfg, path)
+        collate, predictor = list, predictor_of_texts(cfg, found, rows, done)
     if done > len(rows):
         raise InputError(f"output={output} has {done} rows and the data set only {len(rows)}; give another name")
-    model, tokenizer = load_with_tokenizer(cfg, path)
-    config = generation_of(cfg, model, tokenizer)
-    if model.can_generate():
-        check_prompts(model, tokenizer, rows[done:] or rows, config.max_new_tokens)
     begin = time.perf_counter()
     trainer = pl.Trainer(
-        accelerator="cpu" if model.device.type == "cpu" else "auto",
+        accelerator="cpu" if found.model.device.type == "cpu" else "auto",
         devices=1,
         logger=False,
         callbacks=[PredictionWriter(output, start=done)],
         enable_model_summary=False,
         enable_progress_bar=cfg.progress_bar,
     )
-    loader: DataLoader[str] = DataLoader(rows[done:], batch_size=cfg.batch_size, collate_fn=list)  # type: ignore[arg-type]
+    loader: DataLoader[Any] = DataLoader(
+        Subset(rows, range(done, len(rows))), batch_size=cfg.batch_size, collate_fn=collate
+    )
     try:
-        trainer.predict(TextPredictor(model, tokenizer, config), loader, return_predictions=False)
+        trainer.predict(predictor, loader, return_predictions=False)
     except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
         print(f"\nStopped after {rows_done(output)} of {len(rows)} rows. The same command goes on from there.")
         sys.exit(130)
@@ -242,6 +288,31 @@ def predict_rows(cfg: DictConfig, path: str) -> Path:
         rows=f"{now:,} in {seconds:.2f} s, {now / seconds:,.1f} rows/s ({done:,} were done)", output=str(output)
     )
     return output
+
+
+def predictor_of_texts(cfg: DictConfig, found: Pretrained, rows: list[str], done: int) -> pl.LightningModule:
+    """What the model makes of texts.
+
+    Raises:
+        InputError: it neither writes nor has classes for whole texts, or a row does not fit its context.
+    """
+    model, tokenizer = found.model, found.tokenizer
+    assert tokenizer is not None
+    if model.can_generate():
+        config = generation_of(cfg, model, tokenizer)
+        check_prompts(model, tokenizer, rows[done:] or rows, config.max_new_tokens)
+        return TextPredictor(model, tokenizer, config)
+    if TASK_HEADS.get(found.head) != "text_classification":
+        raise InputError(f"{type(model).__name__} neither writes text nor has classes for whole texts")
+    return ClassPredictor(model, tokenizer)
+
+
+def held_out_rows(cfg: DictConfig, found: Pretrained) -> tuple[Any, Any, pl.LightningModule]:
+    """The examples that the model's run held out, what makes a batch of them, and the predictor."""
+    if TASK_HEADS.get(found.head) not in ("text_classification", "image_classification"):
+        raise InputError(f"mode=predict needs rows=<file with the texts> for a {type(found.model).__name__}")
+    _, batches = held_out(cfg, found)
+    return batches.dataset, batches.collate_fn, ClassPredictor(found.model, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -318,7 +389,7 @@ def run_of(cfg: DictConfig, found: Pretrained) -> DictConfig:
         )
     if cfg.sequence_length is not None:
         run.task.sequence_length = cfg.sequence_length
-    context = getattr(found.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(found.model)
     if context is not None and run.task.get("sequence_length", 0) > context:
         raise InputError(f"sequence_length={run.task.sequence_length} is longer than the model's context, {context}")
     run.data.batch_size = cfg.batch_size
@@ -344,7 +415,7 @@ def default_run(found: Pretrained) -> DictConfig:
         run = hydra.compose("finetune", [f"task={TASK_HEADS[found.head]}", "data=topics"])
     else:
         raise InputError(f"mode=evaluate knows no task for {found.head}; it knows {', '.join(TASK_HEADS)}")
-    context = getattr(found.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(found.model)
     if context is not None and "sequence_length" in run.task:
         run.task.sequence_length = min(run.task.sequence_length, context)
     return run

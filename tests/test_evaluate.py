@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -172,3 +173,42 @@ def test_other_data_other_part_and_an_exported_folder(inputs: dict[str, str], tm
 def test_a_head_with_random_weights_is_refused(inputs: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"no weights for score\.weight of LlamaForSequenceClassification"):
         evaluated(tmp_path, f"model.path={inputs['WORDS']}", "model.head=AutoModelForSequenceClassification")
+
+
+# --- predictions of what was held out ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["digits", "classes"])
+def test_predictions_have_the_accuracy_that_was_logged(task: str, inputs: dict[str, str], tmp_path: Path) -> None:
+    run, logged = finetuned(task, inputs, tmp_path)
+    path = f"model.path={run}/checkpoints/best.ckpt"
+    output = tmp_path / "answers.jsonl"
+    predict = ["mode=predict", path, f"output={output}", "progress_bar=false", "hydra.run.dir=predictions"]
+    run_recipe("inference", tmp_path, *predict)
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    right = sum(row["label"] == row["target"] for row in rows) / len(rows)
+    assert right == pytest.approx(logged["accuracy"], abs=1e-6)
+    whole = output.read_text()
+    output.write_text("".join(whole.splitlines(keepends=True)[:5]))  # as an interrupt leaves it
+    run_recipe("inference", tmp_path, *predict, "batch_size=5")
+    again = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["label"] for row in again] == [row["label"] for row in rows]
+
+
+def test_texts_longer_than_the_context_are_cut_and_other_heads_refused(inputs: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("short\n" + 300 * "long")
+    predict = ["mode=predict", f"rows={tmp_path}/rows.txt", "progress_bar=false"]
+    run_recipe("inference", tmp_path, *predict, f"model.path={inputs['BERT']}", f"output={tmp_path}/a.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["label"] in ("LABEL_0", "LABEL_1") for row in rows] == [True, True]
+    with pytest.raises(SystemExit, match="BertForSequenceClassification does not write text"):
+        run_recipe("inference", tmp_path, f"model.path={inputs['BERT']}")
+    with pytest.raises(SystemExit, match="needs rows="):
+        run_recipe("inference", tmp_path, "mode=predict", f"model.path={inputs['WORDS']}", f"output={tmp_path}/b.jsonl")
+
+
+def test_a_tokenizer_without_a_pad_token(inputs: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("The class\nA class is")
+    settings = [f"prompt_file={tmp_path}/prompts.txt", "generation.max_new_tokens=4"]
+    _, printed = run_recipe("inference", tmp_path, f"model.path={inputs['WORDS']}", *settings)
+    assert "8 in" in printed

@@ -264,6 +264,19 @@ def predict(module: pl.LightningModule, output: Path, data: Tensor) -> None:
     trainer.predict(module, DataLoader(data[start:], batch_size=3), return_predictions=False)  # type: ignore[arg-type]
 
 
+class Captions(pl.LightningModule):
+    """A predict_step that returns a list of texts."""
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> list[str]:
+        return [f"an image of {int(image.argmax())}" for image in batch]
+
+
+def test_captions_of_any_module(tmp_path: Path) -> None:
+    predict(Captions(), tmp_path / "captions.jsonl", torch.eye(4))
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert rows == [{"row": n, "prediction": f"an image of {n}"} for n in range(4)]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("crash", ["interrupt", "cut line"])
 def test_interrupted_prediction_goes_on(crash: str, tmp_path: Path, ctrl_c: None) -> None:
@@ -364,7 +377,7 @@ def test_bad_input(
         generation_config(umup.model, umup.tokenizer, {"do_sample": True, "temperature": -1.0})
     for overrides, message in (
         (["mode=dream"], "mode=dream is not known"),
-        (["mode=predict"], "needs rows="),
+        (["mode=predict"], "needs output="),
         (["weights=int4"], "weights=int4 is not known"),
         (["batch_size=0"], "positive whole number"),
     ):
