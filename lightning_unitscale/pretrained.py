@@ -2,6 +2,7 @@
 
     run.ckpt          a checkpoint of `unitscale pretrain`, `finetune` or `distill`
     folder/           config.json and weights, as `save_pretrained` of transformers writes them
+    folder/           config.json and weights in fp8, as `unitscale export dtype=fp8` writes them
     folder/           adapter_config.json and weights, as peft writes them; merged into the base model that it names
     owner/name        a model of the Hugging Face hub; needs the network
 
@@ -34,6 +35,7 @@ from lightning_unitscale.engine.marker import PLAN_KEY, encode
 from lightning_unitscale.engine.nesting import plan_inside
 from lightning_unitscale.engine.plan import Plan, plan_of
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.narrow import FP8_FILE, load_narrow
 
 BYTES = "bytes"  # the name of `byte_tokenizer()` where a path could stand
 MODEL = "model"  # the attribute of the recipes' LightningModules that holds the transformers model
@@ -56,6 +58,7 @@ class Pretrained:
         head: name of the auto class that `model` was asked as.
         fresh: names of the head's parameters that `path` does not hold: they have random initial values.
         unused: names of the parameters in `path` that this head has no place for.
+        weights: what weights are kept in, "float32" (whatever the dtype) or "fp8".
     """
 
     model: PreTrainedModel
@@ -65,6 +68,7 @@ class Pretrained:
     head: str
     fresh: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    weights: str = "float32"
 
 
 def load_pretrained(
@@ -74,8 +78,8 @@ def load_pretrained(
 
     Args:
         path: see above.
-        head: auto class of transformers, "AutoModelForCausalLM" and so on. Default: that of the checkpoint, and
-            AutoModelForCausalLM for a folder or hub name.
+        head: auto class of transformers, "AutoModelForCausalLM" and so on. Default: that of the checkpoint; for a
+            folder or hub name that of the architecture in its config, or AutoModelForCausalLM.
         tokenizer: "bytes", or a path or hub name of one, to be used in place of the model's own.
         config_changes: fields of the model's config to be changed (`num_labels=10`, `attn_implementation="eager"`),
             and `dtype` (default "float32").
@@ -93,8 +97,10 @@ def load_pretrained(
         found = _from_checkpoint(where, head, config_changes)
     elif (where / "adapter_config.json").is_file():
         found = _from_adapter(where, head, config_changes)
+    elif (where / FP8_FILE).is_file():
+        found = _from_fp8(where, head, config_changes)
     elif (where / "config.json").is_file() or _may_be_hub_name(path, where):
-        found = _from_transformers(path if not where.exists() else str(where), head or CAUSAL_LM, config_changes)
+        found = _from_transformers(path if not where.exists() else str(where), head, config_changes)
     else:
         raise InputError(f"model.path={path}: {_what_is_there(where)}")
     if tokenizer is not None:
@@ -144,6 +150,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model takes, where its positions have an end."""
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """
     Raises:
@@ -162,6 +174,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
 # Heads
 
 CAUSAL_LM = "AutoModelForCausalLM"
+TASK_HEADS = {  # by auto class: the option of conf/task that it is trained and measured by
+    CAUSAL_LM: "language_modeling",
+    "AutoModelForSeq2SeqLM": "seq2seq",
+    "AutoModelForSequenceClassification": "text_classification",
+    "AutoModelForImageClassification": "image_classification",
+}
 
 
 def check_head_exists(head: str) -> None:
@@ -190,6 +208,16 @@ def _auto_class(head: str, config: PreTrainedConfig) -> Any:
             f"model.head={head} does not fit a {config.model_type} model; these do: {', '.join(fitting) or 'none'}"
         )
     return auto
+
+
+def _own_head(config: PreTrainedConfig) -> str:
+    """The auto class of the architecture that a config names."""
+    own = (config.architectures or [""])[0]
+    for head in (*TASK_HEADS, *_heads()):  # some classes are of several
+        classes = getattr(transformers, head)._model_mapping.get(type(config), ())
+        if own in [known.__name__ for known in (classes if isinstance(classes, tuple) else (classes,))]:
+            return head
+    return CAUSAL_LM
 
 
 def new_model(config: Mapping[str, Any], head: str = CAUSAL_LM) -> PreTrainedModel:
@@ -221,14 +249,27 @@ def _in_head(name: str, model: PreTrainedModel) -> bool:
 # A folder or a hub name
 
 
-def _from_transformers(name: str, head: str, changes: Mapping[str, Any]) -> Pretrained:
+def _from_transformers(name: str, head: str | None, changes: Mapping[str, Any]) -> Pretrained:
     try:
         config = AutoConfig.from_pretrained(name)
         _check_changes(config, changes)
         config = AutoConfig.from_pretrained(name, **changes)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model.path={name}: {_not_loaded(name, error)}") from error
-    return _with_weights(name, None, config, head, changes.get("dtype"), _tokenizer_in(name))
+    return _with_weights(name, None, config, head or _own_head(config), changes.get("dtype"), _tokenizer_in(name))
+
+
+def _from_fp8(folder: Path, head: str | None, changes: Mapping[str, Any]) -> Pretrained:
+    config = AutoConfig.from_pretrained(folder)
+    own = _own_head(config)
+    if head not in (None, own) or changes:
+        raise InputError(
+            f"model.path={folder}: weights in fp8 are for inference with their own head ({own}) and config; start from "
+            "the checkpoint that they were exported from"
+        )
+    model = _auto_class(own, config).from_config(config)
+    load_narrow(model, folder)
+    return Pretrained(model, None, _tokenizer_in(str(folder)), str(folder), own, weights="fp8")
 
 
 def _with_weights(

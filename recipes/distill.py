@@ -3,6 +3,8 @@
     unitscale distill                                                  # = python recipes/distill.py
     unitscale distill teacher.path=outputs/pretrain/…/last.ckpt        # your own teacher: a checkpoint or a folder
     unitscale distill student.config.num_hidden_layers=1 distillation.temperature=4
+    unitscale distill -m seed=1,2,3 teacher.path=…                     # more than one seed
+    unitscale distill ckpt_path=outputs/distill/…/student_alone/last.ckpt   # go on with an interrupted run
 
 Both students have the same initial weights, batches, steps and unit scaling. One learns from the text alone; the other
 also from the teacher, which is only read:
@@ -16,6 +18,7 @@ states are compared after RMS normalisation, layer by layer, where the widths ma
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +41,7 @@ from lightning_unitscale.data import IGNORED
 from lightning_unitscale.data.examples import Batch
 from lightning_unitscale.data.token_text import TokenText
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.interrupt import SaveOnInterrupt
 from lightning_unitscale.pretrained import BYTES, Pretrained, load_pretrained
 from lightning_unitscale.report import write_report
 from lightning_unitscale.tasks import LanguageModeling
@@ -114,8 +118,8 @@ def distance_of_hidden_states(student: tuple[Tensor, ...], teacher: tuple[Tensor
 def main(cfg: DictConfig) -> float:
     """Trains both students and prints them beside the teacher; returns the distilled one's test loss."""
     begin = time.perf_counter()
-    run_folder = Path(HydraConfig.get().runtime.output_dir)
     check(cfg)
+    run_folder = Path(cfg.ckpt_path).parents[1] if cfg.ckpt_path else Path(HydraConfig.get().runtime.output_dir)
     documents = instantiate(cfg.data.documents)
     teacher = get_teacher(cfg, run_folder)
     config: Any = OmegaConf.to_container(cfg.student.config, resolve=True)
@@ -131,12 +135,15 @@ def main(cfg: DictConfig) -> float:
         workers=cfg.data.workers,
     )
 
-    rows = {"teacher": (size(teacher.model), test_teacher(cfg, teacher, data))}
+    rows = rows_done(run_folder) if cfg.ckpt_path else {}
+    if "teacher" not in rows:
+        note(rows, "teacher", teacher.model, test_teacher(cfg, teacher, data), run_folder)
     for name, model in (("student alone", None), ("student with teacher", teacher.model)):
-        module, loss = train(cfg, config, name, model, teacher, data, run_folder)
-        rows[name] = (size(module.model), loss)
+        if name not in rows:
+            module, loss = train(cfg, config, name, model, teacher, data, run_folder)
+            note(rows, name, module.model, loss, run_folder)
     report(rows, run_folder, time.perf_counter() - begin)
-    return rows["student with teacher"][1]
+    return rows["student with teacher"]["test loss"]
 
 
 def check(cfg: DictConfig) -> None:
@@ -152,6 +159,8 @@ def check(cfg: DictConfig) -> None:
         raise InputError(f"distillation.logits={settings.logits} must lie between 0 and 1")
     if settings.hidden < 0:
         raise InputError(f"distillation.hidden={settings.hidden} must not be negative")
+    if cfg.ckpt_path and not Path(cfg.ckpt_path).is_file():
+        raise InputError(f"ckpt_path={cfg.ckpt_path}: no such file (looked in {Path.cwd()})")
     if "documents" not in cfg.data:
         raise InputError("distillation needs data with `documents`: data=topics, text, hf or python_source")
 
@@ -161,9 +170,12 @@ def get_teacher(cfg: DictConfig, run_folder: Path) -> Pretrained:
     path = cfg.teacher.path
     if not path:
         path = run_folder / "teacher.ckpt"
-        print(f"No teacher.path: training a teacher first (unitscale pretrain {' '.join(cfg.teacher.base)})")
-        train_base(cfg.teacher.base, path)
-        print(f"use it again with teacher.path={path}")
+        if cfg.ckpt_path and not path.is_file():
+            raise InputError(f"the run of ckpt_path={cfg.ckpt_path} trained no teacher; give teacher.path as it did")
+        if not cfg.ckpt_path:
+            print(f"No teacher.path: training a teacher first (unitscale pretrain {' '.join(cfg.teacher.base)})")
+            train_base(cfg.teacher.base, path)
+            print(f"use it again with teacher.path={path}")
     teacher = load_pretrained(str(path), tokenizer=cfg.teacher.tokenizer)
     if teacher.tokenizer is None:
         raise InputError(f"teacher.path={path} has no tokenizer beside it; name one: teacher.tokenizer=<path>")
@@ -199,7 +211,7 @@ def train(
     data: TokenText,
     run_folder: Path,
 ) -> tuple[Student, float]:
-    """One student from the seed's initial weights, and its test loss at its best checkpoint."""
+    """One student from the seed's initial weights, or its last checkpoint; and its test loss at its best one."""
     assert teacher.tokenizer is not None
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     settings: Any = {
@@ -213,7 +225,8 @@ def train(
         **settings,
     )
     folder = run_folder / name.replace(" ", "_")
-    best = ModelCheckpoint(folder, filename="best", monitor="val/loss", enable_version_counter=False)
+    best = ModelCheckpoint(folder, filename="best", monitor="val/loss", save_last=True, enable_version_counter=False)
+    interrupt = SaveOnInterrupt(folder / "last.ckpt")
     unitscale = instantiate(cfg.unitscale) if cfg.unitscale else None
     monitor = instantiate(cfg.monitor, folder=folder) if cfg.monitor else None
     trainer: pl.Trainer = instantiate(
@@ -222,12 +235,16 @@ def train(
             *([unitscale] if unitscale else []),
             *([monitor] if monitor else []),
             best,
+            interrupt,
             *([Progress(leave=True)] if cfg.trainer.enable_progress_bar else []),
         ],
         logger=pl.loggers.CSVLogger(folder, name="csv", version=""),
         _convert_="all",
     )
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=interrupt.path if cfg.ckpt_path and interrupt.path.is_file() else None)
+    if interrupt.interrupted:
+        print(f"\nStopped at step {trainer.global_step} of the {name}. Continue with: ckpt_path={interrupt.path}")
+        sys.exit(130)
     (scores,) = trainer.test(module, data, ckpt_path=best.best_model_path, verbose=False)
     page = write_report(
         folder,
@@ -255,17 +272,30 @@ def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def report(rows: Mapping[str, tuple[int, float]], folder: Path, seconds: float) -> None:
-    """The table, and `distill.json` beside the checkpoints."""
+RESULTS = "distill.json"  # of a run, in its folder
+
+
+def rows_done(folder: Path) -> dict[str, Any]:
+    """What an interrupted run in this folder has finished: parameters and test loss by name."""
+    file = folder / RESULTS
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def note(rows: dict[str, Any], name: str, model: nn.Module, loss: float, folder: Path) -> None:
+    """Add a row, and write all of them."""
+    rows[name] = {"parameters": size(model), "test loss": loss}
+    (folder / RESULTS).write_text(json.dumps(rows, indent=1))
+
+
+def report(rows: Mapping[str, Any], folder: Path, seconds: float) -> None:
+    """The table."""
     table = Table(title="Distillation")
     table.add_column("")
     table.add_column("parameters", justify="right")
     table.add_column("test loss, nats per token", justify="right")
-    for name, (parameters, loss) in rows.items():
-        table.add_row(name, f"{parameters:,}", f"{loss:.4f}")
+    for name, row in rows.items():
+        table.add_row(name, f"{row['parameters']:,}", f"{row['test loss']:.4f}")
     Console().print(table)
-    numbers = {name: {"parameters": parameters, "test loss": loss} for name, (parameters, loss) in rows.items()}
-    (folder / "distill.json").write_text(json.dumps({**numbers, "seconds": round(seconds, 1)}, indent=1))
     print(f"{seconds:.0f} s; checkpoints and logs in {folder}")
 
 

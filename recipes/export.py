@@ -3,6 +3,7 @@
     unitscale export model.path=outputs/pretrain/…/last.ckpt                   # a folder for transformers
     unitscale export model.path=… format=onnx output=model.onnx                # also safetensors, pt2
     unitscale export model.path=… dtype=bfloat16                               # half the size
+    unitscale export model.path=… dtype=fp8                                    # a quarter, for `unitscale inference`
 
 What is written is read back and compared with the model before it counts.
 """
@@ -22,7 +23,12 @@ from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import SUFFIX, check_output, export
 from lightning_unitscale.pretrained import load_pretrained
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 @recipe("export")
@@ -30,12 +36,14 @@ def main(cfg: DictConfig) -> float:
     """Loads, writes, compares; returns the largest difference of the logits, relative to the largest."""
     begin = time.perf_counter()
     output = Path(cfg.output or Path(HydraConfig.get().runtime.output_dir) / f"model{SUFFIX.get(cfg.format, '')}")
-    check_output(output, cfg.format)
     if cfg.dtype not in DTYPES:
         raise InputError(f"dtype={cfg.dtype} is not known; choose one of {', '.join(DTYPES)}")
+    check_output(output, cfg.format, DTYPES[cfg.dtype])
     transformers.logging.disable_progress_bar()
 
     found = load_pretrained(cfg.model.path, cfg.model.head, cfg.model.tokenizer)
+    if found.weights != "float32":
+        raise InputError(f"model.path={found.path} has weights in {found.weights}; export the checkpoint it is made of")
     scaling = "none" if found.plan is None else f"{found.plan.scheme}, {found.plan.storage} storage"
     difference = export(found.model, output, cfg.format, found.tokenizer, DTYPES[cfg.dtype])
     size = sum(file.stat().st_size for file in ([output] if output.is_file() else output.rglob("*")) if file.is_file())

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from recipe_runs import run_recipe
 from torch.distributions import Categorical, kl_divergence
@@ -18,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_unitscale import config, unit_scale
 from lightning_unitscale.checkpoint import plan_in
+from lightning_unitscale.interrupt import SaveOnInterrupt
 from lightning_unitscale.pretrained import byte_tokenizer, load_pretrained
 
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
@@ -31,6 +34,7 @@ TINY = [
     "trainer.enable_progress_bar=false",
     "task.sequence_length=16",
     "data.batch_size=2",
+    "data.held_out=0.02",
     "schedule.warmup_steps=1",
 ]
 
@@ -77,6 +81,25 @@ def test_distance_of_hidden_states_pairs_layers_by_depth_and_ignores_scale(disti
     assert distill.distance_of_hidden_states(student, teacher) < 1e-6
     swapped = (student[0], student[2], student[1])
     assert distill.distance_of_hidden_states(swapped, teacher) > 0.5
+
+
+def test_the_loss_is_the_sum_of_its_parts(distill: ModuleType, teacher: str) -> None:
+    """Against torch's own: cross-entropy, the divergence of softened predictions, cosines of hidden states."""
+    settings = {"temperature": 3.0, "logits": 0.3, "hidden": 0.7}
+    taught = load_pretrained(teacher).model
+    module = distill.Student(STUDENT, "AutoModelForCausalLM", {}, {}, distillation=settings, teacher=taught).eval()
+    module.log_dict = lambda *_, **__: None
+    ids, labels = torch.randint(256, (2, 2, 8), generator=torch.Generator().manual_seed(1)).unbind()
+    labels[0, :3] = -100
+    with torch.no_grad():
+        found = module.training_step({"input_ids": ids, "labels": labels}, 0)
+        student, wanted = (model(input_ids=ids, output_hidden_states=True) for model in (module.model, taught))
+    counts = labels >= 0
+    p, q = (Categorical(logits=output.logits[counts] / 3) for output in (wanted, student))
+    likelihood = Categorical(logits=student.logits[counts]).log_prob(labels[counts]).mean()
+    cosine = torch.cosine_similarity(student.hidden_states[-1], wanted.hidden_states[-1], dim=-1).mean()
+    expected = -0.7 * likelihood + 0.3 * 9 * kl_divergence(p, q).mean() + 0.7 * (2 - 2 * cosine)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
 def test_the_teacher_is_no_part_of_the_plan(distill: ModuleType, teacher: str) -> None:
@@ -147,9 +170,44 @@ def test_distillation_moves_towards_the_teacher(teacher: str, tmp_path: Path) ->
     assert distances[0] < distances[1]
 
 
+def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
+    teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*TINY, f"teacher.path={teacher}", "trainer.max_steps=6", "trainer.val_check_interval=3"]
+    whole, _ = run_recipe("distill", tmp_path, *settings)
+    expected, weights = results(whole), {name: state(whole, name) for name in ("student_alone", "student_with_teacher")}
+    whole.rename(tmp_path / "whole")
+
+    def press(self: SaveOnInterrupt, trainer: pl.Trainer, *args: object) -> None:
+        if self.path.parent.name == "student_with_teacher" and trainer.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(SaveOnInterrupt, "on_train_batch_start", press)
+        run_recipe("distill", tmp_path, *settings)
+    assert list(results(tmp_path / "run")) == ["teacher", "student alone"]
+    interrupted = tmp_path / "run" / "student_with_teacher" / "last.ckpt"
+    assert torch.load(interrupted, weights_only=True)["global_step"] == 3
+    run_recipe("distill", tmp_path, *settings, f"ckpt_path={interrupted}", "hydra.run.dir=again")
+    assert results(tmp_path / "run") == expected
+    for name, before in weights.items():
+        after = state(tmp_path / "run", name)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+    with pytest.raises(SystemExit, match=r"trained no teacher; give teacher\.path"):
+        run_recipe("distill", tmp_path, *TINY, f"ckpt_path={interrupted}", "hydra.run.dir=again")
+
+
+def state(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors at the end of training."""
+    saved: dict[str, torch.Tensor] = torch.load(folder / name / "last.ckpt", weights_only=True)["state_dict"]
+    return saved
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (["ckpt_path=missing.ckpt"], "ckpt_path=missing.ckpt: no such file"),
         (["distillation.temperature=0"], "distillation.temperature=0 must be positive"),
         (["distillation.logits=2"], "distillation.logits=2 must lie between 0 and 1"),
         (["trainer.max_steps=0"], "trainer.max_steps=0 must be a positive whole number"),

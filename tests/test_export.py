@@ -11,7 +11,16 @@ import torch
 import zoo
 from prepared import adamw, build, prepared, train
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2DoubleHeadsModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2DoubleHeadsModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
 
 from lightning_unitscale import UnitScalingError, unit_scale
 from lightning_unitscale.engine.plan import plan_of
@@ -116,11 +125,11 @@ def test_models_of_any_library(name: str) -> None:
         assert difference(plain(example.flip(0)), model(example.flip(0))) <= 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "distilbert", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["gemma2", "distilbert", "gpt_neox", "qwen2", "opt", "convnext"])
 def test_other_architectures(model_type: str) -> None:
     """Gains stored as w in 1 + w, a readout factor of 1/768, queries interleaved with keys and values."""
     case = zoo.unseen_case(model_type)
-    model, plan = prepared(case, verify=False)
+    model, plan = prepared(case, storage="unit", verify=False)
     with torch.no_grad():
         for parameter in model.parameters():  # trained weights are no longer all alike
             parameter.add_(0.1 * parameter.abs().mean() * torch.randn_like(parameter))
@@ -143,11 +152,49 @@ def test_casts_of_training_are_not_exported(tmp_path: Path) -> None:
     assert difference(loaded, logits(model.eval(), inputs)) > 1e-3
 
 
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+def test_experts_in_a_loop_over_slices_of_one_weight(storage: str, tmp_path: Path) -> None:
+    """Which slices are used is up to the data, and those that got no token have their factors too."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=8, **zoo.TOKENS)
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model: PreTrainedModel = MixtralForCausalLM(config)
+    one = torch.full((1, 2), 5)  # two of the eight experts at most
+    plan = unit_scale(model, lambda m: m(input_ids=one, labels=one).loss, storage=storage, verify=False)
+    assert {plan.roles[f"model.layers.{i}.mlp.experts.down_proj"] for i in (0, 1)} == {"hidden"}
+    export(model, tmp_path / "folder")
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path / "folder").eval()
+    inputs = zoo.causal_batch(5)
+    assert difference(logits(loaded, inputs), logits(model.eval(), inputs)) <= 1e-5
+
+
+class Saturating(nn.Module):
+    """A branch that no weight can scale: it ends in tanh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.readout = nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        return self.readout(x + torch.tanh(self.layer(x)))
+
+
 def test_what_cannot_be_moved_is_named() -> None:
-    model = trained("experts-loop", "folded")
-    example = zoo.CASES["experts-loop"].batch(1)["input_ids"]
-    with pytest.raises(UnitScalingError, match=r"2 factors cannot be moved.*blocks\.0:add#1 \(residual"):
-        to_plain(model, lambda module: module(example))
+    model, ids = Saturating(), torch.arange(12).view(2, 6)
+    unit_scale(model, lambda m: nn.functional.cross_entropy(m(ids).flatten(0, 1), ids.flatten()), verify=False)
+    with pytest.raises(UnitScalingError, match=r"1 factors cannot be moved.*<root>:add \(residual"):
+        to_plain(model, lambda m: m(ids))
+
+
+def test_factors_of_weights_made_of_several_are_named() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = DebertaV2Config(**sizes, relative_attention=True, pos_att_type=["c2p"], pooler_hidden_size=32)
+    model, ids = DebertaV2ForSequenceClassification(config), torch.arange(12).view(2, 6)
+    unit_scale(model, lambda m: m(input_ids=ids, labels=torch.tensor([0, 1])).loss, verify=False)
+    with pytest.raises(UnitScalingError, match=r"disentangled_attention_bias:bmm.*made of several"):
+        to_plain(model.eval(), partial(logits_of, inputs=example_inputs(model)))
 
 
 def test_wrong_logits_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

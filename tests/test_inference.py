@@ -1,10 +1,12 @@
 """Inference: the numbers of training again, text by any batching, predictions in files, narrow weights."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -17,25 +19,20 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_unitscale import UnitScaling, UnitScalingError, config, unit_scale
+from lightning_unitscale import UnitScaling, config
 from lightning_unitscale.data import ByteText, text_files
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import export
-from lightning_unitscale.formats import cast
 from lightning_unitscale.inference import (
     PredictionWriter,
     check_prompts,
     finish,
     generate,
     generation_config,
-    narrow_weights,
     read_rows,
     rows_done,
-    stored_bytes,
 )
 from lightning_unitscale.pretrained import Pretrained, load_pretrained
 
@@ -45,6 +42,8 @@ KINDS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "preserve": ("gpt2", {"scheme": "preserve"}),
     "umup-folded": ("llama", {"scheme": "umup"}),
     "umup-unit": ("gpt2", {"scheme": "umup", "storage": "unit"}),
+    "umup-fp8": ("llama", {"scheme": "umup", "format": "fp8"}),
+    "preserve-fp8": ("gpt2", {"scheme": "preserve", "format": "fp8"}),
 }
 
 
@@ -55,10 +54,17 @@ class Trained:
     logged: float  # the validation loss at this checkpoint
 
 
-def compose_config(name: str, *overrides: str) -> DictConfig:
+@contextmanager
+def composing(name: str, *overrides: str) -> Iterator[DictConfig]:
+    """The configuration; in the block, more can be composed, as in a running recipe."""
     config.register()
     with initialize_config_dir(str(config.shipped("conf")), version_base="1.3"):
-        return compose(name, overrides=list(overrides))
+        yield compose(name, overrides=list(overrides))
+
+
+def compose_config(name: str, *overrides: str) -> DictConfig:
+    with composing(name, *overrides) as cfg:
+        return cfg
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +134,14 @@ def test_held_out_loss_is_the_logged_validation_loss(
     kind: str, checkpoints: dict[str, Trained], recipes: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = checkpoints[kind]
-    cfg = compose_config("inference", "mode=evaluate", "data=text", f"data.path={trained.text}", "data.held_out=0.3")
     assert trained.logged < 4.5  # 5.55 is chance
-    for batch_size in (1, 16):
-        cfg.batch_size = batch_size
-        losses = recipes["inference"].compare_formats(cfg, str(trained.path))
-        assert losses["float32"] == pytest.approx(trained.logged, abs=1e-5)
-    assert "held-out loss" in capsys.readouterr().out
+    with composing("inference", "mode=evaluate", "data=text", f"data.path={trained.text}", "data.held_out=0.3") as cfg:
+        for batch_size in (1, 16):
+            cfg.batch_size = batch_size
+            (scores,) = recipes["inference"].compare_formats(cfg, str(trained.path)).values()
+            assert scores["loss"] == pytest.approx(trained.logged, abs=1e-5)
+            assert scores["perplexity"] == pytest.approx(math.exp(trained.logged), rel=1e-4)
+    assert "loss" in capsys.readouterr().out
 
 
 def test_exported_folder_gives_the_same_text(checkpoints: dict[str, Trained], umup: Pretrained, tmp_path: Path) -> None:
@@ -257,6 +264,19 @@ def predict(module: pl.LightningModule, output: Path, data: Tensor) -> None:
     trainer.predict(module, DataLoader(data[start:], batch_size=3), return_predictions=False)  # type: ignore[arg-type]
 
 
+class Captions(pl.LightningModule):
+    """A predict_step that returns a list of texts."""
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> list[str]:
+        return [f"an image of {int(image.argmax())}" for image in batch]
+
+
+def test_captions_of_any_module(tmp_path: Path) -> None:
+    predict(Captions(), tmp_path / "captions.jsonl", torch.eye(4))
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
+    assert rows == [{"row": n, "prediction": f"an image of {n}"} for n in range(4)]
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("crash", ["interrupt", "cut line"])
 def test_interrupted_prediction_goes_on(crash: str, tmp_path: Path, ctrl_c: None) -> None:
@@ -339,56 +359,6 @@ def test_predict_command_goes_on_and_reads_every_kind_of_rows(
     assert found == texts(load_pretrained(path), PROMPTS[:3], repetition_penalty=1.0)
 
 
-# --- narrow weights ---------------------------------------------------------------------------------------------------
-
-
-def plain_model(tied: bool = False) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=257, tie_word_embeddings=tied, **sizes)).eval()
-
-
-@pytest.mark.parametrize(("format", "bytes_each", "error"), [("bfloat16", 2, 0.003), ("fp8", 1, 0.04)])
-@pytest.mark.parametrize("tied", [False, True])
-def test_narrow_weights(format: str, bytes_each: int, error: float, tied: bool) -> None:
-    narrow, exact = plain_model(tied), plain_model(tied)
-    full = stored_bytes(narrow)
-    matrices = sum(p.numel() for p in narrow.parameters() if p.dim() == 2)
-    narrow_weights(narrow, format)
-    scales = 4 * (len([p for p in exact.parameters() if p.dim() == 2]))
-    assert full - stored_bytes(narrow) == (4 - bytes_each) * matrices - scales
-    with torch.no_grad():
-        for name, parameter in exact.named_parameters():
-            kept = narrow.get_submodule(name.rpartition(".")[0]).weight
-            if parameter.dim() == 2:
-                relative = float((kept - parameter).norm() / parameter.norm())
-                assert 0 < relative < error
-                mantissa = torch.frexp(kept).mantissa * 2 ** (8 if format == "bfloat16" else 4)
-                assert torch.equal(mantissa, mantissa.round())  # representable with this many bits
-            parameter.copy_(kept)
-        ids = torch.arange(40).view(2, 20)
-        torch.testing.assert_close(narrow(ids).logits, exact(ids).logits, rtol=1e-5, atol=1e-6)
-
-
-def test_activations_are_rounded_with_the_scales_of_the_plan() -> None:
-    model = plain_model()
-    ids = torch.randint(0, 257, (2, 20), generator=torch.Generator().manual_seed(0))
-    plan = unit_scale(model, lambda m: m(ids, labels=ids).loss, format="fp8", verify=False)
-    with pytest.raises(UnitScalingError, match="to_plain"):
-        narrow_weights(model, "fp8", plan)
-    from lightning_unitscale.export import logits_of, to_plain
-
-    narrow: Any = to_plain(model, lambda m: logits_of(m, {"input_ids": ids}))
-    narrow_weights(narrow, "fp8", plan)
-    layer, name = narrow.model.layers[0].mlp.up_proj, "model.layers.0.mlp.up_proj.weight"
-    (site,) = [site for site in plan.cast_sites if name in site.params]
-    scale = site.operand_scales["x"]
-    x = torch.randn(5, 64)
-    expected = F.linear(cast(x, torch.float8_e4m3fn, scale).float() / scale, layer.weight)
-    assert torch.equal(layer(x), expected)
-    assert not torch.allclose(layer(x), F.linear(x, layer.weight), rtol=1e-3)
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -407,7 +377,7 @@ def test_bad_input(
         generation_config(umup.model, umup.tokenizer, {"do_sample": True, "temperature": -1.0})
     for overrides, message in (
         (["mode=dream"], "mode=dream is not known"),
-        (["mode=predict"], "needs rows="),
+        (["mode=predict"], "needs output="),
         (["weights=int4"], "weights=int4 is not known"),
         (["batch_size=0"], "positive whole number"),
     ):
@@ -436,5 +406,5 @@ def test_default_command_from_nothing(tmp_path: Path) -> None:
     unitscale = [sys.executable, "-m", "lightning_unitscale.cli"]
     done = subprocess.run([*unitscale, "inference"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "pre-training a small model first" in done.stdout
+    assert "training a small model first" in done.stdout
     assert "tokens/s" in done.stdout

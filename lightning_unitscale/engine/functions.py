@@ -94,6 +94,10 @@ ACCUMULATES = frozenset({
     "copy",
 })  # fmt: skip
 
+# What they return depends on the shape of their input alone, so it is a constant.
+FILLED = frozenset({
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+})  # fmt: skip
 # What they return is data, though no tensor went in.
 RANDOM = frozenset({
     "rand", "randn", "randint", "randperm", "normal", "bernoulli", "poisson", "multinomial", "rand_like", "randn_like",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.functions import PASSTHROUGH, RANDOM, is_in_place, short_name
+from lightning_unitscale.engine.functions import FILLED, PASSTHROUGH, RANDOM, is_in_place, short_name
 from lightning_unitscale.engine.trace import Call, Frame, ModuleSpan, ParameterFacts, Trace, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import open_multi_head_attention
@@ -123,9 +123,10 @@ class Recorder(TorchFunctionMode):
         self.trace.calls.append(call)
         for value in dict.fromkeys(inputs):
             value.consumers.append(call)
-        constant = name not in RANDOM and all(value.constant for value in inputs)
+        constant = name in FILLED or (name not in RANDOM and all(value.constant for value in inputs))
         parameters: tuple[str, ...] = ()
-        if not constant and not _makes_activation(call) and all(v.constant or v.parameters for v in inputs):
+        made_of = inputs[:1] if _selects(call) else inputs
+        if not constant and not _makes_activation(call) and all(v.constant or v.parameters for v in made_of):
             parameters = tuple(sorted({parameter for value in inputs for parameter in value.parameters}))
         expression = name not in PASSTHROUGH or any(value.expression for value in inputs)
         in_place = args and isinstance(args[0], Tensor) and outputs[0] is args[0]
@@ -258,6 +259,11 @@ def _makes_activation(call: Call) -> bool:
     if call.name not in MATMULS or (call.frame is not None and "parametrizations" in call.frame.module.split(".")):
         return False
     return any(value.constant and value.is_float and len(value.shape) > 1 for value in call.inputs)
+
+
+def _selects(call: Call) -> bool:
+    """Whether a call takes one slice of a tensor, at a place that the data choose: an expert's part of a 3-D weight."""
+    return call.name == "getitem" and all(not value.is_float and value.shape == () for value in call.inputs[1:])
 
 
 def _is_constant(tensor: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """What a plain model is written as. Each is read back from disk and run, before it counts as written.
 
-hf           a folder that `from_pretrained` of transformers loads
+hf           a folder that `from_pretrained` of transformers loads; in fp8, one for `load_pretrained` of this package
 safetensors  one file of weights
 pt2          a program of torch.export; batch and length may differ from call to call
 onnx         the same for onnxruntime and others
@@ -23,12 +23,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_unitscale.engine.plan import plan_of
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export.examples import DYNAMIC, Logits, example_inputs, logits_of
 from lightning_unitscale.export.plain import check_same, relative_difference, to_plain
+from lightning_unitscale.narrow import load_narrow, narrow_weights, save_narrow
 
 Inputs = dict[str, Tensor]
 Run = Callable[[Inputs], Tensor]
+FP8 = torch.float8_e4m3fn
 FORMATS = ("hf", "safetensors", "pt2", "onnx")
 SUFFIX = {"hf": "", "safetensors": ".safetensors", "pt2": ".pt2", "onnx": ".onnx"}
 
@@ -47,7 +50,8 @@ def export(
         output: the folder (hf) or file (other formats) to make.
         format: see above.
         tokenizer: goes into the folder of "hf".
-        dtype: of what is written; weights are rounded to it after the scaling was moved.
+        dtype: of what is written; weights are rounded to it after the scaling was moved. float8_e4m3fn (with format
+            "hf" alone): weights of at least two dimensions, see `lightning_unitscale.narrow`.
 
     Returns:
         The largest difference between the logits of what was read back and those of `model`, relative to the largest
@@ -57,12 +61,18 @@ def export(
         InputError: the output cannot be written, or the format cannot hold the model.
         UnitScalingError: a factor cannot be moved into weights, or the logits are not the same; nothing is left behind.
     """
-    check_output(output, format)
+    check_output(output, format, dtype)
     model = model.cpu().eval()
-    plain: Any = to_plain(model, partial(logits_of, inputs=example_inputs(model))).to(dtype)
+    plain: Any = to_plain(model, partial(logits_of, inputs=example_inputs(model)))
+    write = _WRITERS[format]
+    if dtype == FP8:
+        narrow_weights(plain, "fp8", plan_of(model))
+        write = _write_fp8
+    else:
+        plain = plain.to(dtype)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch, torch.no_grad():
         written = Path(scratch) / output.name
-        run = _WRITERS[format](plain, written, example_inputs(plain))
+        run = write(plain, written, example_inputs(plain))
         if tokenizer is not None and format == "hf":
             tokenizer.save_pretrained(written)
         inputs = example_inputs(plain, batch=3, length=9, seed=1)
@@ -74,13 +84,15 @@ def export(
     return relative_difference(found.float(), expected)
 
 
-def check_output(output: Path, format: str) -> None:
+def check_output(output: Path, format: str, dtype: torch.dtype = torch.float32) -> None:
     """
     Raises:
-        InputError: there is no such format, or the output exists or cannot be written.
+        InputError: there is no such format, not in this dtype, or the output exists or cannot be written.
     """
     if format not in FORMATS:
         raise InputError(f"format={format} is not known; choose one of {', '.join(FORMATS)}")
+    if dtype == FP8 and format != "hf":
+        raise InputError(f"dtype=fp8 is for format=hf, not for format={format}")
     if output.exists():
         raise InputError(f"output={output} exists; give another name, or remove it")
     try:
@@ -94,6 +106,13 @@ def check_output(output: Path, format: str) -> None:
 def _write_hugging_face(model: PreTrainedModel, folder: Path, inputs: Inputs) -> Run:
     model.save_pretrained(folder)
     found = type(model).from_pretrained(folder).eval()
+    return partial(logits_of, found)
+
+
+def _write_fp8(model: PreTrainedModel, folder: Path, inputs: Inputs) -> Run:
+    save_narrow(model, folder)
+    found = type(model)(model.config).eval()
+    load_narrow(found, folder)
     return partial(logits_of, found)
 
 

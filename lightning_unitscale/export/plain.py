@@ -193,6 +193,8 @@ class _Mover:
 
     def _untie(self, call: Call, key: str, factor: float) -> None:
         """Give the module that makes the call a parameter of its own."""
+        if key not in self.plan.parameters:
+            raise NotScalableError("what it multiplies is used elsewhere too, and its weight is made of several")
         where = call.frame.module if call.frame is not None else ""
         names = [key, *self.plan.parameters[key].aliases]
         name = next((n for n in names if where and n.rpartition(".")[0] == where), None)

@@ -1,29 +1,31 @@
-"""Held-out loss outside a Trainer: the number that validation logs."""
+"""Held-out scores outside a Trainer: the numbers that validation logs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from lightning_unitscale.data import IGNORED
+if TYPE_CHECKING:
+    from lightning_unitscale.data.examples import Batch
+    from lightning_unitscale.tasks import FineTuning
 
 
 @torch.inference_mode()
-def held_out_loss(model: PreTrainedModel, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, int]:
-    """Mean cross-entropy in nats per token, and the number of tokens it is the mean of.
+def held_out_scores(module: FineTuning, batches: Iterable[Batch]) -> tuple[dict[str, float], int]:
+    """The loss over all targets (nats), with the task's own scores, and the number of targets.
 
     Args:
-        model: a causal language model, in eval mode.
-        batches: (inputs, targets), both [batch, sequence]; targets of -100 do not count.
+        module: the task, around the model.
+        batches: of the task; targets of -100 do not count.
     """
-    total, count = 0.0, 0
-    for inputs, targets in batches:
-        logits = model(input_ids=inputs.to(model.device), use_cache=False).logits  # [batch, sequence, vocabulary]
-        flat = targets.to(model.device).flatten()
-        total += float(F.cross_entropy(logits.float().flatten(0, 1), flat, ignore_index=IGNORED, reduction="sum"))
-        count += int((flat != IGNORED).sum())
-    return total / max(count, 1), count
+    module.eval()
+    module.on_validation_epoch_start()
+    count = 0
+    for index, batch in enumerate(batches):
+        batch = {name: tensor.to(module.device) for name, tensor in batch.items()}
+        module.validation_step(batch, index)
+        count += int((batch["labels"] >= 0).sum())
+    scores = {"loss": module.held_out_loss.compute(), **module.scores()}
+    return {name: float(value) for name, value in scores.items()}, count

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.pretrained import context_length
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # without a meaning where nothing is drawn
 
@@ -92,7 +93,7 @@ def check_prompts(
     if not prompts:
         raise InputError("there is no prompt; give prompt=<text>, or prompt_file=<file with one prompt a line>")
     new_tokens = new_tokens or 0
-    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     for number, prompt in enumerate(prompts, start=1):
         tokens = len(tokenizer(prompt)["input_ids"])
         if tokens == 0:

@@ -135,5 +135,5 @@ def freeze_parameters(model: nn.Module, globs: Sequence[str]) -> None:
             f"model.freeze: {', '.join(sorted(unmatched))} matches no parameter and no module; the outermost "
             f"modules are {', '.join(names)}"
         )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if globs and not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("model.freeze leaves nothing to train; leave out the head, or a layer")
