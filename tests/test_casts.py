@@ -95,8 +95,8 @@ def test_all_of_a_plan_s_casts_are_made() -> None:
     model, plan = prepared(case, format="fp8")
     made = set()
     for use, site in casts_in_force(model).items():
-        original = site._narrow
-        site._narrow = lambda weight, use=use, original=original: (made.add(use), original(weight))[1]  # type: ignore[method-assign]
+        original = site._kept
+        site._kept = lambda weight, use=use, original=original: (made.add(use), original(weight))[1]  # type: ignore[method-assign]
     gradients(case, model)
     assert made == {(site.params[0], site.op) for site in plan.cast_sites}
 
@@ -625,7 +625,7 @@ def test_a_wrong_product_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     for method, message in (
         ("forward", r"its output is off by"),
         ("grad_x", r"its gradient of x is off by 1\.00%"),
-        ("grad_weight", r"its gradient of the weight is off by 1\.00%"),
+        ("grad_weight", r"its gradient of weight is off by 1\.00%"),
     ):
         right = getattr(MatrixProducts, method)
         with monkeypatch.context() as patch:

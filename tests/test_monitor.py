@@ -24,7 +24,7 @@ from lightning_unitscale import ScaleMonitor, UnitScaling, unit_scale
 from lightning_unitscale.engine.observe import entered_observers
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor import Measurement, Record, measure
-from lightning_unitscale.monitor.loggers import each, summary, worst
+from lightning_unitscale.monitor.loggers import each, for_progress_bar, summary
 
 
 def records(folder: Path) -> list[Record]:
@@ -310,12 +310,28 @@ def test_histograms_and_figure_go_to_tensorboard(logged: tuple[Path, EventAccumu
     assert events.Images("unitscale/exponents")
 
 
-def test_progress_bar_shows_the_worst(logged: tuple[Path, EventAccumulator, Bar]) -> None:
+def test_progress_bar_shows_what_the_casts_lose(logged: tuple[Path, EventAccumulator, Bar]) -> None:
     folder, _, bar = logged
-    shown = worst(records(folder / "csv")[-1])
-    assert set(shown) == {"snr_db", "lost_%"}
+    last = records(folder / "csv")[-1]
+    shown = {
+        "snr_db": min(m.scaled.snr_db for m in last.measurements if m.scaled),
+        "lost_%": 100 * max(m.scaled.flushed + m.scaled.saturated for m in last.measurements if m.scaled),
+    }
     for name, value in shown.items():
         assert bar.values[name] == pytest.approx(value, rel=1e-5)
+
+
+def test_progress_bar_without_a_format() -> None:
+    """Nothing is cast, so nothing is lost: what a person can use is how near to 1 activations are."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer, factor in zip(layers, (3.9, 2.0, 1.0, 1.0), strict=True):  # what goes in: 1, 3.9, 7.8, 7.8
+        nn.init.eye_(layer.weight)
+        layer.weight.data *= factor
+        nn.init.zeros_(layer.bias)
+    record = measure(layers, lambda m: m(torch.ones(2, 4)).mean())
+    assert for_progress_bar(record, asked=False) == {"x_near_1_%": 50.0}
+    assert set(for_progress_bar(record, asked=True)) == {"snr_db", "lost_%"}
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from lightning_unitscale.formats import OPERANDS
 from lightning_unitscale.monitor.exponents import Exponents
 from lightning_unitscale.monitor.measurement import Measurement, Record
 
+NEAR = 4.0  # e4m3 is as accurate for normal data with an RMS of this, or one over it, as of 1
+
 
 def log_to(logger: Logger, record: Record, step: int, details: bool) -> None:
     """Scalars to any logger, histograms of exponents to one that has room for them.
@@ -70,9 +72,16 @@ def each(record: Record) -> dict[str, float]:
     return scalars
 
 
-def worst(record: Record) -> dict[str, float]:
-    """Two numbers for a progress bar: the lowest signal-to-noise ratio in dB, and the largest share lost in percent."""
-    casts = [m.cast for m in record.measurements]
+def for_progress_bar(record: Record, *, asked: bool) -> dict[str, float]:
+    """One or two numbers: how many activations are of a size that any format holds, or what casts lose.
+
+    Args:
+        asked: whether the user named the record's format, and wants to know what it would lose though nothing is cast.
+    """
+    casts = [m.cast for m in record.measurements if asked or m.scaled]
+    if not casts:
+        rms = [m.unscaled.rms for m in record.of("x")]
+        return {"x_near_1_%": 100 * sum(1 / NEAR <= r <= NEAR for r in rms) / len(rms)} if rms else {}
     numbers = {"lost_%": 100 * max(cast.flushed + cast.saturated for cast in casts)}
     ratios = _snr("snr_db", casts)
     return {"snr_db": ratios["snr_db_min"], **numbers} if ratios else numbers
