@@ -104,11 +104,11 @@ def cast(tensor: Tensor, dtype: torch.dtype, scale: Tensor | float = 1.0) -> Ten
     """
     if tensor.dtype == torch.float16:
         tensor = tensor.float()  # on CUDA the scale would be rounded to float16, and most powers of two are none
-    scaled = tensor * scale
+    scaled, largest = tensor * scale, torch.finfo(dtype).max
     if dtype == torch.float16:  # overflows to infinity; clamped afterwards, as bfloat16 has no 65504 to clamp to
-        return scaled.to(dtype).clamp(-range_of(dtype).largest, range_of(dtype).largest)
+        return scaled.to(dtype).clamp(-largest, largest)
     if dtype in _OVERFLOWING:
-        scaled = scaled.clamp(-range_of(dtype).largest, range_of(dtype).largest)
+        scaled = scaled.clamp(-largest, largest)
     return scaled.to(dtype)
 
 
