@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import pytorch_lightning as pl
 import tables
 import torch
 import zoo
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -308,6 +310,44 @@ def test_histograms_and_figure_go_to_tensorboard(logged: tuple[Path, EventAccumu
     assert histogram.histogram_value.num == sum(sum(m.exponents.counts) for m in first.of("weight"))
     assert "unitscale/weight/head:linear/log2" in events.Tags()["histograms"]
     assert events.Images("unitscale/exponents")
+
+
+class Weights(WandbLogger):
+    """Weights & Biases without its package and its server: keeps what is logged."""
+
+    def __init__(self) -> None:
+        Logger.__init__(self)
+        self._save_dir = self._experiment = None
+        self.logged: list[dict[str, Any]] = []
+
+    @property
+    def experiment(self) -> Any:
+        return None
+
+    def log_hyperparams(self, params: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.logged.append({**metrics, "step": step})
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        self.log_metrics({key: images}, step)
+
+
+def test_histograms_and_figure_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    histogram = SimpleNamespace(Histogram=lambda np_histogram: np_histogram)
+    monkeypatch.setitem(sys.modules, "wandb", histogram)
+    logger = Weights()
+    monitor = ScaleMonitor(every_n_steps=3, figures=True, folder=tmp_path)
+    fit(tmp_path, monitor, max_steps=3, logger=logger)
+    first = records(tmp_path)[0]
+    (found,) = [entry for entry in logger.logged if "unitscale/weight/log2" in entry and entry["step"] == 0]
+    counts, edges = found["unitscale/weight/log2"]
+    assert sum(counts) == sum(sum(m.exponents.counts) for m in first.of("weight"))
+    assert len(edges) == len(counts) + 1
+    assert edges[0] == min(m.exponents.first for m in first.of("weight"))
+    (figure,) = logger.logged[-1]["unitscale/exponents"]
+    assert type(figure).__name__ == "Figure"
 
 
 def test_progress_bar_shows_what_the_casts_lose(logged: tuple[Path, EventAccumulator, Bar]) -> None:

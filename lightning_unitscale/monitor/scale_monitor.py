@@ -13,7 +13,7 @@ from pytorch_lightning.strategies import Strategy
 
 from lightning_unitscale.engine.plan import plan_of
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor.loggers import for_progress_bar, log_to
+from lightning_unitscale.monitor.loggers import for_progress_bar, log_figure, log_to
 from lightning_unitscale.monitor.measurement import Probes, Record, check_format, plan_scales
 
 FILE = "monitor.jsonl"
@@ -40,7 +40,7 @@ class ScaleMonitor(Callback):
         format: "fp8", "fp16" or "bf16"; None for the one that the plan casts to, or fp8 where it casts nothing.
         folder: where `monitor.jsonl` is kept, and gone on with when a run is resumed; by default the first logger's.
         details: log every site and operand by name, not the summary alone.
-        figures: give loggers that take figures (TensorBoard) the chart of exponents at the end; needs matplotlib.
+        figures: give TensorBoard and Weights & Biases the chart of exponents at the end; needs matplotlib.
 
     Attributes:
         last: the latest record; None before there is one.
@@ -110,10 +110,8 @@ class ScaleMonitor(Callback):
 
             records = Record.read(self.file)
             for logger in trainer.loggers if records else []:
-                experiment: Any = getattr(logger, "experiment", None)
-                if hasattr(experiment, "add_figure"):
-                    chart = exponent_chart([records[0], records[-1]])
-                    experiment.add_figure("unitscale/exponents", chart, trainer.global_step)
+                chart = exponent_chart([records[0], records[-1]])  # TensorBoard closes the one that it is given
+                log_figure(logger, "unitscale/exponents", chart, trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop watching."""
