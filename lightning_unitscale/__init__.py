@@ -10,7 +10,7 @@ from lightning_unitscale.monitor import ScaleMonitor
 from lightning_unitscale.optim import scale_learning_rates
 from lightning_unitscale.options import UnitScalingError
 from lightning_unitscale.strategy import register_strategies
-from lightning_unitscale.unit_scale import remove_unit_scaling, unit_scale
+from lightning_unitscale.unit_scale import recalibrating, remove_unit_scaling, unit_scale
 
 register_strategies()
 
@@ -20,6 +20,7 @@ __all__ = [
     "UnitScaling",
     "UnitScalingError",
     "load_checkpoint",
+    "recalibrating",
     "remove_unit_scaling",
     "scale_learning_rates",
     "unit_scale",

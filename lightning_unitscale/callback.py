@@ -38,7 +38,10 @@ class UnitScaling(Callback):
             about 1, and carries over between widths and depths.
         skip: globs of module or parameter names to leave alone.
         overrides: {glob: {"role": …, "multiplier": …, "lr_multiplier": …, "format": …, "skip": …}} for parameters by
-            name.
+            name. "attention_format", as in {"*.self_attn": {"attention_format": "fp8"}}, is for modules: it casts the
+            operands of attention's own products too, of those that the named modules' code calls (`"*"` for all): q,
+            k and v of `F.scaled_dot_product_attention`, both operands of `q @ k.mT` and of `probabilities @ v`, and
+            the gradients that come back to them. Numerics alone, at no gain in speed; see `engine.casting`.
         recalibrate: steps at which operand scales are measured again; of use with a `format` only.
         verify: check the plan on the first batch before training starts, see `engine.verify`.
         optimizer_family: "adam", "sgd" or "muon", for an optimizer class of which unit scaling does not know how its

@@ -14,6 +14,8 @@ smaller by up to 4, which costs nothing by the same curves.
 
 e4m3 has no infinity: casting turns one into 448 (OCP 8-bit floating point specification 1.0, table 2), so whoever
 looks for one looks before the cast.
+
+Attention's own products have no weight: all their operands but the gradient are activations, whatever they are called.
 """
 
 from __future__ import annotations
@@ -29,6 +31,11 @@ OPERANDS = ("x", "weight", "gradient")
 ROOM_FOR_OUTLIERS = 4  # octaves below RMS 1 in which e4m3 is as accurate as at 1
 
 
+def kind(operand: str) -> str:
+    """Of "x" (any activation), "weight" and "gradient", what an operand is."""
+    return operand if operand in OPERANDS else "x"
+
+
 @dataclass(frozen=True)
 class Format:
     """The dtypes that the three operands of a matmul are cast to."""
@@ -39,8 +46,8 @@ class Format:
     gradient: torch.dtype
 
     def dtype(self, operand: str) -> torch.dtype:
-        """Of "x", "weight" or "gradient"."""
-        dtype: torch.dtype = getattr(self, operand)
+        """Of an operand by name."""
+        dtype: torch.dtype = getattr(self, kind(operand))
         return dtype
 
     @property
@@ -78,6 +85,13 @@ def range_of(dtype: torch.dtype) -> Range:
     return Range(info.max, info.smallest_normal, info.smallest_normal * info.eps)
 
 
+# The 8-bit formats that torch's own cast leaves on overflow, to infinity or NaN. e5m2 always does; e4m3 saturates from
+# torch 2.12 on (pytorch/pytorch#178817; the conversion that CPU and CUDA share).
+_OVERFLOWING = frozenset(
+    dtype for dtype in (torch.float8_e4m3fn, torch.float8_e5m2) if not torch.tensor(1e6).to(dtype).float().isfinite()
+)
+
+
 def cast(tensor: Tensor, dtype: torch.dtype, scale: Tensor | float = 1.0) -> Tensor:
     """`tensor · scale` in another dtype, saturating; NaN stays NaN, infinity becomes the largest number.
 
@@ -90,11 +104,11 @@ def cast(tensor: Tensor, dtype: torch.dtype, scale: Tensor | float = 1.0) -> Ten
     """
     if tensor.dtype == torch.float16:
         tensor = tensor.float()  # on CUDA the scale would be rounded to float16, and most powers of two are none
-    scaled = tensor * scale
+    scaled, largest = tensor * scale, torch.finfo(dtype).max
     if dtype == torch.float16:  # overflows to infinity; clamped afterwards, as bfloat16 has no 65504 to clamp to
-        return scaled.to(dtype).clamp(-range_of(dtype).largest, range_of(dtype).largest)
-    if dtype == torch.float8_e5m2:  # overflows too; e4m3 saturates by itself
-        scaled = scaled.clamp(-range_of(dtype).largest, range_of(dtype).largest)
+        return scaled.to(dtype).clamp(-largest, largest)
+    if dtype in _OVERFLOWING:
+        scaled = scaled.clamp(-largest, largest)
     return scaled.to(dtype)
 
 

@@ -22,6 +22,7 @@ import copy
 import functools
 import operator
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -288,6 +289,7 @@ class ScaledStep:
         self._split_groups: list[_SplitGroup] = []
         self._depth = 0
         self._reached = False
+        self._steps = 0
 
         self._lay_out(optimizer)
         if isinstance(former := vars(optimizer).get(_ATTRIBUTE), ScaledStep):
@@ -357,7 +359,21 @@ class ScaledStep:
                 "optimizer's own step, so that its learning-rate multipliers were not used. Attach them with "
                 "scale_learning_rates before the step is replaced."
             )
+        self._steps += 1
+        if self._steps == 2:  # by now the first has been in the schedule's hands
+            self._ask_for_schedule()
         return result
+
+    def _ask_for_schedule(self) -> None:
+        schedule = self._plan.options.get("recalibrate")
+        if self._plan.cast_sites and schedule and not self._plan.schedule_followed:
+            warnings.warn(
+                f"unit scaling: operand scales are to be measured again at {', '.join(map(str, schedule[:3]))} …, and "
+                "nothing does it. Put the forward and backward passes of each step inside `with "
+                "recalibrating(plan, step):`, or prepare the model with recalibrate=() if the first scales are "
+                "to stay.",
+                stacklevel=4,
+            )
 
     def _enter(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -17,7 +17,7 @@ ROLES = (
     *("embedding", "position", "token", "hidden", "readout", "bias", "norm"),
     *("relative_position", "scale", "other"),
 )
-OVERRIDE_KEYS = ("role", "multiplier", "lr_multiplier", "format", "skip")
+OVERRIDE_KEYS = ("role", "multiplier", "lr_multiplier", "format", "attention_format", "skip")
 # Early, while everything changes; then rarely
 RECALIBRATE = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 
@@ -94,8 +94,9 @@ class Options:
             _check_override(glob, value)
             if "role" in value:
                 _choose(f"overrides[{glob!r}] role", value["role"], ROLES)
-            if value.get("format") is not None:
-                _choose(f"overrides[{glob!r}] format", value["format"], tuple(FORMATS))
+            for key in ("format", "attention_format"):
+                if value.get(key) is not None:
+                    _choose(f"overrides[{glob!r}] {key}", value[key], tuple(FORMATS))
         object.__setattr__(self, "overrides", overrides)
 
     def to_dict(self) -> dict[str, Any]:

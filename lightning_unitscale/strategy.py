@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from lightning_unitscale.checkpoint import as_plain_data, plan_in, prepare_for_loading
 from lightning_unitscale.engine.apply import rescale_parameters
-from lightning_unitscale.engine.calibrate import Calibration, fall_back
+from lightning_unitscale.engine.calibrate import Calibration, check_device, fall_back
 from lightning_unitscale.engine.marker import PLAN_KEY
 from lightning_unitscale.engine.plan import Plan, plan_of
 from lightning_unitscale.engine.prepare import Step, prepare, put_in_force
@@ -141,6 +141,7 @@ class TrainerScaling:
         if self.options.format == "fp16" and self.options.gradients and self._loss_scale is None:
             self._scale_loss(strategy, module, plan, lambda run: run.training_step(batch, batch_idx))
         if self._calibration is None or self._calibration.plan is not plan:
+            check_device(module, plan)
             self._calibration = Calibration(module, plan, self.options.recalibrate)
         if self._calibration.step is None and self._calibration.due(module.trainer.global_step):
             self._calibration.begin(module.trainer.global_step)

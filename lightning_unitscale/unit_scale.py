@@ -1,12 +1,14 @@
-"""Unit scaling of a plain `nn.Module`, without Lightning: `unit_scale` and `remove_unit_scaling`."""
+"""Unit scaling of a plain `nn.Module`, without Lightning: `unit_scale`, `recalibrating` and `remove_unit_scaling`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from lightning_unitscale.engine.calibrate import Calibration
 from lightning_unitscale.engine.plan import Plan
 from lightning_unitscale.engine.prepare import measure_operands, prepare, remove
 from lightning_unitscale.options import RECALIBRATE, Options
@@ -34,7 +36,8 @@ def unit_scale(
         module: any model; its parameters stay the same objects.
         step: `step(module)` runs one training step's forward pass on real data and returns the scalar loss
             (or a dict with "loss"). It is called to record the model; nothing it changes is kept.
-        scheme … verify: as for `UnitScaling`.
+        scheme … verify: as for `UnitScaling`. With a `format`, operand scales are measured on this step; `recalibrate`
+            needs `recalibrating` around your later ones.
 
     Returns:
         The plan in force; `scale_learning_rates(optimizer, plan)` takes its learning-rate multipliers.
@@ -58,6 +61,42 @@ def unit_scale(
     plan = prepare(module, lambda _: step(module), options)
     measure_operands(module, lambda _: step(module), options)
     return plan
+
+
+@contextmanager
+def recalibrating(plan: Plan, step: int) -> Iterator[None]:
+    """Measure operand scales again, on the steps of `recalibrate`; on all others nothing is done.
+
+    ```python
+    plan = unit_scale(model, lambda m: loss_of(m, first_batch), format="fp8")
+    for step, batch in enumerate(loader):
+        with recalibrating(plan, step):
+            loss_of(model, batch).backward()
+        optimizer.step()
+    ```
+
+    In a Trainer, `UnitScaling` does it. On a measured step compiled code runs uncompiled, elements that the casts flush
+    or saturate are counted, and sites whose casts lose too much get a new scale, then the compute dtype. With
+    `torch.distributed`, all processes must enter it at the same steps.
+
+    Args:
+        plan: in force on the model that runs inside.
+        step: optimizer steps taken before, counted on when a run is resumed. Forward and backward passes of all
+            micro-batches of the step belong inside.
+
+    Raises:
+        UnitScalingError: the plan is not in force on any model.
+    """
+    calibration = Calibration(plan.model, plan, plan.options["recalibrate"])
+    if not calibration.due(step):
+        yield
+        return
+    calibration.begin(step)
+    try:
+        yield
+        calibration.finish()
+    finally:
+        calibration.abort()
 
 
 def remove_unit_scaling(module: nn.Module) -> nn.Module:

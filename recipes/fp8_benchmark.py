@@ -12,7 +12,8 @@ Variants of one module, all in bf16 with the same weights:
 
 Times are medians of one step's forward and backward, variants alternated in every round. Before each step the weights
 are written, as an optimizer does, so no cast of them is kept from the step before. Peak memory is what a step needs
-beside weights and gradients; saved memory is what the forward pass keeps for the backward pass.
+beside weights, input and the gradient that it starts from; saved memory is what autograd keeps for the backward pass,
+weights among it (of static, the cast ones).
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from lightning_unitscale.cli import recipe
 from lightning_unitscale.errors import InputError
 
 HEAD_WIDTH = 128
+VARIANTS = ("bf16", "static", "torchao-tensorwise", "torchao-rowwise")
+MODES = ("eager", "compiled")
 
 
 class Block(nn.Module):
@@ -91,12 +94,17 @@ class Case:
         with torch.device(self.device):
             module = self.build().to(self.dtype)
             x = torch.randn(self.shape, dtype=self.dtype).requires_grad_()
-            gradient = torch.randn(self.shape, dtype=self.dtype) / x.numel() ** 0.5
         if name == "static":
-            unit_scale(module, lambda m: (m(x) * gradient).float().sum(), scheme="preserve", format="fp8")
+            unit_scale(module, lambda m: with_unit_gradient(m(x)), scheme="preserve", format="fp8")
         elif name.startswith("torchao-"):
             module = with_torchao(module, name.removeprefix("torchao-"), self.device)
         return Step(torch.compile(module, fullgraph=name != "torchao-rowwise") if mode == "compiled" else module, x)
+
+
+def with_unit_gradient(y: Tensor) -> Tensor:
+    """A loss whose gradient has a norm of about 1, as that of `Step.run`."""
+    loss: Tensor = (y.float() * torch.randn_like(y) / y.numel() ** 0.5).sum()
+    return loss
 
 
 class Step:
@@ -110,20 +118,24 @@ class Step:
 
     def milliseconds(self) -> float:
         """Of one step; the weights are written before it, outside the clock."""
-        with torch.no_grad():
-            torch._foreach_mul_(self.parameters, 1.0)
+        self.write_weights()
         if not self.on_gpu:
             begin = time.perf_counter()
             self.run()
             return 1e3 * (time.perf_counter() - begin)
         begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.x.device)
         begin_event.record()
         self.run()
         end_event.record()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.x.device)
         elapsed: float = begin_event.elapsed_time(end_event)
         return elapsed
+
+    def write_weights(self) -> None:
+        """As an optimizer does, but with the values that they have."""
+        with torch.no_grad():
+            torch._foreach_mul_(self.parameters, 1.0)
 
     def run(self) -> None:
         """Forward and backward; gradients are thrown away."""
@@ -135,28 +147,37 @@ class Step:
         for parameter in self.parameters:
             parameter.grad = None
 
-    def memory(self) -> tuple[float | None, float]:
-        """Peak of one step beside what is there before it (None on a CPU), and what the forward pass saves, in MiB."""
-        saved: dict[int, int] = {}
+    def peak(self, before: int) -> float | None:
+        """MiB that one step needs; None on a CPU.
+
+        Args:
+            before: bytes that were allocated before this variant was built.
+        """
+        if not self.on_gpu:
+            return None
+        self.write_weights()
+        torch.cuda.synchronize(self.x.device)
+        torch.cuda.reset_peak_memory_stats(self.x.device)
+        self.run()
+        torch.cuda.synchronize(self.x.device)
+        assert self.gradient is not None
+        standing = [*self.module.parameters(), *self.module.buffers(), self.x, self.gradient]
+        own: int = sum(tensor.untyped_storage().nbytes() for tensor in standing)
+        peak: int = torch.cuda.max_memory_allocated(self.x.device) - before - own
+        return peak / 2**20
+
+    def saved(self) -> float:
+        """MiB that the forward pass keeps for the backward pass, each storage once."""
+        kept: dict[int, int] = {}
 
         def count(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                saved[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        own = {p.untyped_storage().data_ptr() for p in self.parameters}
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             self.module(self.x)
-        peak = None
-        if self.on_gpu:
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            self.run()
-            torch.cuda.synchronize()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        return peak, sum(saved.values()) / 2**20
+        return sum(kept.values()) / 2**20
 
 
 def with_torchao(module: nn.Module, recipe_name: str, device: torch.device) -> nn.Module:
@@ -176,10 +197,12 @@ def measure(case: Case, mode: str, cfg: DictConfig) -> list[Row]:
     rows = {name: Row(case.name, mode, name) for name in cfg.variants}
     steps: dict[str, Step] = {}
     for name, row in rows.items():
+        before = torch.cuda.memory_allocated(case.device) if case.device.type == "cuda" else 0
         try:
             steps[name] = case.variant(name, mode)
             for _ in range(2):
                 steps[name].run()
+            row.peak, row.saved = steps[name].peak(before), steps[name].saved()
         except Exception as error:
             steps.pop(name, None)
             row.error = f"{type(error).__name__}: {error}".partition("\n")[0][:100]
@@ -190,10 +213,9 @@ def measure(case: Case, mode: str, cfg: DictConfig) -> list[Row]:
             elapsed = steps[name].milliseconds()
             if round_number >= cfg.warm_up:
                 times[name].append(elapsed)
-    for name, step in steps.items():
+    for name in steps:
         row = rows[name]
         row.milliseconds = median(times[name])
-        row.peak, row.saved = step.memory()
         if "bf16" in times:
             row.ratio = median(a / b for a, b in zip(times["bf16"], times[name], strict=True))
     torch._dynamo.reset()
@@ -238,14 +260,28 @@ def table(title: str, rows: list[Row]) -> Table:
     return made
 
 
+def check(cfg: DictConfig) -> None:
+    """Raises InputError for settings that mean nothing or can't be run here."""
+    for key, known in (("variants", VARIANTS), ("modes", MODES)):
+        if unknown := [name for name in cfg[key] if name not in known]:
+            raise InputError(f"{key}: {unknown[0]!r} is not known; choose from {', '.join(known)}")
+    for key, sizes in (("linears", 3), ("blocks", 2)):
+        for shape in cfg[key]:
+            if len(shape) != sizes or not all(isinstance(size, int) and size > 0 for size in shape):
+                raise InputError(f"{key}: {list(shape)} must be {sizes} positive whole numbers")
+    if not isinstance(cfg.rounds, int) or cfg.rounds < 1:
+        raise InputError(f"rounds={cfg.rounds} must be a positive whole number")
+    device = torch.device(cfg.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={cfg.device}: this machine has no CUDA device; device=cpu shows that everything runs")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise InputError(f"device={cfg.device}: FP8 products need compute capability 8.9 (Ada, Hopper or later)")
+
+
 @recipe("fp8_benchmark")
 def main(cfg: DictConfig) -> None:
     """Prints the table and writes it, with all numbers, into the run's folder."""
-    device = torch.device(cfg.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("device=cuda: this machine has no CUDA device; device=cpu shows that everything runs")
-    if device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        raise InputError("device=cuda: FP8 products need compute capability 8.9 (Ada, Hopper or later)")
+    check(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     rows: list[Row] = []
     for case in cases(cfg):
@@ -253,7 +289,7 @@ def main(cfg: DictConfig) -> None:
             rows += measure(case, mode, cfg)
             for row in rows[-len(cfg.variants) :]:
                 print(row.case, row.mode, row.variant, row.error or f"{row.milliseconds:.3f} ms", flush=True)
-    title = machine(device)
+    title = machine(torch.device(cfg.device))
     (folder / "fp8_benchmark.json").write_text(json.dumps({"machine": title, "rows": [asdict(row) for row in rows]}))
     with (folder / "fp8_benchmark.txt").open("w") as stream:
         for console in (Console(), Console(file=stream, width=140)):

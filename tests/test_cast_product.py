@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_unitscale import UnitScalingError
+from lightning_unitscale import UnitScalingError, unit_scale
 from lightning_unitscale.engine.functions import short_name
 from lightning_unitscale.formats import FORMATS, OPERANDS, Format, cast
 from lightning_unitscale.ops import MATMULS
@@ -256,7 +256,7 @@ def test_what_is_saved_is_half_of_bfloat16(frozen: str, bytes_kept: int) -> None
 # CUDA's layouts, by the device that enforces them without a GPU
 # ---------------------------------------------------------------------------------------------------------------------
 
-SIZES = [(32, 64, 48), (5, 24, 7), (1, 17, 33), (0, 32, 16), (16, 16, 1)]
+SIZES = [(32, 64, 48), (5, 24, 7), (1, 17, 33), (1, 32, 16), (0, 32, 16), (16, 16, 1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -272,6 +272,41 @@ def test_layouts(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> No
                 gx, gw = torch.autograd.grad(y, (x, w), torch.empty(outputs, rows, dtype=dtype).t())
                 shapes = [(rows, outputs), (rows, inputs), (outputs, inputs)]
                 assert [(tuple(t.shape), t.dtype) for t in (y, gx, gw)] == [(shape, dtype) for shape in shapes]
+
+
+def test_only_the_forward_product_accumulates_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    scaled_mm = F.scaled_mm
+
+    def spy(*args: Any, use_fast_accum: bool, **kwargs: Any) -> Tensor:
+        seen.append(use_fast_accum)
+        return scaled_mm(*args, use_fast_accum=use_fast_accum, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_mm", spy)
+    with torch.device("meta"):
+        x, weight = torch.empty(32, 64, requires_grad=True), torch.empty(48, 64, requires_grad=True)
+        y = cast_product(x, weight, MatrixProducts(), FP8, Scales(*(scale.to("meta") for scale in scales())))
+        assert seen == [True]
+        torch.autograd.grad(y, (x, weight), torch.empty(32, 48))
+    assert seen == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "format", "reason"),
+    [
+        (64, 48, "fp8", ""),
+        (60, 60, "fp8", ""),  # padded to 64 x 64, 14 % more
+        (64, 10, "fp8", "padding 10 x 64 to multiples of 16 would cost 60% more than it saves"),
+        (64, 10, "bf16", ""),
+    ],
+)
+def test_what_is_padded_and_what_is_left_alone(inputs: int, outputs: int, format: str, reason: str) -> None:
+    """The plan says the same on every device, as it may be used on another."""
+    model, x = nn.Sequential(nn.Linear(inputs, outputs), nn.Linear(outputs, 64)), torch.randn(32, inputs)
+    plan = unit_scale(model, lambda m: m(x).square().mean(), "preserve", format=format)
+    site = next(site for site in plan.sites if site.params[0] == "0.weight")
+    assert site.format_reason == reason
+    assert site.format == (None if reason else format)
 
 
 def test_the_meta_device_does_enforce_layouts() -> None:

@@ -6,6 +6,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from torch.utils.data import DataLoader
 from training import ByStep, Language, assert_same_state, batches, build, fit, trainer
 from zoo import Batch, next_token_batch
 
-from lightning_unitscale import UnitScaling, UnitScalingError, load_checkpoint, remove_unit_scaling, unit_scale
+from lightning_unitscale import (
+    UnitScaling,
+    UnitScalingError,
+    load_checkpoint,
+    recalibrating,
+    remove_unit_scaling,
+    scale_learning_rates,
+    unit_scale,
+)
 from lightning_unitscale.engine import calibrate
 from lightning_unitscale.engine.apply import casts_in_force
 from lightning_unitscale.engine.observe import entered_observers
@@ -95,8 +104,8 @@ def test_all_of_a_plan_s_casts_are_made() -> None:
     model, plan = prepared(case, format="fp8")
     made = set()
     for use, site in casts_in_force(model).items():
-        original = site._narrow
-        site._narrow = lambda weight, use=use, original=original: (made.add(use), original(weight))[1]  # type: ignore[method-assign]
+        original = site._kept
+        site._kept = lambda weight, use=use, original=original: (made.add(use), original(weight))[1]  # type: ignore[method-assign]
     gradients(case, model)
     assert made == {(site.params[0], site.op) for site in plan.cast_sites}
 
@@ -187,6 +196,22 @@ def test_a_cast_weight_is_never_stale(change: str) -> None:
     after = model(x)
     assert not torch.allclose(before, after)
     assert torch.allclose(after, by_hand(model, x, plan), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_loop_without_an_optimizer(frozen: bool) -> None:
+    """Writes to `.data`, which counts no version up, and takes no step of any optimizer."""
+    model, plan = two_layers()
+    model[2].requires_grad_(not frozen)
+    x = torch.randn(64, 32)
+    for _ in range(3):
+        y = model(x)
+        assert torch.allclose(y, by_hand(model, x, plan), rtol=1e-5, atol=1e-5)
+        y.square().mean().backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.data -= 0.5 * parameter.grad
+        model.zero_grad()
 
 
 def test_a_computed_weight_is_never_stale() -> None:
@@ -555,6 +580,75 @@ def test_measured_on_schedule_only(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert begun == callback.plan.measured_at == [0, 3, 8]
 
 
+def plain_loop(steps: int, batches_a_step: int = 1, *, schedule: bool = True, **options: Any) -> tuple[Any, Plan]:
+    """As `fit` does it, without Lightning."""
+    model = build(batch_norm=False)
+    plan = unit_scale(model, lambda m: m.loss(next_token_batch(0)), **OPTIONS, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    scale_learning_rates(optimizer, plan)
+    losses = []
+    for step in range(steps):
+        with recalibrating(plan, step) if schedule else nullcontext():
+            for _ in range(batches_a_step):
+                loss = model.loss(next_token_batch(step)) / batches_a_step
+                loss.backward()
+        losses.append(float(loss) * batches_a_step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, plan
+
+
+def test_a_plain_loop_measures_again_as_a_trainer_does(tmp_path: Path) -> None:
+    losses, plan = plain_loop(8, recalibrate=(2, 5))
+    callback = UnitScaling(**OPTIONS, recalibrate=(2, 5))
+    module = fit(tmp_path, callback, module=build(batch_norm=False), data=batches(8), max_steps=8)
+    assert callback.plan is not None
+    assert plan.measured_at == callback.plan.measured_at == [0, 2, 5]
+    ours, theirs = ({s.name: s.operand_scales for s in p.cast_sites} for p in (plan, callback.plan))
+    same = sum(ours[site][operand] == scale for site, scales in theirs.items() for operand, scale in scales.items())
+    assert same >= 0.9 * 3 * len(theirs)  # the Trainer's first step casts nothing, so the runs are not the same
+    assert losses == pytest.approx(module.losses, rel=0.01)
+    assert {operand for site in plan.cast_sites for operand in site.measured} == {"x", "weight", "gradient"}
+
+
+def test_a_plain_loop_counts_all_micro_batches() -> None:
+    _, one = plain_loop(4, 1, recalibrate=(3,))
+    _, two = plain_loop(4, 2, recalibrate=(3,))
+    for site, twice in zip(one.cast_sites, two.cast_sites, strict=True):
+        assert twice.measured["x"]["elements"] == 2 * site.measured["x"]["elements"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recalibrating_leaves_nothing_behind(compiled: bool) -> None:
+    model, plan = two_layers(recalibrate=(1,))
+    run = torch.compile(model, backend="eager") if compiled else model
+    x = torch.randn(64, 32)
+    with pytest.raises(ValueError, match="on purpose"), recalibrating(plan, 1):
+        raise ValueError("on purpose")
+    assert entered_observers() == []
+    assert torch._C._len_torch_function_stack() == 0
+    assert not is_eager()
+    assert plan.measured_at == [0]
+    with recalibrating(plan, 1):
+        (run(x) * 2.0**-10).sum().backward()
+    assert plan.measured_at == [0, 1]
+    assert not is_eager()
+    (last,) = [site for site in plan.cast_sites if site.params[0] == "2.weight"]
+    assert last.operand_scales["gradient"] == 2.0**10
+    assert float(casts_in_force(model)[last.use].scales["gradient"]) == 2.0**10  # type: ignore[index]
+
+
+def test_a_schedule_that_nothing_follows_is_said() -> None:
+    with pytest.warns(
+        UserWarning, match=r"measured again at 1, 3, 10 …, and nothing does it.*recalibrating\(plan, step"
+    ):
+        plain_loop(3, schedule=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*nothing does it")
+        plain_loop(3)
+        plain_loop(3, schedule=False, recalibrate=())
+
+
 @pytest.mark.parametrize("wrong", [(0,), (3, 2), (2, 2), (1.5,), 10, "often", (True,), None])
 def test_wrong_schedules(wrong: Any) -> None:
     with pytest.raises(UnitScalingError, match=r"recalibrate=.* must be steps above 0 in rising order"):
@@ -625,7 +719,7 @@ def test_a_wrong_product_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     for method, message in (
         ("forward", r"its output is off by"),
         ("grad_x", r"its gradient of x is off by 1\.00%"),
-        ("grad_weight", r"its gradient of the weight is off by 1\.00%"),
+        ("grad_weight", r"its gradient of weight is off by 1\.00%"),
     ):
         right = getattr(MatrixProducts, method)
         with monkeypatch.context() as patch:

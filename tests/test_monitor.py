@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import pytorch_lightning as pl
 import tables
 import torch
 import zoo
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +26,7 @@ from lightning_unitscale import ScaleMonitor, UnitScaling, unit_scale
 from lightning_unitscale.engine.observe import entered_observers
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor import Measurement, Record, measure
-from lightning_unitscale.monitor.loggers import each, summary, worst
+from lightning_unitscale.monitor.loggers import each, for_progress_bar, summary
 
 
 def records(folder: Path) -> list[Record]:
@@ -310,12 +312,66 @@ def test_histograms_and_figure_go_to_tensorboard(logged: tuple[Path, EventAccumu
     assert events.Images("unitscale/exponents")
 
 
-def test_progress_bar_shows_the_worst(logged: tuple[Path, EventAccumulator, Bar]) -> None:
+class Weights(WandbLogger):
+    """Weights & Biases without its package and its server: keeps what is logged."""
+
+    def __init__(self) -> None:
+        Logger.__init__(self)
+        self._save_dir = self._experiment = None
+        self.logged: list[dict[str, Any]] = []
+
+    @property
+    def experiment(self) -> Any:
+        return None
+
+    def log_hyperparams(self, params: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.logged.append({**metrics, "step": step})
+
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        self.log_metrics({key: images}, step)
+
+
+def test_histograms_and_figure_go_to_weights_and_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    histogram = SimpleNamespace(Histogram=lambda np_histogram: np_histogram)
+    monkeypatch.setitem(sys.modules, "wandb", histogram)
+    logger = Weights()
+    monitor = ScaleMonitor(every_n_steps=3, figures=True, folder=tmp_path)
+    fit(tmp_path, monitor, max_steps=3, logger=logger)
+    first = records(tmp_path)[0]
+    (found,) = [entry for entry in logger.logged if "unitscale/weight/log2" in entry and entry["step"] == 0]
+    counts, edges = found["unitscale/weight/log2"]
+    assert sum(counts) == sum(sum(m.exponents.counts) for m in first.of("weight"))
+    assert len(edges) == len(counts) + 1
+    assert edges[0] == min(m.exponents.first for m in first.of("weight"))
+    (figure,) = logger.logged[-1]["unitscale/exponents"]
+    assert type(figure).__name__ == "Figure"
+
+
+def test_progress_bar_shows_what_the_casts_lose(logged: tuple[Path, EventAccumulator, Bar]) -> None:
     folder, _, bar = logged
-    shown = worst(records(folder / "csv")[-1])
-    assert set(shown) == {"snr_db", "lost_%"}
+    last = records(folder / "csv")[-1]
+    shown = {
+        "snr_db": min(m.scaled.snr_db for m in last.measurements if m.scaled),
+        "lost_%": 100 * max(m.scaled.flushed + m.scaled.saturated for m in last.measurements if m.scaled),
+    }
     for name, value in shown.items():
         assert bar.values[name] == pytest.approx(value, rel=1e-5)
+
+
+def test_progress_bar_without_a_format() -> None:
+    """Nothing is cast, so nothing is lost: what a person can use is how near to 1 activations are."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    for layer, factor in zip(layers, (3.9, 2.0, 1.0, 1.0), strict=True):  # what goes in: 1, 3.9, 7.8, 7.8
+        nn.init.eye_(layer.weight)
+        layer.weight.data *= factor
+        nn.init.zeros_(layer.bias)
+    record = measure(layers, lambda m: m(torch.ones(2, 4)).mean())
+    assert for_progress_bar(record, asked=False) == {"x_near_1_%": 50.0}
+    assert set(for_progress_bar(record, asked=True)) == {"snr_db", "lost_%"}
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

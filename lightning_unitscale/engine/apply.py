@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_unitscale.engine.casting import CastSite, Use, cast_sites
+from lightning_unitscale.engine.casting import AttentionCast, CastSite, WeightCast, cast_sites
 from lightning_unitscale.engine.functions import functions_by_name, is_in_place
-from lightning_unitscale.engine.observe import observers_inside
-from lightning_unitscale.engine.plan import EVERY_CALL, Plan, Site
+from lightning_unitscale.engine.observe import Product, observers_inside, tell_observers
+from lightning_unitscale.engine.plan import EVERY_CALL, Plan, Site, Use
 from lightning_unitscale.engine.record import MODULE_CALL, has_ordinal
 from lightning_unitscale.ops import MATMULS, Matmul
 from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
@@ -201,20 +201,36 @@ class Interceptor(TorchFunctionMode):
                 factors[label] = factor
         return op.scaled(function, args, kwargs, factors) if factors else function(*args, **kwargs)
 
-    def _casting(self, op: Matmul, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CastSite, Any, Any] | None:
+    def _casting(self, op: Matmul, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[WeightCast, Any, Any] | None:
         """The site that this call is, its activation and its weight, if its operands are to be cast."""
         operands = op.cast_operands(args, kwargs, lambda operand: self._key(operand) is not None)
         if operands is None:
             return None
         key = self._key(operands[1])
         site = self.rules.casts.get((key, op.name)) if key is not None else None
-        return None if site is None or site.scales is None else (site, *operands)
+        return (site, *operands) if isinstance(site, WeightCast) and site.scales is not None else None
 
     def _run_site(
         self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """The call with the factor of the parameter-free site that it is."""
+        """The call as the parameter-free site that it is, with its operands cast if they are to be."""
+        if site.format is None:
+            return self._run_with_factor(site, name, function, args, kwargs)
+        op, cast = MATMULS[name], self.rules.casts.get(site.use)
+        if isinstance(cast, AttentionCast) and cast.scales is not None:
+            result = self._run_with_factor(site, name, function, *cast.rounded(op, args, kwargs))
+            result = cast.rounded_gradient(result)
+        else:
+            result = self._run_with_factor(site, name, function, args, kwargs)
+        tell_observers(site.use, Product(function, args, kwargs, op.multiplicands(args, kwargs), result))
+        return result
+
+    def _run_with_factor(
+        self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         a, in_place = site.factors[""], function in self.rules.in_place
+        if a == 1.0:
+            return self._run(name, function, args, kwargs)
         if site.role == "attention":
             if site.op == DotProductAttention.name:
                 return DotProductAttention.scaled_logits(function, args, kwargs, a)
@@ -366,8 +382,8 @@ def install(module: nn.Module, plan: Plan) -> None:
         for key, factor in site.factors.items()
         if factor != 1.0
     }
-    free = [site for site in explicit if site.ordinal is not None]
-    uses = [*factors, *casts]
+    free = [site for site in plan.sites if site.ordinal is not None and (site.factors[""] != 1.0 or site.format)]
+    uses = [*factors, *(use for use, cast in casts.items() if isinstance(cast, WeightCast))]
     if not uses and not free:
         return
     rules = Rules(factors, casts, plan.followed if uses else [], sorted({s.op for s in free} - {"output"}))

@@ -1,4 +1,4 @@
-"""Attention logits: products of queries and keys, found from the softmax upward."""
+"""Attention: products of queries and keys, found from the softmax upward, and of probabilities and values below it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lightning_unitscale.engine.trace import Call, Value
 from lightning_unitscale.ops import MATMULS
 
 _LOGITS_PASS = PASSTHROUGH | {"masked_fill", "where", "clamp", "tanh", "maximum", "minimum"}
+_PROBABILITIES_PASS = PASSTHROUGH | {"mul", "div", "masked_fill", "where"}
 _BIAS_PASS = PASSTHROUGH | {"add", "sub", "mul", "where", "masked_fill", "sum", "sigmoid", "neg", "log"}
 
 
@@ -98,6 +99,45 @@ def _is_query_key_product(graph: Graph, call: Call) -> bool:
         return False
     operands = [v for v in MATMULS[call.name].operands(call.args, call.kwargs).values() if isinstance(v, Value)]
     return all(not value.constant for value in operands[-2:])
+
+
+def attention_products(graph: Graph) -> list[Call]:
+    """The products of two activations that attention consists of, whatever is added to its logits in between."""
+    found: dict[int, Call] = {}
+    for call in graph.calls:
+        if call.name == "scaled_dot_product_attention" and not graph.is_site(call):
+            found[call.index] = call
+        elif call.name in SOFTMAX and (logits := _products_above(graph, call.inputs[0])):
+            found |= {product.index: product for product in (*logits, *_products_below(graph, call.output))}
+    return list(found.values())
+
+
+def _products_above(graph: Graph, logits: Value) -> list[Call]:
+    found, pending, seen = [], [logits], {logits}
+    while pending:
+        call = pending.pop().producer
+        if call is None or call.name in MATMULS:
+            if call is not None and _is_query_key_product(graph, call):
+                found.append(call)
+        elif call.name in _LOGITS_PASS or call.name in ("add", "sub", "mul", "div"):
+            new = [value for value in dict.fromkeys(call.inputs) if value.is_float and value not in seen]
+            seen.update(new)
+            pending += new
+    return found
+
+
+def _products_below(graph: Graph, probabilities: Value) -> list[Call]:
+    found, pending, seen = [], [probabilities], {probabilities}
+    while pending:
+        for call in pending.pop().consumers:
+            if call.name in MATMULS:
+                if not graph.is_site(call):
+                    found.append(call)
+            elif call.name in _PROBABILITIES_PASS:
+                new = [value for value in call.outputs if value not in seen]
+                seen.update(new)
+                pending += new
+    return found
 
 
 def contraction(call: Call) -> int:

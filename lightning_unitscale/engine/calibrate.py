@@ -21,11 +21,10 @@ import torch
 from torch import nn
 
 from lightning_unitscale.engine.apply import casts_in_force
-from lightning_unitscale.engine.casting import Use
 from lightning_unitscale.engine.observe import OperandObserver
-from lightning_unitscale.engine.plan import Plan, Site
+from lightning_unitscale.engine.plan import Plan, Site, Use
 from lightning_unitscale.engine.statistics import Accumulator, Statistics, add_over_processes
-from lightning_unitscale.formats import FORMATS, OPERANDS, exponent, supports
+from lightning_unitscale.formats import FORMATS, exponent, kind, supports
 from lightning_unitscale.options import UnitScalingError
 
 MOST_ERROR = 0.15
@@ -45,7 +44,6 @@ class Calibration:
         self.step: int | None = None  # of the measurement under way
         self._open = ExitStack()
         self._observer: OperandObserver | None = None
-        check_device(module, plan)
 
     def due(self, step: int) -> bool:
         """Whether this step is to be measured.
@@ -53,12 +51,13 @@ class Calibration:
         The first is, and those that the schedule names, those after a bad cast, and, as long as some operand has not
         been seen, those in which the number of steps has doubled.
         """
+        self.plan.schedule_followed = True
         if not self.plan.cast_sites:
             return False
         done = self.plan.measured_at
         if not done or any(self._is_bad(site) for site in self.plan.cast_sites):
             return True
-        if step > 2 * done[-1] and any(set(site.measured) != set(OPERANDS) for site in self.plan.cast_sites):
+        if step > 2 * done[-1] and any(set(site.measured) != set(site.operands) for site in self.plan.cast_sites):
             return True
         return any(done[-1] < wanted <= step for wanted in self.recalibrate)
 
@@ -84,20 +83,20 @@ class Calibration:
         found, step = self._observer.found, self.step
         self.abort()
         uses = {use: sites for use, sites in self._uses() if sites}
-        accumulators = [found.get(use, {}).get(operand) for use in uses for operand in OPERANDS]
+        accumulators = [found.get(use, {}).get(name) for use, sites in uses.items() for name in sites[0].operands]
         known = [a or Accumulator(torch.float32) for a in accumulators]
         add_over_processes(known, next(self.module.parameters()).device)
         results = iter([accumulator.result() for accumulator in known])
         for use, sites in uses.items():
-            self._take(use, sites, {operand: next(results) for operand in OPERANDS}, step)
+            self._take(use, sites, {operand: next(results) for operand in sites[0].operands}, step)
         self.plan.measured_at.append(step)
 
     def _uses(self) -> Iterator[tuple[Use, list[Site]]]:
         for use in casts_in_force(self.module):
-            yield use, [site for site in self.plan.cast_sites if (site.params[0], site.op) == use]
+            yield use, [site for site in self.plan.cast_sites if site.use == use]
 
     def _accumulator(self, use: Use, operand: str) -> Accumulator | None:
-        site = next((s for s in self.plan.cast_sites if (s.params[0], s.op) == use), None)
+        site = next((site for site in self.plan.cast_sites if site.use == use), None)
         if site is None or site.format is None:
             return None
         return Accumulator(FORMATS[site.format].dtype(operand), site.operand_scales.get(operand))
@@ -113,10 +112,10 @@ class Calibration:
         zero = [operand for operand, statistics in seen.items() if statistics is not None and operand not in measured]
         for site in sites:
             site.measured = {operand: dict(value) for operand, value in measured.items()}
-        if zero or not {"x", "weight"} <= measured.keys():
+        if zero or not set(sites[0].operands) <= {*measured, "gradient"}:
             return  # no scale is known that would fit what comes after 0, so nothing is cast until it has come
         for site in sites:
-            site.operand_scales = {operand: self._scale(site, operand) for operand in OPERANDS}
+            site.operand_scales = {operand: self._scale(site, operand) for operand in site.operands}
         if was_bad and self._is_bad(sites[0]):
             worst = max(measured, key=lambda operand: measured[operand]["error"])
             fall_back(
@@ -137,7 +136,7 @@ class Calibration:
 
     def _is_scaled(self, operand: str) -> bool:
         """Whether the options leave the operand's scale to us."""
-        return bool(self.plan.options.get(_SWITCHES[operand], True))
+        return bool(self.plan.options.get(_SWITCHES[kind(operand)], True))
 
     def _is_bad(self, site: Site) -> bool:
         return any(seen["error"] > MOST_ERROR for operand, seen in site.measured.items() if self._is_scaled(operand))
@@ -146,10 +145,10 @@ class Calibration:
 def fall_back(module: nn.Module, plan: Plan, use: Use, reason: str) -> None:
     """Leave a use in the compute dtype from now on, and say so."""
     casts = casts_in_force(module)
-    site = next(site for site in plan.cast_sites if (site.params[0], site.op) == use)
+    site = next(site for site in plan.cast_sites if site.use == use)
     warnings.warn(f"unit scaling: {site.name} stays in the compute dtype from now on: {reason}.", stacklevel=2)
     for site in plan.cast_sites:
-        if (site.params[0], site.op) == use:
+        if site.use == use:
             site.format, site.format_reason = None, reason
             site.operand_scales = {}
     del casts[use]
@@ -173,7 +172,7 @@ def check_device(module: nn.Module, plan: Plan) -> None:
 def _report_non_finite(site: Site, operand: str, statistics: Statistics, step: int) -> None:
     if statistics.non_finite:
         warnings.warn(
-            f"unit scaling: at step {step} the {operand} of {site.name} ({site.params[0]}) has "
+            f"unit scaling: at step {step} the {operand} of {site.name} ({site.use[0]}) has "
             f"{statistics.non_finite} elements that are NaN or infinite, which a cast to {site.format} would hide.",
             stacklevel=2,
         )

@@ -1,5 +1,8 @@
 """Watch the operands of every matmul that has a parameter, and the gradient of its output, while a model trains.
 
+Of products without a parameter, those are seen that a plan in force casts: they are known by their place in the code,
+which the interceptor finds.
+
 An `OperandObserver` is a function mode: it works on any module, scaled or not, changes nothing, and costs nothing while
 it is not entered. On a prepared model it sees the model's own calls, before factors and casts (`engine.apply` enters it
 again inside its interceptor).
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +21,29 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.casting import Use
 from lightning_unitscale.engine.functions import FILLED, RANDOM, short_name
+from lightning_unitscale.engine.plan import Use
 from lightning_unitscale.engine.record import tensors_in
 from lightning_unitscale.engine.statistics import Accumulator
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import open_multi_head_attention
 
 _ENTERED: list[OperandObserver] = []
+
+
+@dataclass(frozen=True)
+class Product:
+    """One call of a matmul-like function, as the model made it.
+
+    Attributes:
+        operands: what is multiplied, by name.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    operands: dict[str, Tensor]
+    result: Tensor
 
 
 def entered_observers() -> list[OperandObserver]:
@@ -42,8 +61,15 @@ def observers_inside() -> AbstractContextManager[Any]:
     return stack
 
 
+def tell_observers(use: Use, product: Product) -> None:
+    """Show the entered observers a product that they can't tell from others."""
+    if not torch.compiler.is_compiling():
+        for observer in dict.fromkeys(_ENTERED):
+            observer.see(use, product)
+
+
 class OperandObserver(TorchFunctionMode):
-    """Accumulates statistics of "x", "weight" and "gradient" by use, while it is entered.
+    """Accumulates statistics of operands ("x", "weight", …) and "gradient" by use, while it is entered.
 
     Args:
         module: the model; parameters are named from it.
@@ -103,11 +129,14 @@ class OperandObserver(TorchFunctionMode):
         if product is None or not isinstance(result, Tensor):
             return
         x, weight = product
-        use = self._keys[weight], name
-        for operand, tensor in (("x", x), ("weight", weight)):
+        self.see((self._keys[weight], name), Product(function, args, kwargs, {"x": x, "weight": weight}, result))
+
+    def see(self, use: Use, product: Product) -> None:
+        """Count one product in."""
+        for operand, tensor in product.operands.items():
             self._add(use, operand, tensor)
-        if result.requires_grad and self._wanted(use, "gradient") is not None:
-            result.register_hook(lambda gradient: self._add(use, "gradient", gradient))
+        if product.result.requires_grad and self._wanted(use, "gradient") is not None:
+            product.result.register_hook(lambda gradient: self._add(use, "gradient", gradient))
 
     def _wanted(self, use: Use, operand: str) -> Accumulator | None:
         known = self.found.setdefault(use, {})

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_unitscale.formats import OPERANDS
 from lightning_unitscale.options import UnitScalingError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 PLAN_VERSION = 1
 EVERY_CALL = -1  # ordinal of a site that stands for all calls of its function in its frame
 ATTRIBUTE = "_unit_scaling_plan"  # of a prepared model
+Use = tuple[str, str]  # what is used, a weight by its key or a product by its place, and the function's short name
 
 
 @dataclass
@@ -88,7 +90,9 @@ class Site:
         reason: why it has no factor, or why its factor could not be folded.
         format: what its operands are cast to, see `formats.FORMATS`; None for the compute dtype.
         format_reason: why it is left in the compute dtype though a format was asked for.
-        operand_scales: the powers of two before the casts of "x", "weight" and "gradient"; empty until measured.
+        operands: what is cast: "x", "weight" and "gradient"; of attention's own products, the function's operands
+            ("query", "key", "value"; "left", "right"; positions in an einsum) and "gradient".
+        operand_scales: the powers of two before the casts of the operands; empty until measured.
         measured: for each operand, what it was like when last measured (see `statistics.Statistics`): rms, largest,
             flushed, saturated, error.
     """
@@ -113,6 +117,7 @@ class Site:
     reason: str = ""
     format: str | None = None
     format_reason: str = ""
+    operands: list[str] = field(default_factory=lambda: list(OPERANDS))
     operand_scales: dict[str, float] = field(default_factory=dict)
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -122,6 +127,12 @@ class Site:
         call = self.op if self.ordinal in (None, EVERY_CALL) else f"{self.op}#{self.ordinal}"
         method = "" if self.method == "forward" else f".{self.method}"
         return f"{self.module or '<root>'}{method}:{call}"
+
+    @property
+    def use(self) -> Use:
+        """What its casts go by: its weight, or its place in the code."""
+        place = self.name.replace(f":{self.op}", "")
+        return self.params[0] if self.params else place, self.op
 
 
 @dataclass
@@ -157,6 +168,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         self._module: weakref.ref[nn.Module] | None = None
+        self.schedule_followed = False  # whether anything asks which steps are to be measured
 
     # --- what it says -----------------------------------------------------------------------------------------
 
@@ -271,8 +283,9 @@ class Plan:
         """Remember the model the plan is in force on (weakly: a plan never keeps a model alive)."""
         self._module = weakref.ref(module)
 
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The model's parameters by the names used in the plan.
+    @property
+    def model(self) -> nn.Module:
+        """The model.
 
         Raises:
             UnitScalingError: the plan is not in force on a model that still exists.
@@ -280,7 +293,15 @@ class Plan:
         module = self._module() if self._module is not None else None
         if module is None:
             raise UnitScalingError("the plan is not in force on any model; apply it with unit_scale() first.")
-        named = dict(module.named_parameters())
+        return module
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by the names used in the plan.
+
+        Raises:
+            UnitScalingError: as for `model`.
+        """
+        named = dict(self.model.named_parameters())
         return {name: named[name] for name in self.parameters if name in named}
 
     def check_matches(self, module: nn.Module) -> None:

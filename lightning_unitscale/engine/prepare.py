@@ -69,7 +69,7 @@ def measure_operands(module: nn.Module, step: Step, options: Options, trainer: p
 
     Warns:
         of sites that cast nothing, as an operand of theirs is all 0 in this step (behind zero-initialised weights) or
-        they were not called; only a Trainer measures again.
+        they were not called, until they are measured again.
     """
     plan = plan_of(module)
     assert plan is not None
@@ -85,8 +85,8 @@ def measure_operands(module: nn.Module, step: Step, options: Options, trainer: p
     if unknown:
         warnings.warn(
             f"unit scaling: {len(unknown)} sites stay in the compute dtype, as an operand of theirs was all 0 or not "
-            f"seen in this step: {', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}. Prepare the model after "
-            "a few steps of training, or with a Trainer, where they are measured again.",
+            f"seen in this step: {', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}. Inside `recalibrating` "
+            "they are measured again as the model trains.",
             stacklevel=3,
         )
 

@@ -6,6 +6,7 @@ Every cast site that is called does cast, and for its first call,
     each of the three products with casts      equals torch's own product of the cast operands in float32, to
                                                accumulation error
 
+(of attention's own products: the operands themselves, and the output and the gradient of each operand;)
 and for the whole model, the cosine between each parameter's gradients with and without casts. A site that fails is left
 in the compute dtype. Healthy FP8 training shows cosines of 0.992 to 0.997.
 """
@@ -13,6 +14,7 @@ in the compute dtype. Healthy FP8 training shows cosines of 0.992 to 0.997.
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -22,14 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_unitscale.engine.apply import casts_in_force
-from lightning_unitscale.engine.casting import CastSite, Use
+from lightning_unitscale.engine.casting import AttentionCast, CastSite, WeightCast
 from lightning_unitscale.engine.functions import short_name
 from lightning_unitscale.engine.gradients import rehearsed_gradients
-from lightning_unitscale.engine.observe import OperandObserver
-from lightning_unitscale.engine.plan import Plan
+from lightning_unitscale.engine.observe import OperandObserver, Product
+from lightning_unitscale.engine.plan import Plan, Use
 from lightning_unitscale.engine.rehearse import Rehearsal
-from lightning_unitscale.formats import FORMATS, OPERANDS, cast
+from lightning_unitscale.formats import FORMATS
 from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops.attention import DotProductAttention
+from lightning_unitscale.ops.matmul import with_tensors
+from lightning_unitscale.ops.round_trip import round_trip
 
 LOW_COSINE = 0.98
 _ROUNDING = 1e-5  # of the largest RMS: gradients that are 0 but for rounding, as those of an attention key's bias
@@ -84,26 +89,19 @@ class _Checker(OperandObserver):
         self.problems: dict[Use, str] = {}
         self._checked: set[Use] = set()
 
-    def _observe(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
-        name = short_name(function)
-        operands = MATMULS[name].cast_operands(args, kwargs, lambda tensor: tensor in self._keys)
-        if operands is None:
-            return
-        x, weight = operands
-        use = self._keys[weight], name
+    def see(self, use: Use, product: Product) -> None:
+        """Check the product if it is the first of its use."""
         site = self.casts.get(use)
         if site is None or site.scales is None or use in self._checked:
             return
         self._checked.add(use)
-        call = _CheckedCall(function, args, kwargs, x, weight, site)
+        call = _CheckedWeight(product, site) if isinstance(site, WeightCast) else _CheckedAttention(product, site)
         with torch._C.DisableTorchFunction():  # an interceptor below counts the model's own calls
             problem = call.scaled_exactly()
         if problem:
             self.problems[use] = problem
-        if result.requires_grad:
-            result.register_hook(lambda gradient: self._check_products(use, call, gradient))
+        if product.result.requires_grad:
+            product.result.register_hook(lambda gradient: self._check_products(use, call, gradient))
 
     def _check_products(self, use: Use, call: _CheckedCall, gradient: Tensor) -> None:
         with torch._C.DisableTorchFunction():
@@ -112,80 +110,103 @@ class _Checker(OperandObserver):
             self.problems.setdefault(use, problem)
 
 
-class _CheckedCall:
+class _CheckedCall(ABC):
     """One call of a matmul-like function, to be made again with other operands."""
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        x: Tensor,
-        weight: Tensor,
-        site: CastSite,
-    ) -> None:
-        self.function, self.args, self.kwargs = function, args, kwargs
-        self.x, self.weight = x.detach(), weight.detach()
-        self._own = {id(x): "x", id(weight): "weight"}
-        self.op = MATMULS[short_name(function)]
-        self.format = FORMATS[site.format]
+    def __init__(self, product: Product, site: CastSite) -> None:
         assert site.scales is not None
-        self.scales = {operand: float(getattr(site.scales, operand)) for operand in OPERANDS}
-        self.casting = CastSite(site.format)  # without unit scaling's own factor
-        self.casting.set_scales(self.scales)
+        self.function, self.args, self.kwargs = product.function, product.args, product.kwargs
+        self.labels = {id(tensor): label for label, tensor in product.operands.items()}
+        self.operands = {label: tensor.detach() for label, tensor in product.operands.items()}
+        self.op, self.format = MATMULS[short_name(self.function)], FORMATS[site.format]
+        self.scales = {operand: float(site.scales[operand]) for operand in (*product.operands, "gradient")}
+        self.wide = torch.promote_types(torch.float32, next(iter(self.operands.values())).dtype)
 
+    @abstractmethod
     def scaled_exactly(self) -> str:
-        """What is wrong with the product of scaled operands that are not cast; empty if nothing is."""
-        sx, sw = self.scales["x"], self.scales["weight"]
-        wide = torch.promote_types(torch.float32, self.x.dtype)
-        x, weight = self.x.to(wide), self.weight.to(wide)
-        with torch.no_grad(), torch.autocast(self.x.device.type, enabled=False):
-            plain = self._run(x, weight, lambda bias: bias.to(wide))
-            scaled = self._run(x * sx, weight * sw, lambda bias: bias.to(wide) * (sx * sw)) / (sx * sw)
-        if torch.equal(plain, scaled):
-            return ""
-        return f"scaling its operands by {sx:g} and {sw:g} alone changed the product"
+        """What is wrong with operands that are scaled and not cast; empty if nothing is."""
+
+    @abstractmethod
+    def cast_product(self, operands: dict[str, Tensor]) -> Tensor:
+        """The product as the model makes it, without unit scaling's own factor."""
 
     def products_as_in_float32(self, gradient: Tensor) -> str:
-        """What is wrong with the three products of cast operands; empty if nothing is."""
-        wide = torch.promote_types(torch.float32, self.x.dtype)
-        device = self.x.device.type
-        with torch.enable_grad(), torch.autocast(device, enabled=False):
-            x, weight = self.x.requires_grad_(), self.weight.requires_grad_()
-            y = self.op.cast(*self._with(x, weight, lambda bias: bias), x, weight, self.casting, 1.0)
-            ours = (y, *torch.autograd.grad(y, (x, weight), gradient.to(y.dtype)))
-            x, weight = (self._rounded(operand, wide).requires_grad_() for operand in ("x", "weight"))
-            y = self._run(x, weight, lambda bias: bias.to(wide))
-            theirs = (y, *torch.autograd.grad(y, (x, weight), self._rounded("gradient", wide, gradient)))
-        for name, our, their in zip(("output", "gradient of x", "gradient of the weight"), ours, theirs, strict=True):
-            error, size = (our.to(wide) - their).norm(), their.norm()
+        """What is wrong with the product of cast operands and its gradients; empty if nothing is."""
+        with torch.enable_grad(), torch.autocast(gradient.device.type, enabled=False):
+            leaves = {label: operand.detach().requires_grad_() for label, operand in self.operands.items()}
+            y = self.cast_product(leaves)
+            ours = (y, *torch.autograd.grad(y, list(leaves.values()), gradient.to(y.dtype)))
+            leaves = {label: self._rounded(label, operand).requires_grad_() for label, operand in leaves.items()}
+            y = self._run(leaves, lambda tensor: tensor.to(self.wide))
+            theirs = (y, *torch.autograd.grad(y, list(leaves.values()), self._rounded("gradient", gradient)))
+        for name, our, their in zip(
+            ("output", *(f"gradient of {label}" for label in leaves)), ours, theirs, strict=True
+        ):
+            error, size = (our.to(self.wide) - their).norm(), their.norm()
             if not error <= _TOLERANCE.get(our.dtype, 2.0**-6) * size:
                 return f"its {name} is off by {float(error / size):.2%} from the product of its cast operands"
         return ""
 
-    def _rounded(self, operand: str, wide: torch.dtype, tensor: Tensor | None = None) -> Tensor:
+    def _rounded(self, operand: str, tensor: Tensor) -> Tensor:
         """An operand as the cast leaves it, without its scale."""
-        tensor = getattr(self, operand) if tensor is None else tensor
-        narrow = cast(tensor.detach(), self.format.dtype(operand), self.scales[operand])
-        return narrow.to(wide) / self.scales[operand]
+        return round_trip(tensor.detach().to(self.wide), self.format.dtype(operand), self.scales[operand])
 
-    def _run(self, x: Tensor, weight: Tensor, bias: Callable[[Tensor], Tensor]) -> Tensor:
-        args, kwargs = self._with(x, weight, bias)
+    def _run(self, operands: dict[str, Tensor], other: Callable[[Tensor], Tensor]) -> Tensor:
+        args, kwargs = self._with(operands, other)
         result: Tensor = self.function(*args, **kwargs)
         return result
 
     def _with(
-        self, x: Tensor, weight: Tensor, bias: Callable[[Tensor], Tensor]
+        self, operands: dict[str, Tensor], other: Callable[[Tensor], Tensor]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with other operands in place of the call's own."""
-        known = {place: x if operand == "x" else weight for place, operand in self._own.items()}
-        for label, operand in self.op.operands(self.args, self.kwargs).items():
-            if label in self.op.bias_labels:
-                known[id(operand)] = bias(operand.detach())
+        """The arguments with other operands in place of the call's own, and `other` of what is added: biases, masks."""
 
-        def replaced(argument: Any) -> Any:
-            if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
-                return type(argument)([replaced(item) for item in argument])
-            return known.get(id(argument), argument) if isinstance(argument, Tensor) else argument
+        def new(tensor: Tensor) -> Tensor:
+            if id(tensor) in self.labels:
+                return operands[self.labels[id(tensor)]]
+            return other(tensor.detach()) if tensor.is_floating_point() else tensor
 
-        return tuple(map(replaced, self.args)), {name: replaced(value) for name, value in self.kwargs.items()}
+        return with_tensors(self.args, self.kwargs, new)
+
+
+class _CheckedWeight(_CheckedCall):
+    """A product of an activation and a weight."""
+
+    def scaled_exactly(self) -> str:
+        sx, sw = self.scales["x"], self.scales["weight"]
+        x, weight = (self.operands[operand].to(self.wide) for operand in ("x", "weight"))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            plain = self._run({"x": x, "weight": weight}, lambda bias: bias.to(self.wide))
+            scaled = {"x": x * sx, "weight": weight * sw}
+            back = self._run(scaled, lambda bias: bias.to(self.wide) * (sx * sw)) / (sx * sw)
+        if torch.equal(plain, back):
+            return ""
+        return f"scaling its operands by {sx:g} and {sw:g} alone changed the product"
+
+    def cast_product(self, operands: dict[str, Tensor]) -> Tensor:
+        casting = WeightCast(self.format.name)
+        casting.set_scales(self.scales)
+        args, kwargs = self._with(operands, lambda bias: bias)
+        return self.op.cast(args, kwargs, operands["x"], operands["weight"], casting, 1.0)
+
+
+class _CheckedAttention(_CheckedCall):
+    """One of attention's own products."""
+
+    def __init__(self, product: Product, site: CastSite) -> None:
+        super().__init__(product, site)
+        if isinstance(self.op, DotProductAttention):
+            self.args, self.kwargs = self.op.without_dropout(self.args, self.kwargs)
+
+    def scaled_exactly(self) -> str:
+        for label, operand in self.operands.items():
+            wide, scale = operand.to(self.wide), self.scales[label]
+            if not torch.equal(wide * scale / scale, wide):
+                return f"scaling its {label} by {scale:g} alone changed it"
+        return ""
+
+    def cast_product(self, operands: dict[str, Tensor]) -> Tensor:
+        casting = AttentionCast(self.format.name)
+        casting.set_scales(self.scales)
+        args, kwargs = casting.rounded(self.op, *self._with(operands, lambda mask: mask))
+        return casting.rounded_gradient(self.function(*args, **kwargs))

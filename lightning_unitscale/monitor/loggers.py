@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from statistics import median
+from typing import Any
 
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, WandbLogger
 
 from lightning_unitscale.engine.statistics import Statistics
 from lightning_unitscale.formats import OPERANDS
 from lightning_unitscale.monitor.exponents import Exponents
 from lightning_unitscale.monitor.measurement import Measurement, Record
 
+NEAR = 4.0  # e4m3 is as accurate for normal data with an RMS of this, or one over it, as of 1
+
 
 def log_to(logger: Logger, record: Record, step: int, details: bool) -> None:
-    """Scalars to any logger, histograms of exponents to one that has room for them.
+    """Scalars to any logger, histograms of exponents to those that have room for them: TensorBoard, Weights & Biases.
 
     Args:
         logger: of the Trainer.
@@ -24,10 +27,25 @@ def log_to(logger: Logger, record: Record, step: int, details: bool) -> None:
         details: every site by name, not the summary alone.
     """
     logger.log_metrics(summary(record) | (each(record) if details else {}), step=step)
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_histogram_raw"):
         for name, exponents in _histograms(record, details).items():
             _add_histogram(experiment, name, exponents, step)
+    elif isinstance(logger, WandbLogger):
+        from wandb import Histogram
+
+        found = _histograms(record, details)
+        pairs = {name: (list(e.counts), list(range(e.first, e.first + len(e.counts) + 1))) for name, e in found.items()}
+        logger.log_metrics({name: Histogram(np_histogram=pair) for name, pair in pairs.items()}, step=step)
+
+
+def log_figure(logger: Logger, name: str, figure: Any, step: int) -> None:
+    """A matplotlib figure to a logger that takes one: TensorBoard, Weights & Biases."""
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_figure"):
+        experiment.add_figure(name, figure, step)
+    elif isinstance(logger, WandbLogger):
+        logger.log_image(name, [figure], step=step)
 
 
 def summary(record: Record) -> dict[str, float]:
@@ -70,9 +88,16 @@ def each(record: Record) -> dict[str, float]:
     return scalars
 
 
-def worst(record: Record) -> dict[str, float]:
-    """Two numbers for a progress bar: the lowest signal-to-noise ratio in dB, and the largest share lost in percent."""
-    casts = [m.cast for m in record.measurements]
+def for_progress_bar(record: Record, *, asked: bool) -> dict[str, float]:
+    """One or two numbers: how many activations are of a size that any format holds, or what casts lose.
+
+    Args:
+        asked: whether the user named the record's format, and wants to know what it would lose though nothing is cast.
+    """
+    casts = [m.cast for m in record.measurements if asked or m.scaled]
+    if not casts:
+        rms = [m.unscaled.rms for m in record.of("x")]
+        return {"x_near_1_%": 100 * sum(1 / NEAR <= r <= NEAR for r in rms) / len(rms)} if rms else {}
     numbers = {"lost_%": 100 * max(cast.flushed + cast.saturated for cast in casts)}
     ratios = _snr("snr_db", casts)
     return {"snr_db": ratios["snr_db_min"], **numbers} if ratios else numbers
@@ -101,11 +126,11 @@ def _together(measurements: Iterable[Measurement]) -> Exponents:
     return Exponents(first, tuple(total[exponent] for exponent in range(first, last + 1)))
 
 
-def _add_histogram(experiment: object, name: str, exponents: Exponents, step: int) -> None:
+def _add_histogram(experiment: Any, name: str, exponents: Exponents, step: int) -> None:
     """Of log2 |t|, in steps of one: the buckets are what was counted."""
     first, counts = exponents.first, exponents.counts
     middles = [first + position + 0.5 for position in range(len(counts))]
-    experiment.add_histogram_raw(  # type: ignore[attr-defined]
+    experiment.add_histogram_raw(
         name,
         min=first,
         max=first + len(counts),

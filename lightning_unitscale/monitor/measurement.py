@@ -12,12 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unitscale.engine.casting import Use
 from lightning_unitscale.engine.observe import OperandObserver
-from lightning_unitscale.engine.plan import Plan, plan_of
+from lightning_unitscale.engine.plan import Plan, Use, plan_of
 from lightning_unitscale.engine.statistics import Accumulator, Statistics
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.formats import FORMATS, OPERANDS
+from lightning_unitscale.formats import FORMATS, OPERANDS, kind
 from lightning_unitscale.monitor.exponents import Exponents, count_exponents
 
 Scales = Mapping[tuple[Use, str], float]  # by use and operand
@@ -28,9 +27,9 @@ class Measurement:
     """One operand of one site.
 
     Attributes:
-        parameter: name of the site's weight.
+        parameter: name of the site's weight; of attention's own product, its module.
         op: short name of the function that uses it.
-        operand: "x", "weight" or "gradient".
+        operand: "x", "weight" or "gradient"; of attention's own product, "query", "left", … or "gradient".
         exponents: where its magnitudes lie, before any operand scale.
         unscaled: what casting it as it is does to it.
         scale: the power of two before the cast; None where the site has none.
@@ -48,7 +47,13 @@ class Measurement:
     @property
     def site(self) -> str:
         """As it is called in messages and charts."""
-        return f"{self.parameter.removesuffix('.weight')}:{self.op}"
+        part = "" if self.operand in OPERANDS else f".{self.operand}"
+        return f"{self.parameter.removesuffix('.weight')}:{self.op}{part}"
+
+    @property
+    def kind(self) -> str:
+        """Of "x", "weight" and "gradient", what the operand is."""
+        return kind(self.operand)
 
     @property
     def cast(self) -> Statistics:
@@ -71,9 +76,9 @@ class Record:
     format: str
     measurements: tuple[Measurement, ...]
 
-    def of(self, operand: str) -> list[Measurement]:
-        """The measurements of "x", "weight" or "gradient", in the order of the sites' first calls."""
-        return [measurement for measurement in self.measurements if measurement.operand == operand]
+    def of(self, kind: str) -> list[Measurement]:
+        """The measurements of activations ("x"), weights or gradients, in the order of the sites' first calls."""
+        return [measurement for measurement in self.measurements if measurement.kind == kind]
 
     def scales(self) -> dict[tuple[Use, str], float]:
         """The powers of two that were in front of the casts."""
@@ -151,25 +156,20 @@ class Probes:
 
     def __init__(self, module: nn.Module, format: str, scales: Scales | None = None) -> None:
         self.format, self._scales = check_format(format), scales or {}
-        self._probes: dict[tuple[Use, str], Probe] = {}
         self.observer = OperandObserver(module, self._probe)
 
     def _probe(self, use: Use, operand: str) -> Probe:
-        probe = Probe(FORMATS[self.format].dtype(operand), self._scales.get((use, operand)))
-        self._probes[use, operand] = probe
-        return probe
+        return Probe(FORMATS[self.format].dtype(operand), self._scales.get((use, operand)))
 
     def record(self, label: str, step: int) -> Record:
         """What was seen so far."""
         return Record(label, step, self.format, tuple(self._measurements()))
 
     def _measurements(self) -> Iterator[Measurement]:
-        uses = dict.fromkeys(use for use, _ in self._probes)
-        for use in uses:
-            for operand in OPERANDS:
-                probe = self._probes.get((use, operand))
-                unscaled = probe.result() if probe is not None else None
-                if probe is None or unscaled is None or probe.exponents is None:
+        for use, probes in self.observer.found.items():
+            for operand, probe in probes.items():
+                unscaled = probe.result()
+                if not isinstance(probe, Probe) or unscaled is None or probe.exponents is None:
                     continue  # a frozen layer at the bottom has no gradient
                 yield Measurement(
                     parameter=use[0],
@@ -217,7 +217,7 @@ def measure(
 def plan_scales(plan: Plan | None) -> dict[tuple[Use, str], float]:
     """The operand scales of a plan."""
     return {
-        ((site.params[0], site.op), operand): scale
+        (site.use, operand): scale
         for site in (plan.cast_sites if plan is not None else [])
         for operand, scale in site.operand_scales.items()
     }

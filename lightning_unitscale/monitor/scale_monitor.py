@@ -13,7 +13,7 @@ from pytorch_lightning.strategies import Strategy
 
 from lightning_unitscale.engine.plan import plan_of
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor.loggers import log_to, worst
+from lightning_unitscale.monitor.loggers import for_progress_bar, log_figure, log_to
 from lightning_unitscale.monitor.measurement import Probes, Record, check_format, plan_scales
 
 FILE = "monitor.jsonl"
@@ -26,8 +26,10 @@ class ScaleMonitor(Callback):
     For the activation x, the weight and the incoming gradient of every matmul with a parameter: RMS, largest absolute
     value, spread over the powers of two; and of a cast to a narrow format, the share of elements that it flushes to
     zero or saturates, and its signal-to-noise ratio, both as they are and times the site's operand scale. Summaries go
-    to every logger under `unitscale/…`, the worst two numbers to the progress bar, everything to `monitor.jsonl`, from
-    which `unitscale report` draws its charts.
+    to every logger under `unitscale/…`, everything to `monitor.jsonl`, from which `unitscale report` draws its charts.
+    The progress bar shows the lowest signal-to-noise ratio of a cast (`snr_db`) and the largest share of an operand
+    that one loses (`lost_%`); where nothing is cast, the share of activations with an RMS within a factor 4 of 1
+    (`x_near_1_%`).
 
     The measured step runs uncompiled; all micro-batches of an accumulated step count. Between measured steps nothing is
     installed anywhere. Under several processes rank 0 alone measures, on its own share of the batch, and communicates
@@ -38,7 +40,7 @@ class ScaleMonitor(Callback):
         format: "fp8", "fp16" or "bf16"; None for the one that the plan casts to, or fp8 where it casts nothing.
         folder: where `monitor.jsonl` is kept, and gone on with when a run is resumed; by default the first logger's.
         details: log every site and operand by name, not the summary alone.
-        figures: give loggers that take figures (TensorBoard) the chart of exponents at the end; needs matplotlib.
+        figures: give TensorBoard and Weights & Biases the chart of exponents at the end; needs matplotlib.
 
     Attributes:
         last: the latest record; None before there is one.
@@ -108,10 +110,8 @@ class ScaleMonitor(Callback):
 
             records = Record.read(self.file)
             for logger in trainer.loggers if records else []:
-                experiment: Any = getattr(logger, "experiment", None)
-                if hasattr(experiment, "add_figure"):
-                    chart = exponent_chart([records[0], records[-1]])
-                    experiment.add_figure("unitscale/exponents", chart, trainer.global_step)
+                chart = exponent_chart([records[0], records[-1]])  # TensorBoard closes the one that it is given
+                log_figure(logger, "unitscale/exponents", chart, trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop watching."""
@@ -164,7 +164,7 @@ class ScaleMonitor(Callback):
         self.last.append_to(self.file)
         for logger in trainer.loggers:
             log_to(logger, self.last, trainer.fit_loop.epoch_loop._batches_that_stepped, self.details)
-        for name, value in worst(self.last).items():
+        for name, value in for_progress_bar(self.last, asked=self.format is not None).items():
             module.log(name, value, prog_bar=True, logger=False, on_step=True, on_epoch=False, rank_zero_only=True)
 
 

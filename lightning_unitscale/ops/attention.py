@@ -43,6 +43,13 @@ class DotProductAttention(Matmul):
         kwargs["scale"] = a * (query.shape[-1] ** -0.5 if own is None else own)
         return function(*args[:6], **kwargs)
 
+    @staticmethod
+    def without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the same attention, so that two runs can be compared."""
+        if len(args) > 4:
+            return (*args[:4], 0.0, *args[5:]), kwargs
+        return args, {**kwargs, "dropout_p": 0.0}
+
 
 # `F.multi_head_attention_forward` hides its projections from a function mode by handing itself over whole.
 # This is the same code with that one check answered "no", so that the calls inside are seen.

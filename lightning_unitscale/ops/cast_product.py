@@ -64,11 +64,7 @@ class CastProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the gradient would lack its own graph
-            raise UnitScalingError(
-                "create_graph=True asks for the gradient of a gradient, which operands cast to a narrow format do not "
-                "have. Leave the modules it passes through in the compute dtype: overrides={glob: {'format': None}}."
-            )
+        refuse_second_derivative()
         narrow_x, narrow_weight, *scales = ctx.saved_tensors
         s, products = Scales(*scales), ctx.products
         x_shape, weight_shape, x_dtype, weight_dtype = ctx.like
@@ -79,6 +75,20 @@ class CastProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             gw = products.grad_weight(g, Cast(narrow_x, s.one_over_x), weight_shape, weight_dtype)
         return (gx, gw, *[None] * (4 + len(scales)))
+
+
+def refuse_second_derivative() -> None:
+    """To be called in a backward pass whose result would lack a graph of its own.
+
+    Raises:
+        UnitScalingError: it is asked for one.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise UnitScalingError(
+            "create_graph=True asks for the gradient of a gradient, which operands cast to a narrow format do not "
+            "have. Leave the modules it passes through in the compute dtype: overrides={glob: {'format': None}}, or "
+            "'attention_format' where that was given."
+        )
 
 
 def cast_product(

@@ -55,10 +55,15 @@ class Matmul(ABC):
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_weight: Callable[[Any], bool]
     ) -> tuple[Any, Any] | None:
         """The activation and the weight, if the call is the product of just these two; None for any other."""
-        found = [operand for label, operand in self.operands(args, kwargs).items() if label not in self.bias_labels]
+        found = list(self.multiplicands(args, kwargs).values())
         if self.uncastable or len(found) != 2 or is_weight(found[0]) == is_weight(found[1]):
             return None
         return (found[1], found[0]) if is_weight(found[0]) else (found[0], found[1])
+
+    def multiplicands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The operands that are multiplied, not added."""
+        operands = self.operands(args, kwargs)
+        return {label: operand for label, operand in operands.items() if label not in self.bias_labels}
 
     def products(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any, weight: Any) -> Products:
         """The bilinear product that the call is; `x` and `weight` need nothing but a shape.
@@ -105,6 +110,19 @@ class Matmul(ABC):
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str, default: Any = None) -> Any:
     """The argument at `position`, or by `name`."""
     return args[position] if len(args) > position else kwargs.get(name, default)
+
+
+def with_tensors(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with `new(tensor)` in place of each tensor, in lists too."""
+
+    def replaced(argument: Any) -> Any:
+        if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
+            return type(argument)([replaced(item) for item in argument])
+        return new(argument) if isinstance(argument, Tensor) else argument
+
+    return tuple(replaced(argument) for argument in args), {name: replaced(value) for name, value in kwargs.items()}
 
 
 def present(**operands: Any) -> dict[str, Any]:

@@ -100,8 +100,8 @@ def _scaled_mm(a: Cast, b: Cast, dtype: torch.dtype, fast: bool) -> Tensor:
 def _rows_aligned(matrix: Tensor, rows: int | None = None) -> Tensor:
     """Row-major, its columns a multiple of 16, with `rows` rows; what is added is zero."""
     wanted = (rows or matrix.shape[0], padded(matrix.shape[1]))
-    if wanted == tuple(matrix.shape):
-        return matrix.contiguous()
+    if wanted == tuple(matrix.shape):  # a single row counts as contiguous whatever its strides, by which CUDA goes
+        return matrix.contiguous().view(-1).view(wanted)
     aligned = matrix.new_zeros(wanted)
     aligned[: matrix.shape[0], : matrix.shape[1]] = matrix
     return aligned

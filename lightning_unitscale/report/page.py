@@ -148,7 +148,7 @@ def _worst(record: Record, plain: Record | None) -> str:
     rows = [
         [
             html.escape(names[m.site]),
-            HEADINGS[m.operand].lower(),
+            m.operand if m.operand not in HEADINGS else HEADINGS[m.operand].lower(),
             f"{m.unscaled.rms:.2g}",
             f"{m.unscaled.largest:.2g}",
             f"2<sup>{log2(m.scale or 1.0):.0f}</sup>",

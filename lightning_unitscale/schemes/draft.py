@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import cached_property
 from math import exp, log
 from typing import Any
 
 from torch import nn
 
+from lightning_unitscale.engine.attention import attention_products
 from lightning_unitscale.engine.castable import reason_not_to_cast
 from lightning_unitscale.engine.plan import EVERY_CALL, ParameterPlan, Plan, Site
 from lightning_unitscale.engine.roles import Use, find_uses, primary_use
@@ -70,8 +72,9 @@ class Draft:
             for site in self._bare_products()
             if not named & {(site.module, site.method, site.op, ordinal) for ordinal in (site.ordinal, EVERY_CALL)}
         ]
+        cast = self._cast_attention(plan.sites)
         plan.frames = [[frame.module, frame.method, keys] for frame, keys in self.trace.touched.items() if keys]
-        plan.frames += self._counting_frames(free_sites, {(frame[0], frame[1]) for frame in plan.frames})
+        plan.frames += self._counting_frames([*free_sites, *cast], {(frame[0], frame[1]) for frame in plan.frames})
         plan.followed = sorted({call.name for call in self.trace.calls if call.outputs and call.outputs[0].parameters})
         return plan
 
@@ -153,11 +156,53 @@ class Draft:
                 continue
             meant = [s for s in sites if any(_matches(name, (glob,)) for key in s.params for name in key.split("+"))]
             if not any(site.format for site in meant):
-                why = "; ".join(dict.fromkeys(f"{s.name}: {s.format_reason}" for s in meant if s.format_reason))
+                why = _reasons(meant) or "its parameters are used by no matmul"
                 raise UnitScalingError(
                     f"overrides[{glob!r}]: format={override['format']!r}, but no matmul there can be cast "
-                    f"({why or 'its parameters are used by no matmul'}). Take the override out, or name other weights."
+                    f"({why}). Take the override out, or name other weights."
                 )
+
+    def _cast_attention(self, sites: list[Site]) -> list[Site]:
+        """Decide which of attention's own products are cast, those in modules for which it is asked; returns them."""
+        wanted = {
+            glob: override["attention_format"]
+            for glob, override in self.options.overrides.items()
+            if "attention_format" in override
+        }
+        if not wanted:
+            return []
+        by_place = {(s.module, s.method, s.op, s.ordinal): s for s in sites if s.ordinal is not None}
+        attention: list[Site] = []
+        for call in attention_products(self.structure):
+            frame = call.frame or Frame("", "<hook>")
+            places = ((frame.module, frame.method, call.name, ordinal) for ordinal in (call.ordinal, EVERY_CALL))
+            site = next(by_place[place] for place in places if place in by_place)
+            attention.append(site)
+            format = next((wanted[glob] for glob in reversed(wanted) if _matches(site.module, (glob,))), None)
+            if format is not None:
+                self._cast_product(site, call, format)
+        self._check_attention_overrides(wanted, attention)
+        return [site for site in attention if site.format]
+
+    def _check_attention_overrides(self, wanted: Mapping[str, str | None], attention: list[Site]) -> None:
+        where = ", ".join(list(dict.fromkeys(site.module or "<root>" for site in attention))[:3])
+        for glob, format in wanted.items():
+            meant = [site for site in attention if _matches(site.module, (glob,))]
+            if format is not None and not any(site.format for site in meant):
+                raise UnitScalingError(
+                    f"overrides[{glob!r}]: attention_format={format!r}, but no attention there can be cast "
+                    f"({_reasons(meant) or 'no module of that name computes it'}). Name modules whose own code calls "
+                    f"it, or take the override out. {f'This model has it in {where}' if where else 'It has none'}."
+                )
+
+    def _cast_product(self, site: Site, call: Call, format: str) -> None:
+        if self.is_skipped(site.module):
+            site.format_reason = SKIPPED
+        elif self.in_loss_code(call.frame):
+            site.format_reason = "its frame cannot be found again"
+        else:
+            site.format = format
+            site.operands = [*MATMULS[call.name].multiplicands(call.args, call.kwargs), "gradient"]
 
     def _main_key(self, call: Call, keys: list[str]) -> str:
         weights = [value.key for value in self.structure.weights_of(call)]
@@ -180,8 +225,22 @@ class Draft:
                 sites[key].calls += 1
             else:
                 sites[key] = Site(*key[:3], "product", ordinal=key[3], reason="product of two activations")
+                sites[key].calls_in_frame = self.calls_in_frame(*key[:3])
                 sites[key].rms_before = _operand_rms(call)
         return list(sites.values())
+
+    def calls_in_frame(self, module: str, method: str, op: str) -> int:
+        """How many calls of a function one run of a frame makes at most, of those that have ordinals."""
+        return 1 + max((call.ordinal for call in self.counted_calls.get((module, method, op), ())), default=0)
+
+    @cached_property
+    def counted_calls(self) -> dict[tuple[str, str, str], list[Call]]:
+        """The calls that have ordinals, by module, method and function."""
+        found: dict[tuple[str, str, str], list[Call]] = {}
+        for call in self.trace.calls:
+            if call.frame is not None and call.inputs and call.inputs[0].is_float:
+                found.setdefault((call.frame.module, call.frame.method, call.name), []).append(call)
+        return found
 
     def _counting_frames(self, free_sites: list[Site], known: set[tuple[str, str]]) -> list[list[Any]]:
         """Frames that must be told apart from those of parameter-free sites, as they call the same functions."""
@@ -215,6 +274,10 @@ def _operand_rms(call: Call) -> dict[str, float]:
     operands = MATMULS[call.name].operands(call.args, call.kwargs)
     found = {label: v.rms for label, v in operands.items() if isinstance(v, Value) and v.rms is not None and v.is_float}
     return {**found, "output": call.output.rms} if call.output.rms is not None else found
+
+
+def _reasons(sites: Iterable[Site]) -> str:
+    return "; ".join(dict.fromkeys(f"{site.name}: {site.format_reason}" for site in sites if site.format_reason))
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:

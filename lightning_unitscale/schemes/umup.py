@@ -345,15 +345,11 @@ class _Planner:
 
         A loop over the experts that got a token makes another number of calls on the next batch.
         """
-        frames: dict[tuple[str, str, str], list[Call]] = defaultdict(list)
-        for call in self.trace.calls:
-            if call.frame is not None and call.inputs and call.inputs[0].is_float:
-                frames[call.frame.module, call.frame.method, call.name].append(call)
-        for (module, method, op), calls in frames.items():
+        for (module, method, op), calls in self.draft.counted_calls.items():
             known = [key for key in self.free if key[:3] == (module, method, op)]
             entries = [entry for key in known for entry in self.free[key]]
             for site, _ in entries:
-                site.calls_in_frame = max(call.ordinal for call in calls) + 1
+                site.calls_in_frame = self.draft.calls_in_frame(module, method, op)
             alike = {(site.role, site.multiplier, site.operand, site.last_dim) for site, _ in entries}
             if len(entries) == len(calls) and len(alike) == 1:
                 for key in known:
