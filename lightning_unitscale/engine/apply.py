@@ -44,11 +44,13 @@ class Rules:
         casts: the uses whose operands are cast, by the same.
         followed: names of the functions through which parameters are followed.
         free: names of the functions with parameter-free sites.
+        met: uses and names of parameter-free sites whose factor was applied, while somebody asks; None otherwise.
     """
 
     def __init__(
         self, factors: dict[Use, float], casts: dict[Use, CastSite], followed: list[str], free: list[str]
     ) -> None:
+        self.met: Met | None = None
         self.factors, self.casts, self.followed, self.free = factors, casts, frozenset(followed), frozenset(free)
         self.ops = frozenset(op for _, op in (*factors, *casts))
         self._find_functions()
@@ -68,6 +70,13 @@ class Rules:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._find_functions()
+
+
+class Met(set[Any]):
+    """A set that copies of the rules share: a rehearsal runs on copies of all that modules hold."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Met:
+        return self
 
 
 class ScopedForward:
@@ -228,6 +237,8 @@ class Interceptor(TorchFunctionMode):
     def _run_with_factor(
         self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if self.rules.met is not None:
+            self.rules.met.add(site.name)
         a, in_place = site.factors[""], function in self.rules.in_place
         if a == 1.0:
             return self._run(name, function, args, kwargs)
@@ -257,7 +268,11 @@ class Interceptor(TorchFunctionMode):
         if not isinstance(operand, Tensor):
             return 1.0
         key = self._key(operand)
-        return 1.0 if key is None else self.rules.factors.get((key, name), 1.0)
+        if key is None or (key, name) not in self.rules.factors:
+            return 1.0
+        if self.rules.met is not None:
+            self.rules.met.add((key, name))
+        return self.rules.factors[key, name]
 
     def _key(self, tensor: Tensor) -> str | None:
         if not torch.compiler.is_compiling():
@@ -390,8 +405,8 @@ def install(module: nn.Module, plan: Plan) -> None:
     keys_in_use = {key for key, _ in uses}
     tracked = {name for key in keys_in_use for name in key.split("+")}
     modules = dict(module.named_modules())
-    enclosing = _enclosing_frames(plan, uses, modules) | _fused_frames(uses, free, modules)
-    for where, method, keys in [*_scoped_frames(plan, modules), *((*frame, []) for frame in enclosing)]:
+    enclosing = _fused_frames(uses, free, modules) | _enclosing_frames(plan, uses, modules)
+    for where, method, keys in [*_scoped_frames(plan, modules), *((*frame, keys) for frame, keys in enclosing.items())]:
         own = modules[where]
         touched = [key for key in keys if key in tracked]
         sites = [site for site in free if site.module == where and site.method == method]
@@ -414,13 +429,43 @@ def install(module: nn.Module, plan: Plan) -> None:
                         scope.most_calls[site.op] = site.calls_in_frame
 
 
-def casts_in_force(module: nn.Module) -> dict[Use, CastSite]:
-    """The cast sites of a prepared module."""
+def rules_in_force(module: nn.Module) -> Rules | None:
+    """The rules that the scopes of a prepared module share, if it has any."""
     for child in module.modules():
         for scope in child.__dict__.values():
             if isinstance(scope, ScopedForward):
-                return scope.rules.casts
-    return {}
+                return scope.rules
+    return None
+
+
+def casts_in_force(module: nn.Module) -> dict[Use, CastSite]:
+    """The cast sites of a prepared module."""
+    rules = rules_in_force(module)
+    return rules.casts if rules is not None else {}
+
+
+def factors_not_applied(module: nn.Module, plan: Plan, step: Callable[[], Any]) -> tuple[list[str], Any]:
+    """Take the recorded step again; the sites that were called in it then, but whose factor no call got now.
+
+    Returns:
+        their names, and what the step returned.
+    """
+    rules = rules_in_force(module)
+    if rules is None:
+        return [], step()
+    met = rules.met = Met()
+    try:
+        result = step()
+    finally:
+        rules.met = None
+    missed = []
+    for site in (site for site in plan.explicit_sites if site.calls):
+        if site.ordinal is None:
+            uses = [(key, site.op) for key, factor in site.factors.items() if factor != 1.0]
+            missed += [f"{site.name} ({key})" for key, op in uses if (key, op) not in met]
+        elif site.op != "output" and site.name not in met:
+            missed.append(site.name)
+    return missed, result
 
 
 def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> list[tuple[str, str, list[str]]]:
@@ -435,9 +480,14 @@ def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> list[tuple[str,
     return [(where, method, keys) for (where, method), keys in frames.items()]
 
 
-def _enclosing_frames(plan: Plan, uses: list[Use], modules: dict[str, nn.Module]) -> set[tuple[str, str]]:
-    """Frames in which a weight computed from parameters is both made and used: a property makes it on access."""
-    found = set()
+def _enclosing_frames(
+    plan: Plan, uses: list[Use], modules: dict[str, nn.Module]
+) -> dict[tuple[str, str], list[str]]:
+    """Frames in which a weight computed from parameters is both made and used, with the names of those parameters.
+
+    A property makes it on access, a hook of the module that uses it just before that module's own frame opens.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
     for key, _ in uses:
         if key not in plan.parameters or plan.parameters[key].fixed:
             path = key.split("+")[0].split(".")[:-1]
@@ -446,15 +496,18 @@ def _enclosing_frames(plan: Plan, uses: list[Use], modules: dict[str, nn.Module]
                 for method in STEPS if not where else ("forward",):
                     has_method = getattr(type(modules[where]), method, nn.Module.forward) is not nn.Module.forward
                     if has_method:
-                        found.add((where, method))
+                        names = found.setdefault((where, method), [])
+                        names.extend(name for name in key.split("+") if name not in names)
     return found
 
 
-def _fused_frames(uses: list[Use], free: list[Site], modules: dict[str, nn.Module]) -> set[tuple[str, str]]:
+def _fused_frames(
+    uses: list[Use], free: list[Site], modules: dict[str, nn.Module]
+) -> dict[tuple[str, str], list[str]]:
     """Layers of torch that in evaluation run as one kernel, past everything inside, unless a function mode is on."""
     inside = {*(name for key, _ in uses for name in key.split("+")), *(f"{site.module}." for site in free)}
     return {
-        (where, "forward")
+        (where, "forward"): []
         for where, module in modules.items()
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
         and any(name.startswith(f"{where}." if where else "") for name in inside)

@@ -1,7 +1,8 @@
 """The gate: before the first optimizer step, check that the plan does what it says.
 
-For `preserve` the rehearsed loss must equal the untouched model's bit for bit. For the other schemes the operands of
-every matmul with a parameter are measured under the plan, as they are in unit storage:
+For `preserve` the rehearsed loss must equal the untouched model's bit for bit. For the other schemes every explicit
+factor must have been applied somewhere in the step, and the operands of every matmul with a parameter are measured under
+the plan, as they are in unit storage:
 
     x: RMS · (constants of activations folded into the weight)        weight: RMS / stored
 
@@ -16,6 +17,7 @@ from math import log2
 
 from torch import nn
 
+from lightning_unitscale.engine.apply import factors_not_applied
 from lightning_unitscale.engine.plan import Plan, Site
 from lightning_unitscale.engine.structure import Structure
 from lightning_unitscale.engine.trace import Trace, Value
@@ -34,9 +36,15 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
         rehearse: takes the same step again on the prepared model.
 
     Raises:
-        UnitScalingError: `preserve` changed the loss.
+        UnitScalingError: `preserve` changed the loss, or a factor of the plan was not applied.
     """
-    after = rehearse()
+    missed, after = factors_not_applied(module, plan, rehearse)
+    if missed:
+        raise UnitScalingError(
+            f"{type(module).__name__}: {len(missed)} factors of the plan were not applied in a second run of the same "
+            f"step: {', '.join(missed[:3])}{' …' if len(missed) > 3 else ''}. Their weights are made or used where "
+            "they cannot be followed; list them in skip and start from a newly built model."
+        )
     if plan.scheme == "preserve":
         if after.loss_numbers != before.loss_numbers:
             raise UnitScalingError(
