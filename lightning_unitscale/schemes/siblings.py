@@ -18,7 +18,7 @@ def include_siblings(plan: Plan) -> None:
     for name, parameter in plan.parameters.items():
         model = next((other for other in used if _are_siblings(parameter, other)), None)
         if parameter.role == "unused" and model is not None:
-            plan.parameters[name] = _like(parameter, model)
+            plan.parameters[name] = like(parameter, model)
             _copy_sites(plan, _Renaming(model.name, name))
             count += 1
     if count:
@@ -33,7 +33,8 @@ def _are_siblings(one: ParameterPlan, other: ParameterPlan) -> bool:
     return len(left) == len(right) and len(differing) == 1 and all(part.isdigit() for part in differing[0])
 
 
-def _like(parameter: ParameterPlan, model: ParameterPlan) -> ParameterPlan:
+def like(parameter: ParameterPlan, model: ParameterPlan) -> ParameterPlan:
+    """What the plan says of `model`, said of another parameter like it."""
     copy = deepcopy(model)
     copy.name, copy.aliases, copy.initial_rms = parameter.name, parameter.aliases, parameter.initial_rms
     if copy.initial_factor not in (0.0, 1.0) and parameter.initial_rms:

@@ -55,6 +55,7 @@ from lightning_unitscale.engine.roles import WEIGHT_ROLES, Use
 from lightning_unitscale.engine.structure import Sum
 from lightning_unitscale.engine.trace import Call, Trace, Value
 from lightning_unitscale.options import Options
+from lightning_unitscale.schemes.copies import include_copies
 from lightning_unitscale.schemes.draft import Draft, geometric_mean, parameter_free_site
 from lightning_unitscale.schemes.siblings import include_siblings
 
@@ -103,6 +104,7 @@ class _Planner:
         self._multiplier_overrides(plan)
         plan.notes += self.notes
         include_siblings(plan)
+        include_copies(plan, self.module)
         resolve(plan, self.options.storage)
         self._readout_steps(plan)
         return plan
