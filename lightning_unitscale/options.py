@@ -29,6 +29,10 @@ class UnitScalingError(Exception):
     """
 
 
+class NoLossError(UnitScalingError):
+    """The rehearsed step returned no loss and called no backward."""
+
+
 def _choose(name: str, value: object, allowed: Sequence[str]) -> None:
     if value in allowed:
         return

@@ -40,7 +40,7 @@ from lightning_unitscale.engine.prepare import Step, prepare, put_in_force
 from lightning_unitscale.engine.verify_casts import verify_casts
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
 from lightning_unitscale.optim import FAMILIES, ScaledStep, optimizer_family, scale_learning_rates
-from lightning_unitscale.options import Options, UnitScalingError
+from lightning_unitscale.options import NoLossError, Options, UnitScalingError
 
 LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay is below 1e-3
 SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)
@@ -122,13 +122,23 @@ class TrainerScaling:
             if self.options.scheme != "preserve":
                 for optimizer in strategy.optimizers:
                     self._family(optimizer)  # before anything is changed
-            plan = prepare(
-                module,
-                lambda run: run.training_step(batch, batch_idx),
-                self.options,
-                module.trainer,
-                agree=lambda plan: strategy.broadcast(plan, src=0),
-            )
+            try:
+                plan = prepare(
+                    module,
+                    lambda run: run.training_step(batch, batch_idx),
+                    self.options,
+                    module.trainer,
+                    agree=lambda plan: strategy.broadcast(plan, src=0),
+                )
+            except NoLossError:
+                if module.trainer.world_size > 1:  # another process may have a loss, and waits for this one
+                    raise
+                warnings.warn(
+                    f"unit scaling: the step on batch {batch_idx} gives no loss, so the model is prepared on a later "
+                    "batch. Until then it is the untouched one.",
+                    stacklevel=2,
+                )
+                return
             for average in _averages(module.trainer):
                 rescale_parameters(average, plan)
                 put_in_force(average, Plan.from_dict(plan.to_dict()))

@@ -22,7 +22,7 @@ from lightning_unitscale.engine.rehearse import Rehearsal, rehearsal
 from lightning_unitscale.engine.trace import Trace
 from lightning_unitscale.engine.verify import verify
 from lightning_unitscale.engine.verify_casts import verify_casts
-from lightning_unitscale.options import Options, UnitScalingError
+from lightning_unitscale.options import NoLossError, Options, UnitScalingError
 from lightning_unitscale.schemes import SCHEMES
 
 Step = Callable[[Rehearsal], Any]  # runs one step's forward pass and returns its loss, or a dict with it
@@ -95,13 +95,14 @@ def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None) -> 
     """Run the step without leaving a trace in the model, and return what it did.
 
     Raises:
+        NoLossError: there is none.
         UnitScalingError: the loss is not finite.
     """
     with rehearsal(module, trainer) as rehearsed, recording(module) as recorder, torch.enable_grad():
         output = step(rehearsed)
         trace = recorder.finish(output, rehearsed.losses)
     if not trace.loss_numbers:
-        raise UnitScalingError(
+        raise NoLossError(
             f"the rehearsed step of {type(module).__name__} gave no loss: return a tensor or a dict with 'loss', "
             "or call backward()."
         )
