@@ -94,20 +94,23 @@ ACCUMULATES = frozenset({
     "copy",
 })  # fmt: skip
 
-# What they return depends on the shape of their input alone, so it is a constant.
-FILLED = frozenset({
-    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
-})  # fmt: skip
 # What they return is data, though no tensor went in.
 RANDOM = frozenset({
     "rand", "randn", "randint", "randperm", "normal", "bernoulli", "poisson", "multinomial", "rand_like", "randn_like",
     "randint_like", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "log_normal_",
 })  # fmt: skip
 
-NORMS = frozenset({
-    "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "local_response_norm", "normalize",
-    "native_layer_norm", "native_batch_norm", "native_group_norm", "_fused_rms_norm",
+# Of their inputs they use shape, dtype and device alone.
+SHAPE_ONLY = frozenset({
+    "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided", "empty_like", "zeros_like", "ones_like",
+    "full_like", "rand_like", "randn_like", "randint_like",
 })  # fmt: skip
+
+LAYER_NORMS = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"})  # weights never pass these
+NORMS = LAYER_NORMS | {
+    "group_norm", "batch_norm", "instance_norm", "local_response_norm", "normalize", "native_batch_norm",
+    "native_group_norm",
+}  # fmt: skip
 NORMALIZERS = frozenset({"rsqrt", "sqrt", "norm", "vector_norm", "linalg_vector_norm", "linalg_norm", "std", "var"})
 SOFTMAX = frozenset({"softmax"})
 

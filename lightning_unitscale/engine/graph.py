@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from lightning_unitscale.engine.functions import ACCUMULATES, HOMOGENEOUS, JOINS, NORMALIZERS, NORMS, PASSTHROUGH
 from lightning_unitscale.engine.trace import Call, Trace, Value
@@ -109,7 +110,7 @@ class Graph:
         return list(self._sites.values())
 
     def weights_of(self, call: Call) -> dict[Value, str]:
-        """The parameter operands of a matmul-like call that multiply, with their labels."""
+        """The parameter operands of a matmul-like call that multiply, with their labels; a layer's input is none."""
         if call.name not in MATMULS or not call.outputs or call.outputs[0].parameters:
             return {}
         op = MATMULS[call.name]
@@ -117,7 +118,10 @@ class Graph:
         return {
             value: label
             for label, value in operands.items()
-            if isinstance(value, Value) and value.parameters and not op.is_bias(label, value.shape)
+            if isinstance(value, Value)
+            and value.parameters
+            and not op.is_bias(label, value.shape)
+            and not (label == "x" and "weight" in operands)
         }
 
     # --- norms -------------------------------------------------------------------------------------------------
@@ -177,7 +181,7 @@ class Graph:
                         pending.extend(call.outputs)
                     elif (
                         call.name in ("mul", "add")
-                        and any(value.parameters for value in call.inputs)
+                        and any(value.parameters and prod(value.shape) > 1 for value in call.inputs)
                         and call not in found
                         and call not in self.norms
                     ):

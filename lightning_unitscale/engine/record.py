@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.functions import FILLED, PASSTHROUGH, RANDOM, is_in_place, short_name
+from lightning_unitscale.engine.functions import LAYER_NORMS, PASSTHROUGH, RANDOM, SHAPE_ONLY, is_in_place, short_name
 from lightning_unitscale.engine.trace import Call, Frame, ModuleSpan, ParameterFacts, Trace, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import open_multi_head_attention
@@ -109,6 +109,10 @@ class Recorder(TorchFunctionMode):
         self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
     ) -> None:
         frame, ordinal = self._where(name, has_ordinal(args))
+        if any(isinstance(output, nn.Parameter) and output in self._values for output in outputs):
+            return  # a parameter that the step writes to (an average of others, say) stays itself
+        if name in SHAPE_ONLY:
+            args, kwargs = (), {}
         inputs: list[Value] = []
         call = Call(
             index=len(self.trace.calls),
@@ -123,7 +127,7 @@ class Recorder(TorchFunctionMode):
         self.trace.calls.append(call)
         for value in dict.fromkeys(inputs):
             value.consumers.append(call)
-        constant = name in FILLED or (name not in RANDOM and all(value.constant for value in inputs))
+        constant = name not in RANDOM and all(value.constant for value in inputs)
         parameters: tuple[str, ...] = ()
         made_of = inputs[:1] if _selects(call) else inputs
         if not constant and not _makes_activation(call) and all(v.constant or v.parameters for v in made_of):
@@ -252,12 +256,15 @@ def _wide(tensor: Tensor) -> torch.dtype:
 def _makes_activation(call: Call) -> bool:
     """Whether a call on constants and parameters gives an activation rather than another weight.
 
-    A lookup does, and so does a product with a constant batch; a product inside a parametrization does not.
+    A lookup does, and a layer on learned queries, and a product with a constant batch; a product inside a
+    parametrization does not.
     """
-    if call.name.startswith("embedding"):
+    if call.name.startswith("embedding") or call.name in LAYER_NORMS:
         return True
     if call.name not in MATMULS or (call.frame is not None and "parametrizations" in call.frame.module.split(".")):
         return False
+    if "weight" in MATMULS[call.name].operands(call.args, call.kwargs):
+        return True
     return any(value.constant and value.is_float and len(value.shape) > 1 for value in call.inputs)
 
 

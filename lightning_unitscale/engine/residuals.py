@@ -86,7 +86,7 @@ def find_residuals(graph: Graph, logits: Logits, additions: list[Addition]) -> l
             continue
         best: tuple[Value, list[Branch]] | None = None
         for skip in same:
-            origin = origin_of(skip)
+            origin = origin_of(_unscaled(graph, skip))
             branches = [
                 branch
                 for term in same
@@ -107,6 +107,18 @@ def origin_of(value: Value) -> Value:
             break
         value = above
     return value
+
+
+def _unscaled(graph: Graph, skip: Value) -> Value:
+    """A skip without the number or learned scale that multiplies it (DeepNorm's α·x, a gate per channel)."""
+    origin = origin_of(skip)
+    call = origin.producer
+    if call is None or call.name not in ("mul", "div") or call in graph.norms or call in graph.gains:
+        return skip
+    above = graph.product_inputs(call)
+    if above is None or len(above) != 1 or above[0].value.shape != skip.shape or above[0].value.parameters:
+        return skip
+    return above[0].value
 
 
 def _branch(graph: Graph, logits: Logits, value: Value, skip: Value) -> Branch | None:

@@ -86,7 +86,11 @@ def _role(structure: Structure, call: Call, value: Value) -> tuple[str, int]:
     if value in weights:
         return _matmul_role(structure, call, weights[value])
     if call.name in MATMULS:
-        return "bias", 1
+        op = MATMULS[call.name]
+        is_input = op.operands(call.args, call.kwargs).get("x") is value
+        return ("token" if is_input else "bias"), 1
+    if call in structure.norms and structure.norms[call].x is value:
+        return "token", 1
     if call in structure.norms:
         position = [v for v in call.inputs if v.parameters].index(value)
         return ("norm" if position == 0 else "bias"), 1

@@ -32,7 +32,12 @@ class DotProductAttention(Matmul):
         kwargs: dict[str, Any],
         factors: Mapping[str, float],
     ) -> Tensor:
-        raise TypeError("attention has no weight of its own; its logits are scaled by `scaled_logits`")
+        """A learned query, key or value is multiplied itself; `scaled_logits` takes the factor of the logits."""
+        operands = self.operands(args, kwargs)
+        scaled = {name: operand * factors.get(name, 1.0) for name, operand in operands.items()}
+        rest = {name: value for name, value in kwargs.items() if name not in scaled}
+        rest |= dict(zip(("attn_mask", "dropout_p", "is_causal"), args[3:], strict=False))
+        return function(**scaled, **rest)
 
     @staticmethod
     def scaled_logits(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], a: float) -> Any:
