@@ -79,7 +79,7 @@ class UnitScaling(Callback):
                 activations=activations,
                 gradients=gradients,
                 lr_units=lr_units,
-                skip=tuple(skip),
+                skip=skip,
                 overrides=overrides or {},
                 recalibrate=recalibrate,
                 verify=verify,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -67,11 +68,19 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, strict: bool = True)
         The plan in force, or None for a checkpoint without unit scaling.
 
     Raises:
-        UnitScalingError: there is no such file, or its plan is of another model.
+        UnitScalingError: there is no such file, it is no checkpoint, or its plan is of another model.
     """
     if not Path(path).is_file():
         raise UnitScalingError(f"there is no checkpoint at {path}.")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        raise UnitScalingError(
+            f"{path} can't be read as a checkpoint of plain containers and tensors (torch.load with weights_only=True "
+            f"says: {str(error).splitlines()[0]})."
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise UnitScalingError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or a state dict.")
     plan = plan_in(checkpoint)
     prepare_for_loading(module, plan)
     module.load_state_dict(checkpoint.get("state_dict", checkpoint), strict=strict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from math import isfinite
@@ -51,6 +51,23 @@ def _check_override(glob: str, value: Mapping[str, Any]) -> None:
         raise UnitScalingError(f"overrides[{glob!r}]: skip={value['skip']!r} must be True or False.")
 
 
+def _globs(skip: Any) -> tuple[str, ...]:
+    given = () if skip is None else skip
+    globs = tuple(given) if isinstance(given, Collection) and not isinstance(given, str) else (given,)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise UnitScalingError(f"skip={skip!r} must be globs of module or parameter names, such as ['head', '*.bias'].")
+    return globs
+
+
+def _overrides(overrides: Any) -> dict[str, dict[str, Any]]:
+    given = {} if overrides is None else overrides
+    if not isinstance(given, Mapping) or not all(isinstance(value, Mapping) for value in given.values()):
+        raise UnitScalingError(
+            f"overrides={overrides!r} must map globs to settings, such as {{'head*': {{'role': 'hidden'}}}}."
+        )
+    return {str(glob): dict(value) for glob, value in given.items()}
+
+
 def _steps(recalibrate: Sequence[int]) -> tuple[int, ...]:
     steps = tuple(recalibrate) if isinstance(recalibrate, Sequence) else (None,)
     if not all(type(step) is int and step > 0 for step in steps) or list(steps) != sorted(set(steps)):
@@ -89,9 +106,9 @@ class Options:
         for name in ("weights", "activations", "gradients", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise UnitScalingError(f"{name}={getattr(self, name)!r} must be True or False.")
-        object.__setattr__(self, "skip", tuple([self.skip] if isinstance(self.skip, str) else self.skip))
+        object.__setattr__(self, "skip", _globs(self.skip))
         object.__setattr__(self, "recalibrate", _steps(self.recalibrate))
-        overrides = {str(glob): dict(value) for glob, value in (self.overrides or {}).items()}
+        overrides = _overrides(self.overrides)
         for glob, value in overrides.items():
             for key in value:
                 _choose(f"overrides[{glob!r}] key", key, OVERRIDE_KEYS)

@@ -53,7 +53,7 @@ def unit_scale(
         activations=activations,
         gradients=gradients,
         lr_units=lr_units,
-        skip=tuple(skip),
+        skip=skip,
         overrides=overrides or {},
         recalibrate=recalibrate,
         verify=verify,

@@ -31,12 +31,21 @@ DOORS = {
         ({"format": "fp9"}, r"format='fp9' is not known; choose one of 'fp8', 'fp16', 'bf16'. Did you mean 'fp8'\?"),
         ({"verify": "yes"}, "verify='yes' must be True or False"),
         ({"weights": 1}, "weights=1 must be True or False"),
+        ({"skip": 3}, r"skip=3 must be globs of module or parameter names"),
+        ({"skip": ["head", 3]}, r"skip=\['head', 3\] must be globs"),
+        ({"overrides": ["head*"]}, r"overrides=\['head\*'\] must map globs to settings"),
+        ({"overrides": {"head*": 2.0}}, r"overrides=.* must map globs to settings"),
         ({"overrides": {"head*": {"rol": "hidden"}}}, r"overrides\['head\*'\] key='rol' is not known.*mean 'role'\?"),
     ],
 )
 def test_options(door: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UnitScalingError, match=message):
         DOORS[door](**options)
+
+
+def test_one_glob_may_stand_alone() -> None:
+    plan = DOORS["function"](skip="head*")
+    assert any(name.startswith("head") and reason == "skipped by the options" for name, reason in plan.skipped)
 
 
 def test_unknown_option_names() -> None:
@@ -142,6 +151,12 @@ def test_a_plan_of_another_model(tmp_path: Path, storage: str) -> None:
 def test_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(UnitScalingError, match=r"there is no checkpoint at .*missing\.ckpt"):
         load_checkpoint(build(), tmp_path / "missing.ckpt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    with pytest.raises(UnitScalingError, match=r"text\.ckpt can't be read as a checkpoint"):
+        load_checkpoint(build(), tmp_path / "text.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(UnitScalingError, match=r"list\.ckpt holds a list"):
+        load_checkpoint(build(), tmp_path / "list.ckpt")
     path = scaled_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(path, weights_only=True)
     for change, message in (

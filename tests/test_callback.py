@@ -560,3 +560,19 @@ def test_a_foreign_patch_of_the_strategy_survives(tmp_path: Path) -> None:
     assert seen == [0, 1, 2]
     loop.strategy.on_train_batch_start(None, 7)
     assert seen == [0, 1, 2, 7]
+
+
+class SkipsBatches(Language):
+    """Lightning leaves a batch out whose step returns None."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        return super().training_step(batch, batch_idx) if batch_idx else None
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_first_batch_without_loss_is_left_out(tmp_path: Path, storage: str) -> None:
+    callback = UnitScaling(storage=storage)
+    with pytest.warns(UserWarning, match="the step on batch 0 gives no loss"):
+        module = fit(tmp_path, callback, module=SkipsBatches())
+    assert callback.plan is not None
+    assert plan_of(module) is callback.plan

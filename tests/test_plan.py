@@ -79,9 +79,12 @@ def test_a_read_plan_shares_nothing_with_what_was_read() -> None:
     assert data == before
 
 
-@pytest.mark.parametrize("data", [{}, [], None, {"version": 1}, {"parameters": {}}])
+@pytest.mark.parametrize(
+    "data",
+    [{}, [], None, {"version": 1}, {"parameters": {}}, {"version": 1, "parameters": {}}, {"version": 1, "parameters": 1}],
+)
 def test_what_is_no_plan_is_refused(data: Any) -> None:
-    with pytest.raises(UnitScalingError, match="not a unit-scaling plan"):
+    with pytest.raises(UnitScalingError, match="not a (whole )?unit-scaling plan"):
         Plan.from_dict(data)
 
 
@@ -225,6 +228,12 @@ def test_inputs_made_inside_the_step(make: Any) -> None:
 def test_step_without_loss() -> None:
     with pytest.raises(UnitScalingError, match="gave no loss"):
         unit_scale(mlp(), lambda module: None)
+
+
+def test_step_that_returns_no_single_number() -> None:
+    with pytest.raises(UnitScalingError, match=r"returned a tensor of shape \(\d+, \d+\) where its loss"):
+        unit_scale(model := mlp(), lambda module: module(torch.ones(3, 8)))
+    assert plan_of(model) is None
 
 
 def test_nothing_to_scale() -> None:

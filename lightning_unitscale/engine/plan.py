@@ -272,9 +272,12 @@ class Plan:
             )
         data = deepcopy(dict(data))
         known = {f.name for f in fields(cls)} - {"parameters", "sites"}
-        plan = cls(**{name: value for name, value in data.items() if name in known})
-        plan.parameters = {name: ParameterPlan(**value) for name, value in data["parameters"].items()}
-        plan.sites = [Site(**value) for value in data["sites"]]
+        try:
+            plan = cls(**{name: value for name, value in data.items() if name in known})
+            plan.parameters = {name: ParameterPlan(**value) for name, value in data["parameters"].items()}
+            plan.sites = [Site(**value) for value in data["sites"]]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UnitScalingError(f"this is not a whole unit-scaling plan ({error}); pass what Plan.to_dict() returned.") from None
         return plan
 
     # --- the model it is for ----------------------------------------------------------------------------------

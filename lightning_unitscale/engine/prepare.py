@@ -17,7 +17,7 @@ from lightning_unitscale.engine.fold import folded_copy
 from lightning_unitscale.engine.gradients import rehearsed_gradients
 from lightning_unitscale.engine.marker import add_marker, remove_marker
 from lightning_unitscale.engine.plan import ATTRIBUTE, Plan, plan_of
-from lightning_unitscale.engine.record import recording
+from lightning_unitscale.engine.record import loss_tensors, recording
 from lightning_unitscale.engine.rehearse import Rehearsal, rehearsal
 from lightning_unitscale.engine.trace import Trace
 from lightning_unitscale.engine.verify import verify
@@ -96,15 +96,22 @@ def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None) -> 
 
     Raises:
         NoLossError: there is none.
-        UnitScalingError: the loss is not finite.
+        UnitScalingError: the loss is not one number, or not finite.
     """
     with rehearsal(module, trainer) as rehearsed, recording(module) as recorder, torch.enable_grad():
         output = step(rehearsed)
         trace = recorder.finish(output, rehearsed.losses)
+        backwards = bool(rehearsed.losses)
     if not trace.loss_numbers:
         raise NoLossError(
             f"the rehearsed step of {type(module).__name__} gave no loss: return a tensor or a dict with 'loss', "
             "or call backward()."
+        )
+    shapes = [tuple(loss.shape) for loss in loss_tensors(output, []) if loss.numel() != 1]
+    if shapes and not backwards:
+        raise UnitScalingError(
+            f"the rehearsed step of {type(module).__name__} returned a tensor of shape {shapes[0]} where its loss, one "
+            "number, is wanted."
         )
     if not all(isfinite(number) for number in trace.loss_numbers):
         raise UnitScalingError(
