@@ -251,6 +251,22 @@ def test_onnx_at_another_batch_and_length(tmp_path: Path) -> None:
     assert difference(torch.from_numpy(found), logits_of(model, inputs).detach()) <= 1e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+@pytest.mark.parametrize("name", ["llama-sdpa", "bert-sdpa", "vit-sdpa", "t5-sdpa", "whisper-sdpa"])
+def test_programs_of_every_kind_of_model(name: str, format: str, tmp_path: Path) -> None:
+    """`export` runs what it wrote at another batch and length than it was traced with."""
+    assert export(trained(name, "unit"), tmp_path / f"model.{format}", format) <= 1e-5
+
+
+def test_what_a_format_cannot_hold_is_named(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, **zoo.TOKENS))
+    with pytest.raises(InputError, match=r"format=onnx cannot hold MixtralForCausalLM.*grouped_mm.*hf and safetensors"):
+        export(model, tmp_path / "model.onnx", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bfloat16_is_half_the_size(tmp_path: Path) -> None:
     model = trained("gpt2-sdpa", "folded")
     exact = export(model, tmp_path / "float32")

@@ -168,8 +168,11 @@ def _readable_errors(model: PreTrainedModel, format: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # whatever the tracer or converter runs into
-            cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            first = error
+            while isinstance(first.__cause__, Exception):
+                first = first.__cause__
+            cause = (str(first).strip().splitlines() or [""])[0]
             raise InputError(
-                f"format={format} cannot hold {type(model).__name__}: {type(error).__name__}: {cause}. "
+                f"format={format} cannot hold {type(model).__name__}: {type(first).__name__}: {cause.rstrip('.')}. "
                 "The formats hf and safetensors hold every model."
             ) from error
