@@ -143,7 +143,7 @@ def main(cfg: DictConfig) -> float:
             module, loss = train(cfg, config, name, model, teacher, data, run_folder)
             note(rows, name, module.model, loss, run_folder)
     report(rows, run_folder, time.perf_counter() - begin)
-    return rows["student with teacher"]["test loss"]
+    return float(rows["student with teacher"]["test loss"])
 
 
 def check(cfg: DictConfig) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.functions import FILLED, RANDOM, short_name
+from lightning_unitscale.engine.functions import RANDOM, SHAPE_ONLY, short_name
 from lightning_unitscale.engine.plan import Use
 from lightning_unitscale.engine.record import tensors_in
 from lightning_unitscale.engine.statistics import Accumulator
@@ -154,7 +154,7 @@ class OperandObserver(TorchFunctionMode):
 
     def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """What is made of parameters and constants alone goes by the parameters' names, as the recorder has it."""
-        inputs = [] if name in FILLED else list(tensors_in((*args, *kwargs.values())))
+        inputs = [] if name in SHAPE_ONLY else list(tensors_in((*args, *kwargs.values())))
         if name == "getitem" and all(not index.is_floating_point() and index.dim() == 0 for index in inputs[1:]):
             inputs = inputs[:1]  # the slice that the data chose, as the recorder has it
         constants = [tensor for tensor in inputs if tensor in self._constants]
