@@ -81,10 +81,18 @@ def test_a_read_plan_shares_nothing_with_what_was_read() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [{}, [], None, {"version": 1}, {"parameters": {}}, {"version": 1, "parameters": {}}, {"version": 1, "parameters": 1}],
+    [
+        {},
+        [],
+        None,
+        {"version": 1},
+        {"parameters": {}},
+        {"version": 1, "parameters": {}},
+        {"version": 1, "parameters": 1},
+    ],
 )
 def test_what_is_no_plan_is_refused(data: Any) -> None:
-    with pytest.raises(UnitScalingError, match="not a (whole )?unit-scaling plan"):
+    with pytest.raises(UnitScalingError, match=r"not a (whole )?unit-scaling plan"):
         Plan.from_dict(data)
 
 

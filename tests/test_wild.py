@@ -179,7 +179,7 @@ class Queries(nn.Module):
         x = self.embed(x.unsqueeze(-1))
         queries = self.queries.expand(len(x), -1, -1)
         if self.kind == "given":
-            heads = (x if x is queries else F.scaled_dot_product_attention(queries * 2, x, x))
+            heads = F.scaled_dot_product_attention(queries * 2, x, x)
         else:
             queries = self.norm(queries) if self.kind == "normed" else queries
             heads = queries + self.attention(queries, x, x, need_weights=False)[0]

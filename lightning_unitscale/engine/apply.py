@@ -480,9 +480,7 @@ def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> list[tuple[str,
     return [(where, method, keys) for (where, method), keys in frames.items()]
 
 
-def _enclosing_frames(
-    plan: Plan, uses: list[Use], modules: dict[str, nn.Module]
-) -> dict[tuple[str, str], list[str]]:
+def _enclosing_frames(plan: Plan, uses: list[Use], modules: dict[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
     """Frames in which a weight computed from parameters is both made and used, with the names of those parameters.
 
     A property makes it on access, a hook of the module that uses it just before that module's own frame opens.
@@ -501,9 +499,7 @@ def _enclosing_frames(
     return found
 
 
-def _fused_frames(
-    uses: list[Use], free: list[Site], modules: dict[str, nn.Module]
-) -> dict[tuple[str, str], list[str]]:
+def _fused_frames(uses: list[Use], free: list[Site], modules: dict[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
     """Layers of torch that in evaluation run as one kernel, past everything inside, unless a function mode is on."""
     inside = {*(name for key, _ in uses for name in key.split("+")), *(f"{site.module}." for site in free)}
     return {

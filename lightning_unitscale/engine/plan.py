@@ -277,7 +277,9 @@ class Plan:
             plan.parameters = {name: ParameterPlan(**value) for name, value in data["parameters"].items()}
             plan.sites = [Site(**value) for value in data["sites"]]
         except (AttributeError, KeyError, TypeError) as error:
-            raise UnitScalingError(f"this is not a whole unit-scaling plan ({error}); pass what Plan.to_dict() returned.") from None
+            raise UnitScalingError(
+                f"this is not a whole unit-scaling plan ({error}); pass what Plan.to_dict() returned."
+            ) from None
         return plan
 
     # --- the model it is for ----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The gate: before the first optimizer step, check that the plan does what it says.
 
 For `preserve` the rehearsed loss must equal the untouched model's bit for bit. For the other schemes every explicit
-factor must have been applied somewhere in the step, and the operands of every matmul with a parameter are measured under
-the plan, as they are in unit storage:
+factor must have been applied somewhere in the step, and the operands of every matmul with a parameter are measured
+under the plan, as they are in unit storage:
 
     x: RMS · (constants of activations folded into the weight)        weight: RMS / stored
 

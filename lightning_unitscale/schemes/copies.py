@@ -27,7 +27,9 @@ def include_copies(plan: Plan, module: nn.Module) -> None:
                 if _is_left_alone(plan, original, other):
                     continue
                 if _is_tied_to_its_surroundings(plan, original):
-                    plan.notes.append(f"{name} is a copy of {original}, but keeps its own scale: factors cross its edge")
+                    plan.notes.append(
+                        f"{name} is a copy of {original}, but keeps its own scale: factors cross its edge"
+                    )
                 else:
                     _replace(plan, original, name)
                     plan.notes.append(f"{name} is a copy of {original} and takes its rules")
