@@ -124,7 +124,7 @@ class UnitScaling(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Undo what `setup` did; the model keeps its plan."""
-        self._scaling.release()
+        self._scaling.after_run()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Undo what `setup` did: Lightning does not call `teardown` after an exception."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -56,6 +55,22 @@ def prepare_for_loading(module: nn.Module, plan: Plan | None) -> None:
         put_in_force(module, Plan.from_dict(plan.to_dict()))
 
 
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU, read with `weights_only=True`.
+
+    Raises:
+        UnitScalingError: the file is no checkpoint of plain containers and tensors.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler makes of a file that is none
+        first_line = (str(error).splitlines() or [""])[0]
+        raise UnitScalingError(f"{path}: not a readable checkpoint ({type(error).__name__}: {first_line})") from error
+    if not isinstance(checkpoint, dict):
+        raise UnitScalingError(f"{path}: not a checkpoint or state dict, but a {type(checkpoint).__name__}")
+    return checkpoint
+
+
 def load_checkpoint(module: nn.Module, path: str | Path, *, strict: bool = True) -> Plan | None:
     """Load a checkpoint into a freshly built model outside a Trainer, its scaling put in place.
 
@@ -72,15 +87,7 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, strict: bool = True)
     """
     if not Path(path).is_file():
         raise UnitScalingError(f"there is no checkpoint at {path}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, EOFError, RuntimeError) as error:
-        raise UnitScalingError(
-            f"{path} can't be read as a checkpoint of plain containers and tensors (torch.load with weights_only=True "
-            f"says: {str(error).splitlines()[0]})."
-        ) from error
-    if not isinstance(checkpoint, Mapping):
-        raise UnitScalingError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint or a state dict.")
+    checkpoint = read_checkpoint(path)
     plan = plan_in(checkpoint)
     prepare_for_loading(module, plan)
     module.load_state_dict(checkpoint.get("state_dict", checkpoint), strict=strict)

@@ -13,7 +13,6 @@ Tokenizers are those of transformers. Byte models have one too, `byte_tokenizer(
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -29,13 +28,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lightning_unitscale.checkpoint import plan_in, prepare_for_loading
+from lightning_unitscale.checkpoint import plan_in, prepare_for_loading, read_checkpoint
 from lightning_unitscale.data import BOS, VOCABULARY
 from lightning_unitscale.engine.marker import PLAN_KEY, encode
 from lightning_unitscale.engine.nesting import plan_inside
 from lightning_unitscale.engine.plan import Plan, plan_of
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.narrow import FP8_FILE, load_narrow
+from lightning_unitscale.options import UnitScalingError
 
 BYTES = "bytes"  # the name of `byte_tokenizer()` where a path could stand
 MODEL = "model"  # the attribute of the recipes' LightningModules that holds the transformers model
@@ -367,10 +367,10 @@ def _load(file: Path, checkpoint: Mapping[str, Any], model: nn.Module) -> None:
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The checkpoint and the hyperparameters of its module."""
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"model.path={file}: not a readable checkpoint ({_first_line(error)})") from error
-    settings: dict[str, Any] = (checkpoint.get("hyper_parameters") if isinstance(checkpoint, dict) else None) or {}
+        checkpoint = read_checkpoint(file)
+    except UnitScalingError as error:
+        raise InputError(f"model.path={error}") from error
+    settings: dict[str, Any] = checkpoint.get("hyper_parameters") or {}
     if "model_type" not in (settings.get(MODEL) or {}) or "state_dict" not in checkpoint:
         raise InputError(
             f"model.path={file}: not a checkpoint of a transformers model made by unitscale (its hyper_parameters "

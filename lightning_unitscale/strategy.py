@@ -71,6 +71,7 @@ class TrainerScaling:
         self._loss_scale: LossScale | None = None
         self._wrapped: Strategy | None = None
         self._uncompiled: pl.LightningModule | None = None
+        self._without_loss: NoLossError | None = None
 
     @property
     def settings(self) -> tuple[Options, str | None]:
@@ -91,6 +92,8 @@ class TrainerScaling:
         if self._wrapped is not None:
             for name in (*_BEFORE, *_AROUND):
                 wrapper = self._wrapped.__dict__.pop(name, None)
+                while wrapper is not None and not isinstance(wrapper, _Wrapper):  # one that was put around ours
+                    wrapper = getattr(wrapper, "__wrapped__", None)
                 if isinstance(wrapper, _Wrapper) and wrapper.replaced is not None:
                     setattr(self._wrapped, name, wrapper.replaced)
             self._wrapped = None
@@ -106,6 +109,17 @@ class TrainerScaling:
         if self._loss_scale is not None:
             self._loss_scale.remove()
             self._loss_scale = None
+
+    def after_run(self) -> None:
+        """Leave the strategy as it was.
+
+        Raises:
+            NoLossError: there were batches, and none had a loss to prepare the model with.
+        """
+        self.release()
+        error, self._without_loss = self._without_loss, None
+        if error is not None:
+            raise error
 
     def before_run(self, module: pl.LightningModule) -> None:
         """Keep `log` of a compiled LightningModule out of the compiler, which it crashes (torch 2.12, 2.13)."""
@@ -130,21 +144,23 @@ class TrainerScaling:
                     module.trainer,
                     agree=lambda plan: strategy.broadcast(plan, src=0),
                 )
-            except NoLossError:
+            except NoLossError as error:
                 if module.trainer.world_size > 1:  # another process may have a loss, and waits for this one
                     raise
-                warnings.warn(
-                    f"unit scaling: the step on batch {batch_idx} gives no loss, so the model is prepared on a later "
-                    "batch. Until then it is the untouched one.",
-                    stacklevel=2,
-                )
+                if self._without_loss is None:
+                    warnings.warn(
+                        f"unit scaling: the step on batch {batch_idx} gives no loss; the model stays as it is until a "
+                        "batch has one.",
+                        stacklevel=2,
+                    )
+                self._without_loss = error
                 return
             for average in _averages(module.trainer):
                 rescale_parameters(average, plan)
                 put_in_force(average, Plan.from_dict(plan.to_dict()))
         elif plan is not self.plan:
             self._check_options(plan)
-        self.plan = plan
+        self.plan, self._without_loss = plan, None
         if plan.scheme != "preserve" or any(p.lr_override is not None for p in plan.parameters.values()):
             for optimizer in strategy.optimizers:
                 self._scale_steps(optimizer, plan, module)
@@ -391,6 +407,7 @@ class UnitScalingMixin(Strategy):
         callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [callback for callback in callbacks if not isinstance(callback, _BatchEnd)]
         super().teardown()
+        self.unit_scaling.after_run()
 
 
 class UnitScalingStrategy(UnitScalingMixin, SingleDeviceStrategy):

@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.data import IGNORED
 from lightning_unitscale.data.examples import Batch
@@ -161,6 +162,8 @@ def check(cfg: DictConfig) -> None:
         raise InputError(f"distillation.hidden={settings.hidden} must not be negative")
     if cfg.ckpt_path and not Path(cfg.ckpt_path).is_file():
         raise InputError(f"ckpt_path={cfg.ckpt_path}: no such file (looked in {Path.cwd()})")
+    if cfg.ckpt_path:
+        read_checkpoint(cfg.ckpt_path)
     if "documents" not in cfg.data:
         raise InputError("distillation needs data with `documents`: data=topics, text, hf or python_source")
 

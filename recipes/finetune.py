@@ -28,6 +28,7 @@ from pretrain import Progress, train_base
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
 from lightning_unitscale import UnitScaling, remove_unit_scaling
+from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.data.batches import ImageBatch, PairBatch, TextBatch
 from lightning_unitscale.data.examples import Examples, split_by
@@ -140,6 +141,8 @@ def check(cfg: DictConfig) -> None:
         raise InputError("there is no model to start from; give one: model.path=<checkpoint, folder or hub name>")
     if cfg.ckpt_path and not Path(cfg.ckpt_path).is_file():
         raise InputError(f"ckpt_path={cfg.ckpt_path}: no such file (looked in {Path.cwd()})")
+    if cfg.ckpt_path:
+        read_checkpoint(cfg.ckpt_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

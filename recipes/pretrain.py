@@ -30,6 +30,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.text import Perplexity
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.data import BOS, IGNORED, ByteText, decode, encode
 from lightning_unitscale.errors import InputError
@@ -203,6 +204,8 @@ def check(cfg: DictConfig) -> None:
         raise InputError(f"task.sample.prompt has {prompt} bytes; there is room for {cfg.task.sequence_length - 2}")
     if cfg.ckpt_path and not Path(cfg.ckpt_path).is_file():
         raise InputError(f"ckpt_path={cfg.ckpt_path}: no such file (looked in {Path.cwd()})")
+    if cfg.ckpt_path:
+        read_checkpoint(cfg.ckpt_path)
 
 
 def text_data(cfg: DictConfig) -> ByteText:

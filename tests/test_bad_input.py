@@ -102,7 +102,17 @@ def test_the_first_loss(tmp_path: Path) -> None:
     module = NotFinite()
     refuses(tmp_path, module, "the loss of the rehearsed step of NotFinite is nan.*nothing was changed")
     assert module.losses == []
-    refuses(tmp_path, WithoutLoss(), "the rehearsed step of WithoutLoss gave no loss")
+
+
+@pytest.mark.parametrize("door", [UnitScaling, UnitScalingStrategy])
+@pytest.mark.filterwarnings("ignore:unit scaling. the step on batch 0 gives no loss")
+def test_a_run_without_any_loss(tmp_path: Path, door: Any) -> None:
+    """A batch without loss is waited out; a run without one is an error, though only at its end."""
+    options = {"strategy": door()} if door is UnitScalingStrategy else {}
+    callbacks = [] if options else [door()]
+    with pytest.raises(UnitScalingError, match="the rehearsed step of WithoutLoss gave no loss"):
+        fit(tmp_path, *callbacks, module=(module := WithoutLoss()), **options)
+    assert plan_of(module) is None
 
 
 def scaled_checkpoint(path: Path, **options: Any) -> Path:
@@ -152,10 +162,10 @@ def test_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(UnitScalingError, match=r"there is no checkpoint at .*missing\.ckpt"):
         load_checkpoint(build(), tmp_path / "missing.ckpt")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
-    with pytest.raises(UnitScalingError, match=r"text\.ckpt can't be read as a checkpoint"):
+    with pytest.raises(UnitScalingError, match=r"text\.ckpt: not a readable checkpoint"):
         load_checkpoint(build(), tmp_path / "text.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
-    with pytest.raises(UnitScalingError, match=r"list\.ckpt holds a list"):
+    with pytest.raises(UnitScalingError, match=r"list\.ckpt: not a checkpoint or state dict, but a list"):
         load_checkpoint(build(), tmp_path / "list.ckpt")
     path = scaled_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(path, weights_only=True)

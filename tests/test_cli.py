@@ -64,6 +64,7 @@ def test_unknown_command_names_the_near_one(monkeypatch: pytest.MonkeyPatch) -> 
         ("optimizer.lr=fast", r"optimizer\.lr=fast must be a positive number"),
         ("model.width=100", r"model\.width=100 is not a multiple of model\.head_width=64"),
         ("ckpt_path=nowhere.ckpt", r"ckpt_path=nowhere\.ckpt: no such file"),
+        (f"ckpt_path={__file__}", r"test_cli\.py: not a readable checkpoint"),
         ("task.sequence_length=5", r"task\.sample\.prompt has 4 bytes; there is room for 3"),
         ("task.sequence_length=1000000", r"too short for one sequence of 1000001"),
     ],

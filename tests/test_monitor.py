@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 from training import Language, assert_same_state, batches, build, fit, trainer
 
-from lightning_unitscale import ScaleMonitor, UnitScaling, unit_scale
+from lightning_unitscale import ScaleMonitor, UnitScaling, UnitScalingError, unit_scale
 from lightning_unitscale.engine.observe import entered_observers
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor import Measurement, Record, measure
@@ -232,6 +232,16 @@ def test_an_exception_in_a_measured_step_leaves_nothing(tmp_path: Path) -> None:
     module = Fails()
     with pytest.raises(RuntimeError, match="on purpose"):
         fit(tmp_path, ScaleMonitor(folder=tmp_path), module=module)
+    assert_nothing_installed(module.trainer, module)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_error_of_unit_scaling_is_shown_and_leaves_nothing(tmp_path: Path, order: int) -> None:
+    """Both wrap the strategy's methods, and an exception takes them off in the order of the callbacks."""
+    module = Language()
+    callbacks = [UnitScaling(skip=["heed*"]), ScaleMonitor(folder=tmp_path)][::order]
+    with pytest.raises(UnitScalingError, match="heed"):
+        fit(tmp_path, *callbacks, module=module)
     assert_nothing_installed(module.trainer, module)
 
 

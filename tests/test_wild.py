@@ -179,7 +179,7 @@ class Queries(nn.Module):
         x = self.embed(x.unsqueeze(-1))
         queries = self.queries.expand(len(x), -1, -1)
         if self.kind == "given":
-            heads = x if x is queries else F.scaled_dot_product_attention(queries * 2, x, x)
+            heads = F.scaled_dot_product_attention(queries * 2, x, x)
         else:
             queries = self.norm(queries) if self.kind == "normed" else queries
             heads = queries + self.attention(queries, x, x, need_weights=False)[0]
@@ -242,6 +242,30 @@ def test_a_branch_behind_stochastic_depth_or_beside_a_scaled_skip(skip: str, sto
         (site,) = [site for site in plan.sites if f"blocks.{i}.3.weight" in site.params]
         assert site.multiplier == pytest.approx(16**-0.5)
     assert not [site for site in plan.sites if site.role in ("residual", "sum")]
+
+
+class FirstStateMixedIn(nn.Module):
+    """Each block begins with a learned mixture of the stream and its first state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)) for _ in range(2)
+        )
+        self.mixture = nn.Parameter(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = first = self.embed(x)
+        for weights, block in zip(self.mixture, self.blocks, strict=True):
+            x = weights[0] * x + weights[1] * first
+            x = x + block(x)
+        return self.out(x)
+
+
+def test_the_first_state_mixed_into_the_stream_is_no_residual_addition() -> None:
+    plan = unit_scale(FirstStateMixedIn(), lambda m: square(m, batch(0)))
+    assert not [site for site in plan.sites if site.role == "residual"]
 
 
 class LogitScale(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.functions import RANDOM, SHAPE_ONLY, short_name
+from lightning_unitscale.engine.functions import LAYER_NORMS, RANDOM, SHAPE_ONLY, short_name
 from lightning_unitscale.engine.plan import Use
 from lightning_unitscale.engine.record import tensors_in
 from lightning_unitscale.engine.statistics import Accumulator
@@ -159,7 +159,9 @@ class OperandObserver(TorchFunctionMode):
             inputs = inputs[:1]  # the slice that the data chose, as the recorder has it
         constants = [tensor for tensor in inputs if tensor in self._constants]
         weights = [tensor for tensor in inputs if tensor in self._keys]
-        if name in RANDOM or len(constants) + len(weights) < len(inputs) or (weights and _looks_up(name, constants)):
+        if name in RANDOM or len(constants) + len(weights) < len(inputs):
+            return
+        if weights and _makes_activation(name, args, kwargs, constants):
             return
         names = sorted({name for tensor in weights for name in self._keys[tensor].split("+")})
         for tensor in tensors_in(result):
@@ -170,8 +172,12 @@ class OperandObserver(TorchFunctionMode):
                     self._constants[tensor] = True
 
 
-def _looks_up(name: str, constants: list[Tensor]) -> bool:
-    """Whether a call on weights and constants makes an activation: a lookup, or a product with a constant batch."""
-    if name.startswith("embedding"):
+def _makes_activation(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], constants: list[Tensor]) -> bool:
+    """Whether a call on weights and constants makes an activation, as the recorder has it."""
+    if name.startswith("embedding") or name in LAYER_NORMS:
         return True
-    return name in MATMULS and any(tensor.is_floating_point() and tensor.dim() > 1 for tensor in constants)
+    if name not in MATMULS:
+        return False
+    if "weight" in MATMULS[name].operands(args, kwargs):
+        return True
+    return any(tensor.is_floating_point() and tensor.dim() > 1 for tensor in constants)

@@ -86,11 +86,13 @@ def find_residuals(graph: Graph, logits: Logits, additions: list[Addition]) -> l
             continue
         best: tuple[Value, list[Branch]] | None = None
         for skip in same:
-            origin = origin_of(_unscaled(graph, skip))
+            origin = _unscaled(graph, origin_of(skip))
             branches = [
                 branch
                 for term in same
-                if term is not skip and (branch := _branch(graph, logits, term, origin)) is not None
+                if term is not skip
+                and (branch := _branch(graph, logits, term, origin)) is not None
+                and (origin is origin_of(skip) or not _carries(graph, term, origin))
             ]
             if branches and (best is None or len(branches) > len(best[1])):
                 best = (skip, branches)
@@ -110,15 +112,34 @@ def origin_of(value: Value) -> Value:
 
 
 def _unscaled(graph: Graph, skip: Value) -> Value:
-    """A skip without the number or learned scale that multiplies it (DeepNorm's α·x, a gate per channel)."""
-    origin = origin_of(skip)
-    call = origin.producer
+    """What a number or a learned scale made the skip of (DeepNorm's α·x, a gate per channel)."""
+    call = skip.producer
     if call is None or call.name not in ("mul", "div") or call in graph.norms or call in graph.gains:
         return skip
     above = graph.product_inputs(call)
     if above is None or len(above) != 1 or above[0].value.shape != skip.shape or above[0].value.parameters:
         return skip
-    return above[0].value
+    return origin_of(above[0].value)
+
+
+def _carries(graph: Graph, value: Value, origin: Value) -> bool:
+    """Whether `value` is a later state of the stream that `origin` is a state of: a sum that it went into as it was.
+
+    Mixing the first state of a stream into a later one is no residual addition, whose branch would be the stream.
+    """
+    pending, seen = [value], {value}
+    while pending:
+        current = pending.pop()
+        if current is origin:
+            return True
+        call = current.producer
+        if call is None or graph.is_site(call) or current.index < origin.index:
+            continue
+        for source in graph.linear_inputs(call) or ():
+            if source.value not in seen:
+                seen.add(source.value)
+                pending.append(source.value)
+    return False
 
 
 def _branch(graph: Graph, logits: Logits, value: Value, skip: Value) -> Branch | None:

@@ -146,7 +146,10 @@ class ScaleMonitor(Callback):
         if self._watched is None:
             return
         for name in _WATCHED:
-            method = self._watched.__dict__.pop(name).__wrapped__
+            observe = self._watched.__dict__.pop(name, None)
+            method = getattr(observe, "__wrapped__", None)
+            if method is None:
+                continue  # `UnitScaling` gave the strategy its own methods back first
             if getattr(method, "__func__", None) is not getattr(type(self._watched), name):
                 setattr(self._watched, name, method)  # another's, that was there before
         self._watched = None
