@@ -43,7 +43,7 @@ from lightning_unitscale.data.examples import Batch
 from lightning_unitscale.data.token_text import TokenText
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.interrupt import SaveOnInterrupt
-from lightning_unitscale.pretrained import BYTES, Pretrained, load_pretrained
+from lightning_unitscale.pretrained import BYTES, CAUSAL_LM, Pretrained, load_pretrained
 from lightning_unitscale.report import write_report
 from lightning_unitscale.tasks import LanguageModeling
 
@@ -180,6 +180,8 @@ def get_teacher(cfg: DictConfig, run_folder: Path) -> Pretrained:
             train_base(cfg.teacher.base, path)
             print(f"use it again with teacher.path={path}")
     teacher = load_pretrained(str(path), tokenizer=cfg.teacher.tokenizer)
+    if teacher.head != CAUSAL_LM:
+        raise InputError(f"teacher.path={path} is a {type(teacher.model).__name__}, not a model that predicts tokens")
     if teacher.tokenizer is None:
         raise InputError(f"teacher.path={path} has no tokenizer beside it; name one: teacher.tokenizer=<path>")
     return teacher

@@ -168,6 +168,16 @@ def test_folder_gives_what_from_pretrained_gives(tmp_path: Path) -> None:
     assert half.model.dtype == torch.bfloat16
 
 
+def test_folder_has_the_head_of_its_architecture(tmp_path: Path) -> None:
+    saved(ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **SMALL)), tmp_path / "vit")
+    found = load_pretrained(str(tmp_path / "vit"))
+    assert (found.head, type(found.model), found.fresh) == (
+        "AutoModelForImageClassification",
+        ViTForImageClassification,
+        [],
+    )
+
+
 def test_fresh_head_is_named_and_other_missing_weights_are_an_error(tmp_path: Path) -> None:
     bert = BertForMaskedLM(BertConfig(vocab_size=300, **SMALL))
     path = saved(bert, tmp_path)
@@ -226,7 +236,11 @@ def test_byte_tokenizer_is_the_encoding_of_pretraining(tmp_path: Path) -> None:
         ("run", {}, r"did you mean .*last\.ckpt"),
         ("broken.ckpt", {}, "not a readable checkpoint"),
         ("other.ckpt", {}, "not a checkpoint of a transformers model"),
-        ("vit", {}, "AutoModelForCausalLM does not fit a vit model; these do: .*AutoModelForImageClassification"),
+        (
+            "vit",
+            {"head": "AutoModelForCausalLM"},
+            "AutoModelForCausalLM does not fit a vit model; these do: .*AutoModelForImageClassification",
+        ),
         ("llama", {"head": "AutoModelForCausalLLM"}, "did you mean AutoModelForCausalLM"),
         ("llama", {"tokenizer": "void"}, "no tokenizer there"),
         ("llama", {"tokenizer": "bytes"}, "token numbers up to 256, but the model's vocabulary has only 100"),
