@@ -365,8 +365,7 @@ class ScaledStep:
         return result
 
     def _ask_for_schedule(self) -> None:
-        schedule = self._plan.options.get("recalibrate")
-        if self._plan.cast_sites and schedule and not self._plan.schedule_followed:
+        if schedule := self._plan.unfollowed_schedule:
             warnings.warn(
                 f"unit scaling: operand scales are to be measured again at {', '.join(map(str, schedule[:3]))} …, and "
                 "nothing does it. Put the forward and backward passes of each step inside `with "

@@ -1,12 +1,15 @@
 """Zoo models under a plan, and the optimizer that goes with one."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 import zoo
 from torch import Tensor, nn
 
 from lightning_unitscale import Plan, unit_scale
+from lightning_unitscale.engine.apply import casts_in_force
 
 
 def build(case: zoo.Case) -> nn.Module:
@@ -26,6 +29,35 @@ def gradients(case: zoo.Case, model: nn.Module, seed: int = 0) -> tuple[Tensor, 
     loss = case.loss(model, case.batch(seed))
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compiled_losses(case: zoo.Case, model: nn.Module, plan: Plan, scales: Sequence[float]) -> list[float]:
+    """Compile the model once and run it with its operand scales times each of `scales`: as eager mode runs it."""
+    torch._dynamo.reset()
+    graphs, losses = 0, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
+
+    compiled = torch.compile(lambda batch: case.loss(model, batch), backend=backend, fullgraph=True)
+    for scale in scales:
+        for site in plan.cast_sites:
+            changed = {operand: value * scale for operand, value in site.operand_scales.items()}
+            casts_in_force(model)[site.use].set_scales(changed)
+        results = []
+        for run in (compiled, lambda batch: case.loss(model, batch)):
+            model.zero_grad()
+            loss = run(case.batch(1))
+            loss.backward()
+            results.append((loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+        for one, other in zip(results[0][1], results[1][1], strict=True):
+            assert torch.allclose(one, other, rtol=1e-2, atol=1e-3 * float(other.abs().max()) + 1e-9)
+        losses.append(results[0][0])
+    assert graphs == 1
+    return losses
 
 
 def adamw(model: nn.Module, plan: Plan, lr: float = 1e-3, weight_decay: float = 0.1, eps: float = 1e-10) -> Any:

@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 import zoo
 from prepared import build as zoo_build
-from prepared import gradients, prepared
+from prepared import compiled_losses, gradients, prepared
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -347,30 +347,7 @@ def test_a_cast_that_is_not_made_is_no_cast_of_the_plan() -> None:
 def test_compiled_without_breaks_or_recompilation(name: str) -> None:
     case = zoo.CASES[name]
     model, plan = prepared(case, format="fp8", verify=False)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    graphs = 0
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        nonlocal graphs
-        graphs += 1
-        return torch._dynamo.backends.debugging.aot_eager(graph, inputs)
-
-    compiled = torch.compile(lambda batch: case.loss(model, batch), backend=backend, fullgraph=True)
-    for scale in (1.0, 4.0, 0.25):
-        for use, site in casts_in_force(model).items():
-            scales = next(s.operand_scales for s in plan.cast_sites if (s.params[0], s.op) == use)
-            site.set_scales({operand: value * scale for operand, value in scales.items()})
-        results = []
-        for run in (compiled, lambda batch: case.loss(model, batch)):
-            model.zero_grad()
-            loss = run(case.batch(1))
-            loss.backward()
-            results.append((loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
-        assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-        for one, other in zip(results[0][1], results[1][1], strict=True):
-            assert torch.allclose(one, other, rtol=1e-2, atol=1e-3 * float(other.abs().max()) + 1e-9)
-    assert graphs == 1
+    compiled_losses(case, model, plan, (1.0, 4.0, 0.25))
 
 
 class Checkpointed(nn.Module):

@@ -34,6 +34,8 @@ STEPS = 6
 class Plan:
     """Stands for `engine.plan.Plan`: constants by parameter name."""
 
+    unfollowed_schedule: tuple[int, ...] = ()
+
     def __init__(self, module: nn.Module, scales: dict[str, StepScale], coupled: dict[str, StepScale] | None = None):
         self.module, self.scales, self.coupled = module, scales, coupled or scales
         self.asked: list[tuple[str, bool]] = []

@@ -199,6 +199,12 @@ class Plan:
         return [site for site in self.sites if site.format is not None]
 
     @property
+    def unfollowed_schedule(self) -> list[int]:
+        """The steps at which operand scales are to be measured again, if nothing asks whether they are due."""
+        schedule: list[int] = self.options.get("recalibrate", [])
+        return schedule if self.cast_sites and not self.schedule_followed else []
+
+    @property
     def is_plain(self) -> bool:
         """Whether the stored weights in the plain module already are the function."""
         return not self.explicit_sites
