@@ -10,7 +10,8 @@ from pytorch_lightning.callbacks import Callback
 
 from lightning_unitscale.engine.plan import Plan
 from lightning_unitscale.options import RECALIBRATE, Options, UnitScalingError
-from lightning_unitscale.strategy import TrainerScaling, UnitScalingMixin
+from lightning_unitscale.strategy import UnitScalingMixin
+from lightning_unitscale.trainer_scaling import TrainerScaling
 
 
 class UnitScaling(Callback):
@@ -45,7 +46,7 @@ class UnitScaling(Callback):
         recalibrate: steps at which operand scales are measured again; of use with a `format` only.
         verify: check the plan on the first batch before training starts, see `engine.verify`.
         optimizer_family: "adam", "sgd" or "muon", for an optimizer class of which unit scaling does not know how its
-            step answers to the gradient's scale, see `optim.optimizer_family`.
+            step answers to the gradient's scale, see `optimizer_family`.
 
     Attributes:
         plan: the plan in force, from the first training step on; None before.

@@ -15,7 +15,7 @@ from prepared import adamw, build, gradients, prepared, train
 from torch import Tensor, nn
 
 from lightning_unitscale import UnitScalingError, remove_unit_scaling, scale_learning_rates, unit_scale
-from lightning_unitscale.engine.apply import ScopedForward
+from lightning_unitscale.engine.intercept import ScopedForward
 from lightning_unitscale.engine.marker import PLAN_KEY
 from lightning_unitscale.engine.plan import plan_of
 from lightning_unitscale.engine.prepare import forget, record

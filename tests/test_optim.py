@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import lr_scheduler as schedules
 
-from lightning_unitscale.optim import ScaledStep, StepScale, optimizer_family, scale_learning_rates
+from lightning_unitscale.optim import ScaledStep, StepScale, scale_learning_rates
+from lightning_unitscale.optimizer_family import optimizer_family
 from lightning_unitscale.options import UnitScalingError
 
 STEPS = 6

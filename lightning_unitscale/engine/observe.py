@@ -4,8 +4,8 @@ Of products without a parameter, those are seen that a plan in force casts: they
 which the interceptor finds.
 
 An `OperandObserver` is a function mode: it works on any module, scaled or not, changes nothing, and costs nothing while
-it is not entered. On a prepared model it sees the model's own calls, before factors and casts (`engine.apply` enters it
-again inside its interceptor).
+it is not entered. On a prepared model it sees the model's own calls, before factors and casts (`engine.intercept`
+enters it again inside its interceptor).
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ class Plan:
         unchanged; coupled, decay(S) = (multiplier/stored)² · decay. (u-μP, arXiv 2407.17465, sections 2.1 and 3.)
 
         Args:
-            family: "adam" | "sgd" | "muon", see `optim.optimizer_family`.
+            family: "adam" | "sgd" | "muon", see `optimizer_family`.
             decoupled_decay: whether weight decay acts beside the gradient (AdamW) or inside it.
         """
         from lightning_unitscale.optim import StepScale
