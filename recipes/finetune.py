@@ -234,7 +234,7 @@ def new_data(cfg: DictConfig, start: Pretrained, examples: Any, labels: Sequence
     numbers = {label: number for number, label in enumerate(labels)}
     if cfg.task.data == "images":
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        parts = split_by(lambda image: image.group, examples, share)
+        parts = split_by(lambda image: image.group, examples, share, lambda image: image.label)
         return Examples(parts, ImageBatch(numbers, config.num_channels, tuple(size)), **options)
 
     tokenizer, length = start.tokenizer, cfg.task.sequence_length
@@ -250,7 +250,7 @@ def new_data(cfg: DictConfig, start: Pretrained, examples: Any, labels: Sequence
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id  # where a causal model's text ends
     if cfg.task.data == "labelled":
-        parts = split_by(lambda example: example.group, examples, share)
+        parts = split_by(lambda example: example.group, examples, share, lambda example: example.label)
         return Examples(parts, TextBatch(tokenizer, numbers, length), **options)
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no eos token, so a generated text would never end; give another one")

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from recipe_runs import run_recipe
+from sklearn.dummy import DummyClassifier
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -36,10 +38,11 @@ from lightning_unitscale.data.batches import ImageBatch, PairBatch, TextBatch
 from lightning_unitscale.data.digits import digits
 from lightning_unitscale.data.examples import Examples, Labelled, Pair, split_by
 from lightning_unitscale.data.labelled_files import labelled_file, paired_file
-from lightning_unitscale.data.standard_library import package_snippets, python_sources, split_names
+from lightning_unitscale.data.standard_library import python_sources, source_snippets, split_names
 from lightning_unitscale.data.token_text import TokenText
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.pretrained import byte_tokenizer, load_pretrained
+from lightning_unitscale.tasks.classification import MajorityAccuracy
 from lightning_unitscale.tasks.fine_tuning import freeze_parameters
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -303,6 +306,17 @@ def test_digits_reach_95_percent(tmp_path: Path) -> None:
     assert json.loads((folder / "report" / "metrics.json").read_text())["test/accuracy"] >= 0.95
 
 
+@pytest.mark.slow
+def test_text_classification_learns(tmp_path: Path) -> None:
+    folder, printed = run_recipe(
+        "finetune", tmp_path, "experiment=text_classification", "trainer.enable_progress_bar=false"
+    )
+    metrics = json.loads((folder / "report" / "metrics.json").read_text())
+    assert 0.4 < metrics["test/majority_class_accuracy"] < 0.55
+    assert metrics["test/accuracy"] > metrics["test/majority_class_accuracy"] + 0.25
+    assert "test/majority_class_accuracy" in printed
+
+
 def test_digits_run(tmp_path: Path) -> None:
     folder, _ = run_recipe("finetune", tmp_path, "experiment=digits", *QUICK, "lora=none")
     assert ViTForImageClassification.from_pretrained(folder / "model").config.num_labels == 10
@@ -321,6 +335,54 @@ def test_split_keeps_groups_together_and_leaks_none() -> None:
     for share in (0.0, 0.5):
         with pytest.raises(InputError, match="must lie between"):
             split_by(lambda example: example.group, examples, share)
+
+
+def test_split_has_the_same_classes_in_every_part() -> None:
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.randint(1, 30, (60,), generator=generator).tolist()
+    rows = [(f"{group} {row}", f"file {group}") for group, size in enumerate(sizes) for row in range(size)]
+    pure = [Labelled(text, "abc"[int(group[5:]) % 3], group) for text, group in rows]  # one class a file
+    mixed = [Labelled(text, "aab"[number % 3], group) for number, (text, group) in enumerate(rows)]
+    for examples in (pure, mixed):
+        parts = split_by(lambda e: e.group, examples, 0.2, lambda e: e.label)
+        shares = [Counter(e.label for e in part) for part in parts]
+        for label, count in Counter(e.label for e in examples).items():
+            for part, share in zip(shares, (0.6, 0.2, 0.2), strict=True):
+                assert part[label] / count == pytest.approx(share, abs=0.05), label
+    rare = [Labelled(f"text {number}", "common" if number else "rare", str(number)) for number in range(30)]
+    assert "rare" in {example.label for example in split_by(lambda e: e.group, rare, 0.1, lambda e: e.label)[0]}
+
+
+def test_snippets_of_source_are_what_their_label_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_text(
+        '"""What the module is for."""\n\n# A licence that two files have\n# in full.\n\n'
+        'def function(x):\n    """Return what was given\n    to it."""\n    #: nothing is done to it\n    return x + 1\n'
+    )
+    (tmp_path / "b.py").write_text("# A licence that two files have\n# in full.\n")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert {(example.label, example.text, example.group) for example in source_snippets(30)} == {
+        ("docstring", "What the module is for.", "a.py"),
+        ("docstring", "Return what was given to it.", "a.py"),
+        ("code", "def function(x): return x + 1", "a.py"),
+        ("comment", "nothing is done to it", "a.py"),
+    }
+
+
+def test_snippets_of_the_standard_library_do_not_leak() -> None:
+    parts = split_by(lambda e: e.group, source_snippets(95), 0.1, lambda e: e.label)
+    texts, files = ([{getattr(e, name) for e in part} for part in parts] for name in ("text", "group"))
+    for kinds in (texts, files):
+        assert not kinds[0] & kinds[1] and not kinds[0] & kinds[2] and not kinds[1] & kinds[2]
+    for part in parts:
+        assert max(Counter(e.label for e in part).values()) / len(part) < 0.55
+
+
+def test_majority_class_accuracy() -> None:
+    metric, reference = MajorityAccuracy(3), DummyClassifier(strategy="most_frequent")
+    labels = torch.tensor([2, 0, 2, 1, 2, 0])
+    for part in labels.split(4):
+        metric.update(torch.zeros(len(part), 3), part)
+    assert float(metric.compute()) == pytest.approx(reference.fit(labels, labels).score(labels, labels))
 
 
 def test_examples_come_in_epochs_and_continue_where_they_were_saved() -> None:
@@ -369,9 +431,6 @@ def test_data_of_the_standard_library() -> None:
     sources = python_sources(["json"])
     assert set(sources) >= {"json/__init__.py", "json/decoder.py"}
     assert sum(map(len, python_sources(max_bytes=100_000).values())) <= 100_000
-    snippets = package_snippets(["json", "html"], 100)
-    assert {example.label for example in snippets} == {"json", "html"}
-    assert all(len(example.text) <= 101 and example.group.startswith(example.label) for example in snippets)
     pairs = split_names(12)
     assert all(pair.target.replace("_", "") == pair.source and len(pair.target) <= 12 for pair in pairs)
     assert len(pairs) > 500

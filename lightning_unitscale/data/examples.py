@@ -1,6 +1,6 @@
 """Data sets made of examples: how they are split, and in which order they come.
 
-split        by a hash of what must not be on both sides: the same split on every machine, in every run
+split        in the order of a hash of what must not be on both sides: the same on every machine, in every run
 training     epoch after epoch without an end, each in an order hashed from (seed, epoch); resumes exactly
 held out     every example once
 """
@@ -8,6 +8,7 @@ held out     every example once
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -50,24 +51,40 @@ class Image:
     group: str
 
 
-def split_by(key: Callable[[Example], str], examples: Sequence[Example], share: float) -> list[list[Example]]:
+def split_by(
+    key: Callable[[Example], str],
+    examples: Sequence[Example],
+    share: float,
+    label: Callable[[Example], str] = lambda example: "",
+) -> list[list[Example]]:
     """Training, validation and test examples.
 
     Args:
         key: examples with equal keys stay together.
         examples: of any kind.
-        share: of all keys for validation, and as many for the test.
+        share: of the examples for validation, and as many for the test, as closely as whole groups allow.
+        label: what the three parts hold in the same proportions. Large groups go to training, and so does all of a
+            class that has too few groups.
 
     Raises:
         InputError: the share is not between 0 and ½, or a part stays empty.
     """
     if not 0 < share < 0.5:
         raise InputError(f"data.held_out={share} must lie between 0 and 0.5 (validation and test have so much each)")
-    parts: list[list[Example]] = [[], [], []]
+    groups: dict[str, Counter[str]] = {}
     for example in examples:
-        digest = hashlib.blake2b(key(example).encode(), digest_size=8).digest()
-        position = int.from_bytes(digest, "little") / 2**64
-        parts[2 if position < share else 1 if position < 2 * share else 0].append(example)
+        groups.setdefault(key(example), Counter())[label(example)] += 1
+    totals = sum(groups.values(), Counter[str]())
+    missing = [dict.fromkeys(totals, part) for part in (1 - 2 * share, share, share)]  # of each class's examples
+    part_of: dict[str, int] = {}
+    for group in sorted(groups, key=lambda name: (-groups[name].total(), hashlib.blake2b(name.encode()).digest())):
+        shares = {name: count / totals[name] for name, count in groups[group].items()}
+        gains = [sum(of_class * part[name] for name, of_class in shares.items()) for part in missing]  # least squares
+        part_of[group] = gains.index(max(gains))
+        for name, of_class in shares.items():
+            missing[part_of[group]][name] -= of_class
+
+    parts = [[example for example in examples if part_of[key(example)] == part] for part in range(3)]
     for name, part in zip(("training", "validation", "test"), parts, strict=True):
         if not part:
             raise InputError(f"no example is left for {name} of {len(examples)}; give more, or change data.held_out")
