@@ -34,6 +34,8 @@ class MajorityAccuracy(Metric):
 class Classification(FineTuning):
     """Batches: inputs of the model, and labels [batch]. The model's config says how many classes there are."""
 
+    heads = ("AutoModelForSequenceClassification", "AutoModelForImageClassification")
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         classes = self.model.config.num_labels
