@@ -59,6 +59,7 @@ class Pretrained:
         fresh: names of the head's parameters that `path` does not hold: they have random initial values.
         unused: names of the parameters in `path` that this head has no place for.
         weights: what weights are kept in, "float32" (whatever the dtype) or "fp8".
+        settings: hyperparameters of the module in a checkpoint.
     """
 
     model: PreTrainedModel
@@ -69,6 +70,7 @@ class Pretrained:
     fresh: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     weights: str = "float32"
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def load_pretrained(
@@ -338,12 +340,13 @@ def _from_checkpoint(file: Path, head: str | None, changes: Mapping[str, Any]) -
     if settings.get("lora"):
         adapted = with_adapter(model, settings["lora"])
         _load(file, checkpoint, adapted)
-        model = adapted.merge_and_unload()
+        model = _merged(adapted)
     else:
         _load(file, checkpoint, model)
     found = Pretrained(model, plan_of(model), _tokenizer_of(settings, model), str(file), made_with)
     if head not in (None, made_with):
         found = _with_other_head(found, str(head), changes)
+    found.settings = settings
     dtype = str(changes.get("dtype", "float32")).removeprefix("torch.")
     nn.Module.to(found.model, getattr(torch, dtype))
     return found
@@ -418,6 +421,13 @@ def with_adapter(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
     return adapted
 
 
+def _merged(adapted: PeftModel) -> PreTrainedModel:
+    """The plain model, all of it free to be trained again."""
+    model: PreTrainedModel = adapted.merge_and_unload()
+    model.requires_grad_(True)
+    return model
+
+
 def _from_adapter(folder: Path, head: str | None, changes: Mapping[str, Any]) -> Pretrained:
     settings = json.loads((folder / "adapter_config.json").read_text())
     base = settings.get("base_model_name_or_path")
@@ -430,7 +440,7 @@ def _from_adapter(folder: Path, head: str | None, changes: Mapping[str, Any]) ->
     if found.plan is not None and not found.plan.is_plain:
         raise InputError(f"model.path={folder}: its base {base} is not plain; export that first: unitscale export")
     try:
-        found.model = PeftModel.from_pretrained(found.model, str(folder)).merge_and_unload()
+        found.model = _merged(PeftModel.from_pretrained(found.model, str(folder)))
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"model.path={folder}: the adapter does not fit {base} ({_first_line(error)})") from error
     found.plan = None

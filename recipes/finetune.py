@@ -6,9 +6,12 @@
     unitscale finetune experiment=text_classification data=labelled_file data.path=reviews.csv model.path=my-bert
     unitscale finetune lora=all_linear                       # adapters, saved in peft's format
     unitscale finetune 'model.freeze=[model.embed_tokens,model.layers.0]'
+    unitscale finetune task=any_head task.head=AutoModelForTokenClassification data=module data.module._target_=…
+    unitscale finetune ckpt_path=outputs/finetune/…/last.ckpt    # goes on exactly, with the settings it began with
 
-The model is left as it is (scheme preserve), or goes on in its own parametrization where its checkpoint has one. The
-best checkpoint by held-out score is kept, tested, and written as a folder for plain transformers.
+The model is left as it is (scheme preserve), or goes on in its own parametrization where its checkpoint has one; with
+LoRA or another head the checkpoint's weights are taken as those of an ordinary model. The best checkpoint by held-out
+score is kept, tested, and written as a folder for plain transformers.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +29,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pretrain import Progress, train_base
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor
 
 from lightning_unitscale import UnitScaling, remove_unit_scaling
 from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
+from lightning_unitscale.continuation import BestCheckpoint, RandomNumbers
 from lightning_unitscale.data.batches import ImageBatch, PairBatch, TextBatch
-from lightning_unitscale.data.examples import Examples, split_by
+from lightning_unitscale.data.examples import Examples, moved, split_by
 from lightning_unitscale.data.token_text import TokenText
 from lightning_unitscale.engine.nesting import plan_around
 from lightning_unitscale.engine.prepare import forget, put_in_force
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.interrupt import SaveOnInterrupt
+from lightning_unitscale.interrupt import Interrupted, LastCheckpoint
 from lightning_unitscale.options import UnitScalingError
 from lightning_unitscale.pretrained import (
     BYTES,
@@ -64,64 +69,72 @@ def main(cfg: DictConfig) -> float:
     labels = sorted({example.label for example in examples}) if cfg.task.data in ("labelled", "images") else []
     pl.seed_everything(cfg.seed, workers=True)
     start = starting_point(cfg, labels, run_folder)
-    data = new_data(cfg, start, examples, labels)
+    data = new_data(cfg, start, examples)
     unitscale = scaling_of(cfg, start)
     monitor = instantiate(cfg.monitor) if cfg.monitor else None
     module = new_module(cfg, start)
 
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         run_folder / "checkpoints",
         filename="best",
         monitor=cfg.task.monitor,
         mode=cfg.task.mode,
-        save_last=True,
         enable_version_counter=False,
     )
-    interrupt = SaveOnInterrupt(run_folder / "checkpoints" / "last.ckpt")
+    last = LastCheckpoint(run_folder / "checkpoints" / "last.ckpt")
     callbacks = [
         *([unitscale] if unitscale else []),
         *([monitor] if monitor else []),
         best,
         EarlyStopping(cfg.task.monitor, mode=cfg.task.mode, patience=cfg.patience),
         LearningRateMonitor(logging_interval="step"),
-        interrupt,
+        RandomNumbers(),
+        last,
         *([Progress(leave=True)] if cfg.trainer.enable_progress_bar else []),
     ]
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
     trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, _convert_="all")
 
     before = trainer.test(module, data, verbose=False)[0] if cfg.test_before and not cfg.ckpt_path else {}
-    trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
-    if interrupt.interrupted:
-        print(f"\nStopped at step {trainer.global_step}. Continue with: ckpt_path={interrupt.path}")
+    with suppress(Interrupted):
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+    metrics = {f"{name}, before": value for name, value in before.items()}
+    if not last.interrupted:
+        metrics.update(trainer.test(module, data, ckpt_path=best.best_model_path, verbose=False)[0])
+    if best.best_model_score is not None:  # always, but for an interrupt before the first validation
+        metrics[f"best {cfg.task.monitor}"] = float(best.best_model_score)
+    if trainer.is_global_zero:
+        metrics["seconds"] = round(time.perf_counter() - begin, 1)
+        report(cfg, run_folder, trainer, metrics, unitscale)
+    if last.interrupted:
+        print(f"stopped at step {trainer.global_step}; continue with the same settings and ckpt_path={last.path}")
         sys.exit(130)
-    after = trainer.test(module, data, ckpt_path=best.best_model_path, verbose=False)[0]
-    score = float(best.best_model_score)  # type: ignore[arg-type]  # the run has validated
-    if not trainer.is_global_zero:
-        return score
+    if trainer.is_global_zero:
+        print(f"best checkpoint {best.best_model_path}")
+        for line in export(module, run_folder):
+            print(line)
+    return metrics[f"best {cfg.task.monitor}"]
 
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    metrics = {
-        **{f"{name}, before": value for name, value in before.items()},
-        **after,
-        f"best {cfg.task.monitor}": score,
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "parameters trained": trained,
+
+def report(
+    cfg: DictConfig, folder: Path, trainer: pl.Trainer, metrics: Mapping[str, float], unitscale: UnitScaling | None
+) -> None:
+    """Prints the numbers and writes the page."""
+    parameters = list(trainer.lightning_module.parameters())
+    numbers = {
+        **metrics,
+        "parameters": sum(p.numel() for p in parameters),
+        "parameters trained": sum(p.numel() for p in parameters if p.requires_grad),
         "steps": trainer.global_step,
-        "seconds": round(time.perf_counter() - begin, 1),
     }
     page = write_report(
-        run_folder,
+        folder,
         title=f"finetune: {cfg.model.path or 'a model made in this run'}",
-        metrics=metrics,
+        metrics=numbers,
         plan=unitscale.plan.summary() if unitscale and unitscale.plan else "no unit scaling",
     )
-    print("\n" + "\n".join(f"{name:40} {value:>12,.6g}" for name, value in metrics.items()))
+    print("\n" + "\n".join(f"{name:40} {value:>12,.6g}" for name, value in numbers.items()))
     print(f"\nreport {page}")
-    print(f"best checkpoint {best.best_model_path}")
-    for line in export(module, run_folder):
-        print(line)
-    return score
 
 
 def check(cfg: DictConfig) -> None:
@@ -137,6 +150,18 @@ def check(cfg: DictConfig) -> None:
             f"this task needs data with `{cfg.task.data}`, and what was chosen has {', '.join(map(str, cfg.data))}; "
             "choose task=… and data=… that fit, or an experiment"
         )
+    heads = getattr(get_class(cfg.task._target_), "heads", None)
+    if heads and cfg.task.head not in heads:
+        raise InputError(
+            f"task.head={cfg.task.head} does not go with {cfg.task._target_}, which is for {' and '.join(heads)}; any "
+            "other head is trained with task=any_head and data=module"
+        )
+    interval, batches = cfg.trainer.val_check_interval, cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
+    if isinstance(interval, int) and interval > batches:
+        raise InputError(
+            f"trainer.val_check_interval={interval} is more than the {batches} batches of training, so there would be "
+            "no score to choose a checkpoint by"
+        )
     if not any((cfg.model.path, cfg.model.base, cfg.model.config)):
         raise InputError("there is no model to start from; give one: model.path=<checkpoint, folder or hub name>")
     if cfg.ckpt_path and not Path(cfg.ckpt_path).is_file():
@@ -150,20 +175,24 @@ def check(cfg: DictConfig) -> None:
 
 
 def starting_point(cfg: DictConfig, labels: Sequence[str], run_folder: Path) -> Pretrained:
-    """The model of `model.path`; without one, a base trained now, or `model.config` with random weights."""
+    """The model of `ckpt_path` or `model.path`; else a base trained now, or `model.config` with random weights.
+
+    Its `settings["base"]` says where the weights are from.
+    """
+    if cfg.ckpt_path:
+        return to_go_on(cfg, labels)
     changes: Any = OmegaConf.to_container(cfg.model.changes, resolve=True)
     if labels:
-        changes["id2label"] = dict(enumerate(labels))
-        changes["label2id"] = {label: number for number, label in enumerate(labels)}
+        changes["num_labels"] = len(labels)
     path, tokenizer = cfg.model.path, cfg.model.tokenizer
     if path:
         start = load_pretrained(str(path), cfg.task.head, tokenizer, **changes)
     elif cfg.model.base is not None:
-        file = run_folder / "base.ckpt"
+        path = run_folder / "base.ckpt"
         print(f"No model.path: training a base first (unitscale pretrain {' '.join(cfg.model.base)})")
-        loss = train_base(cfg.model.base, file)
-        print(f"base: held-out loss {loss:.3f}; start from it again with model.path={file}")
-        start = load_pretrained(str(file), cfg.task.head, tokenizer, **changes)
+        loss = train_base(cfg.model.base, path)
+        print(f"base: held-out loss {loss:.3f}; start from it again with model.path={path}")
+        start = load_pretrained(str(path), cfg.task.head, tokenizer, **changes)
     else:
         config: Any = OmegaConf.to_container(cfg.model.config, resolve=True)
         model = new_model({**config, **changes}, cfg.task.head)
@@ -172,7 +201,43 @@ def starting_point(cfg: DictConfig, labels: Sequence[str], run_folder: Path) -> 
             check_tokenizer(start.tokenizer, model)
     if start.fresh:
         print(f"new, with random weights: {', '.join(start.fresh)}")
-    start.model.name_or_path = str(path or run_folder / "base.ckpt")  # where an adapter will look for it
+    if labels and set(start.model.config.label2id or ()) != set(
+        labels
+    ):  # else the numbers that the head has learned stay
+        start.model.config.id2label = dict(enumerate(labels))
+        start.model.config.label2id = {label: number for number, label in enumerate(labels)}
+    start.settings["base"] = str(Path(path).resolve() if path and Path(path).exists() else path or "")
+    return start
+
+
+def to_go_on(cfg: DictConfig, labels: Sequence[str]) -> Pretrained:
+    """The model of `ckpt_path`, with the settings that its run began with.
+
+    Raises:
+        InputError: it is of another recipe or task, or other settings are asked for.
+    """
+    start = load_pretrained(str(cfg.ckpt_path))
+    if start.settings.get("head") != cfg.task.head:
+        raise InputError(
+            f"ckpt_path={cfg.ckpt_path}: not of a run of unitscale finetune with {cfg.task.head}, so it can't go on as "
+            "one; to begin one with its weights: model.path=…"
+        )
+    for key, asked, began in (
+        ("lora", cfg.lora, start.settings["lora"]),
+        ("model.freeze", cfg.model.freeze, start.settings["freeze"]),
+    ):
+        kept = {name: began.get(name) for name in asked} if isinstance(began, dict) else began
+        if asked and OmegaConf.to_container(asked, resolve=True) != kept:
+            raise InputError(
+                f"ckpt_path={cfg.ckpt_path}: its run began with {key}={began or 'nothing'}, and goes on with it; leave "
+                f"{key} out, or begin anew: model.path=…"
+            )
+    known: Any = start.model.config.label2id
+    if labels and set(known) != set(labels):
+        raise InputError(
+            f"ckpt_path={cfg.ckpt_path}: it was trained for the classes {', '.join(known)}, and the data has "
+            f"{', '.join(labels)}"
+        )
     return start
 
 
@@ -180,7 +245,7 @@ def scaling_of(cfg: DictConfig, start: Pretrained) -> UnitScaling | None:
     """The callback: with the options of the checkpoint's own plan, if it goes on, else those of `unitscale`."""
     plan = start.plan
     if plan is None:
-        return instantiate(cfg.unitscale) if cfg.unitscale else None
+        return of_settings(cfg)
     if cfg.model.keep_plan and not cfg.lora:
         print(f"The checkpoint's own parametrization goes on: {plan.scheme}, lr_units={plan.lr_units}")
         family = cfg.unitscale.optimizer_family if cfg.unitscale else None
@@ -193,7 +258,16 @@ def scaling_of(cfg: DictConfig, start: Pretrained) -> UnitScaling | None:
         )
     forget(start.model)
     start.plan = None
-    return instantiate(cfg.unitscale) if cfg.unitscale else None
+    return of_settings(cfg)
+
+
+def of_settings(cfg: DictConfig) -> UnitScaling | None:
+    """The callback that `unitscale` describes."""
+    if not cfg.unitscale:
+        return None
+    print(f"unit scaling: scheme={cfg.unitscale.scheme}, lr_units={cfg.unitscale.lr_units}")
+    scaling: UnitScaling = instantiate(cfg.unitscale)
+    return scaling
 
 
 def new_module(cfg: DictConfig, start: Pretrained) -> FineTuning:
@@ -206,8 +280,8 @@ def new_module(cfg: DictConfig, start: Pretrained) -> FineTuning:
         for key, value in (
             ("optimizer", cfg.optimizer),
             ("schedule", cfg.schedule),
-            ("freeze", cfg.model.freeze),
-            ("lora", cfg.lora),
+            ("freeze", start.settings["freeze"] if cfg.ckpt_path else cfg.model.freeze),
+            ("lora", start.settings["lora"] if cfg.ckpt_path else cfg.lora),
         )
     }
     if settings["lora"] and start.fresh:
@@ -217,6 +291,7 @@ def new_module(cfg: DictConfig, start: Pretrained) -> FineTuning:
         model=json.loads(model.config.to_json_string(use_diff=False)),
         head=start.head,
         tokenizer=(start.tokenizer.name_or_path or BYTES) if start.tokenizer is not None else None,
+        base=start.settings["base"],
         weights=model.train(),
         **settings,
     )
@@ -229,16 +304,20 @@ def new_module(cfg: DictConfig, start: Pretrained) -> FineTuning:
 # Data
 
 
-def new_data(cfg: DictConfig, start: Pretrained, examples: Any, labels: Sequence[str]) -> pl.LightningDataModule:
+def new_data(cfg: DictConfig, start: Pretrained, examples: Any) -> pl.LightningDataModule:
     """Batches that fit the task and the model."""
+    if cfg.task.data == "module":
+        data: pl.LightningDataModule = examples
+        return data
     steps = cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
     options = {"batch_size": cfg.data.batch_size, "workers": cfg.data.workers, "steps": steps, "seed": cfg.seed}
     config, share = start.model.config, cfg.data.held_out
-    numbers = {label: number for number, label in enumerate(labels)}
+    numbers: Any = config.label2id
     if cfg.task.data == "images":
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        parts = split_by(lambda image: image.group, examples, share)
-        return Examples(parts, ImageBatch(numbers, config.num_channels, tuple(size)), **options)
+        parts = split_by(lambda image: image.group, examples, share, lambda image: image.label)
+        batches = ImageBatch(numbers, config.num_channels, tuple(size))
+        return Examples(parts, batches, augment=moved(cfg.data.move), **options)
 
     tokenizer, length = start.tokenizer, cfg.task.sequence_length
     if tokenizer is None:
@@ -253,7 +332,7 @@ def new_data(cfg: DictConfig, start: Pretrained, examples: Any, labels: Sequence
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id  # where a causal model's text ends
     if cfg.task.data == "labelled":
-        parts = split_by(lambda example: example.group, examples, share)
+        parts = split_by(lambda example: example.group, examples, share, lambda example: example.label)
         return Examples(parts, TextBatch(tokenizer, numbers, length), **options)
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no eos token, so a generated text would never end; give another one")

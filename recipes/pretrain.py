@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
+from lightning_unitscale.continuation import RandomNumbers
 from lightning_unitscale.data import BOS, IGNORED, ByteText, decode, encode
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.interrupt import SaveOnInterrupt
+from lightning_unitscale.interrupt import Interrupted, LastCheckpoint
 from lightning_unitscale.monitor import Record, measure
 from lightning_unitscale.report import write_report
 from lightning_unitscale.schedule import warm_up_and_decay
@@ -131,7 +133,7 @@ def main(cfg: DictConfig) -> float:
     pl.seed_everything(cfg.seed, workers=True)
     module = new_module(cfg)
 
-    interrupt = SaveOnInterrupt(run_folder / "checkpoints" / "last.ckpt")
+    last = LastCheckpoint(run_folder / "checkpoints" / "last.ckpt")
     callbacks = [
         *([unitscale] if unitscale else []),
         *([monitor] if monitor else []),
@@ -141,19 +143,22 @@ def main(cfg: DictConfig) -> float:
             auto_insert_metric_name=False,
             every_n_train_steps=cfg.checkpoint_every,
             save_last=True,
+            enable_version_counter=False,
         ),
         LearningRateMonitor(logging_interval="step"),
         PrintPlan(unitscale),
-        interrupt,
+        RandomNumbers(),
+        last,
     ]
     if cfg.trainer.enable_progress_bar:
         callbacks.append(Progress(leave=True))
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
     trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, _convert_="all")
 
-    trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
-    if interrupt.interrupted:
-        print(f"\nStopped at step {trainer.global_step}. Continue with: ckpt_path={interrupt.path}")
+    with suppress(Interrupted):
+        trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
+    if last.interrupted:
+        print(f"\nStopped at step {trainer.global_step}. Continue with: ckpt_path={last.path}")
         sys.exit(130)
     (scores,) = trainer.validate(module, data, verbose=False)
     if not trainer.is_global_zero:

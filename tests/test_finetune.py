@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from peft import PeftModel
 from recipe_runs import run_recipe
+from sklearn.dummy import DummyClassifier
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -36,10 +41,11 @@ from lightning_unitscale.data.batches import ImageBatch, PairBatch, TextBatch
 from lightning_unitscale.data.digits import digits
 from lightning_unitscale.data.examples import Examples, Labelled, Pair, split_by
 from lightning_unitscale.data.labelled_files import labelled_file, paired_file
-from lightning_unitscale.data.standard_library import package_snippets, python_sources, split_names
+from lightning_unitscale.data.standard_library import python_sources, source_snippets, split_names
 from lightning_unitscale.data.token_text import TokenText
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.pretrained import byte_tokenizer, load_pretrained
+from lightning_unitscale.tasks.classification import MajorityAccuracy
 from lightning_unitscale.tasks.fine_tuning import freeze_parameters
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -231,6 +237,152 @@ def test_lora_saves_what_peft_loads(llama: str, tmp_path: Path) -> None:
     assert in_matmuls == adapters
 
 
+# --- stopping and going on --------------------------------------------------------------------------------------------
+
+# Two validations in each half, the best of them in the first; dropout, so that random numbers have to go on too.
+HALF = 4
+GOING_ON = [f"schedule.decay_steps={2 * HALF}", "patience=9", "optimizer.lr=1", "monitor=none", "test_before=false"]
+KINDS = {
+    "full": [],
+    "frozen": ["model.freeze=[model.layers.0]", "+model.changes.attention_dropout=0.1"],
+    "lora": ["lora=all_linear", "lora.r=2", "lora.lora_dropout=0.1"],
+}
+GO_ON = """
+import json, sys
+from pathlib import Path
+from recipe_runs import run_recipe
+for folder, arguments in json.loads(sys.argv[1]):
+    run_recipe("finetune", Path(folder), *arguments)
+"""
+
+
+@pytest.fixture(scope="module")
+def halves(llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Kind -> checkpoints folders of one run of 2n steps, and of n steps and, in a new process, n more."""
+    folders, going_on = {}, []
+    for kind, settings in KINDS.items():
+        common = [*TEXT, *settings, *GOING_ON]
+        parts = [tmp_path_factory.mktemp(f"{kind}-{part}") for part in ("whole", "first", "second")]
+        start = [f"model.path={llama}"]
+        run_recipe("finetune", parts[0], *common, *start, f"trainer.max_steps={2 * HALF}")
+        run_recipe("finetune", parts[1], *common, *start, f"trainer.max_steps={HALF}")
+        checkpoint = parts[1] / "run" / "checkpoints" / "last.ckpt"
+        going_on.append((str(parts[2]), [*common, f"trainer.max_steps={2 * HALF}", f"ckpt_path={checkpoint}"]))
+        folders[kind] = (parts[0] / "run", parts[2] / "run")
+    process = subprocess.run(
+        [sys.executable, "-c", GO_ON, json.dumps(going_on)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    assert process.returncode == 0, process.stderr
+    return folders
+
+
+def assert_equal(a: Any, b: Any, where: str) -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}/{number}")
+    elif isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_halves_equal_the_whole_bit_for_bit(kind: str, halves: dict[str, tuple[Path, Path]]) -> None:
+    whole, second = halves[kind]
+    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (whole, second)]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "unit_scaling_plan", "global_step"):
+        assert_equal(ends[0][key], ends[1][key], key)
+    for name in ("EarlyStopping", "RandomNumbers"):
+        states = [{key: value for key, value in end["callbacks"].items() if name in key} for end in ends]
+        assert len(states[0]) == 1
+        assert_equal(*states, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_best_checkpoint_counts_on(kind: str, halves: dict[str, tuple[Path, Path]]) -> None:
+    metrics = [json.loads((run / "report" / "metrics.json").read_text()) for run in halves[kind]]
+    for name in ("best val/loss", "test/loss", "steps", "parameters trained"):
+        assert metrics[0][name] == metrics[1][name], name
+    plain = [AutoModelForCausalLM.from_pretrained(run / "model").state_dict() for run in halves[kind]]
+    assert_equal(dict(plain[0]), dict(plain[1]), "model")
+
+
+def test_an_adapter_of_two_halves_names_the_base(halves: dict[str, tuple[Path, Path]], llama: str) -> None:
+    _, second = halves["lora"]
+    base = json.loads((second / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == llama
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), second / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(second / "model")
+    torch.testing.assert_close(logits(adapted), logits(merged), rtol=1e-4, atol=1e-5)
+
+
+class Press(pl.Callback):
+    """Ctrl-C in the step with this number."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("step", [3, 4], ids=["between validations", "at a validation"])
+def test_interrupt_loses_nothing_and_leaves_a_report(
+    step: int, halves: dict[str, tuple[Path, Path]], llama: str, tmp_path: Path
+) -> None:
+    common = [*TEXT, *KINDS["lora"], *GOING_ON]
+    common += [f"trainer.max_steps={2 * HALF}"]
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as raised:
+        make = pl.Trainer.__init__
+        patch.setattr(
+            pl.Trainer,
+            "__init__",
+            lambda self, *, callbacks, **others: make(self, callbacks=[*callbacks, Press(step)], **others),
+        )
+        run_recipe("finetune", tmp_path / "a", *common, f"model.path={llama}")
+    assert raised.value.code == 130
+    metrics = json.loads((tmp_path / "a" / "run" / "report" / "metrics.json").read_text())
+    assert metrics["steps"] == step
+    assert "best val/loss" in metrics
+    assert (tmp_path / "a" / "run" / "report" / "index.html").is_file()
+    checkpoint = tmp_path / "a" / "run" / "checkpoints" / "last.ckpt"
+    run, _ = run_recipe("finetune", tmp_path / "b", *common, f"ckpt_path={checkpoint}")
+    ends = [torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (halves["lora"][0], run)]
+    for key in ("state_dict", "optimizer_states"):
+        assert_equal(ends[0][key], ends[1][key], key)
+
+
+def test_what_does_not_go_on(
+    halves: dict[str, tuple[Path, Path]], continued: tuple[Path, str], llama: str, tmp_path: Path
+) -> None:
+    checkpoint = halves["lora"][0] / "checkpoints" / "last.ckpt"
+    for settings, message in (
+        ([f"ckpt_path={continued[0] / 'base.ckpt'}"], "not of a run of unitscale finetune"),
+        ([f"ckpt_path={checkpoint}", "lora=all_linear", "lora.r=4"], "its run began with lora="),
+        ([f"ckpt_path={checkpoint}", "model.freeze=[model.layers.0]"], "its run began with model.freeze=nothing"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_recipe("finetune", tmp_path, *TEXT, *settings)
+    moved = torch.load(checkpoint, weights_only=True)
+    (state,) = (state for key, state in moved["callbacks"].items() if "BestCheckpoint" in key)
+    state["best_model_path"] = str(tmp_path / "moved.ckpt")
+    torch.save(moved, tmp_path / "last.ckpt")
+    with pytest.raises(SystemExit, match=r"the best checkpoint of this run so far, .*moved\.ckpt, is not there"):
+        run_recipe("finetune", tmp_path, *TEXT, f"ckpt_path={tmp_path / 'last.ckpt'}", "trainer.max_steps=9")
+
+
 # --- a model of this package goes on ----------------------------------------------------------------------------------
 
 
@@ -303,6 +455,17 @@ def test_digits_reach_95_percent(tmp_path: Path) -> None:
     assert json.loads((folder / "report" / "metrics.json").read_text())["test/accuracy"] >= 0.95
 
 
+@pytest.mark.slow
+def test_text_classification_learns(tmp_path: Path) -> None:
+    folder, printed = run_recipe(
+        "finetune", tmp_path, "experiment=text_classification", "trainer.enable_progress_bar=false"
+    )
+    metrics = json.loads((folder / "report" / "metrics.json").read_text())
+    assert 0.4 < metrics["test/majority_class_accuracy"] < 0.55
+    assert metrics["test/accuracy"] > metrics["test/majority_class_accuracy"] + 0.25
+    assert "test/majority_class_accuracy" in printed
+
+
 def test_digits_run(tmp_path: Path) -> None:
     folder, _ = run_recipe("finetune", tmp_path, "experiment=digits", *QUICK, "lora=none")
     assert ViTForImageClassification.from_pretrained(folder / "model").config.num_labels == 10
@@ -321,6 +484,55 @@ def test_split_keeps_groups_together_and_leaks_none() -> None:
     for share in (0.0, 0.5):
         with pytest.raises(InputError, match="must lie between"):
             split_by(lambda example: example.group, examples, share)
+
+
+def test_split_has_the_same_classes_in_every_part() -> None:
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.randint(1, 30, (60,), generator=generator).tolist()
+    rows = [(f"{group} {row}", f"file {group}") for group, size in enumerate(sizes) for row in range(size)]
+    pure = [Labelled(text, "abc"[int(group[5:]) % 3], group) for text, group in rows]  # one class a file
+    mixed = [Labelled(text, "aab"[number % 3], group) for number, (text, group) in enumerate(rows)]
+    for examples in (pure, mixed):
+        parts = split_by(lambda e: e.group, examples, 0.2, lambda e: e.label)
+        shares = [Counter(e.label for e in part) for part in parts]
+        for label, count in Counter(e.label for e in examples).items():
+            for part, share in zip(shares, (0.6, 0.2, 0.2), strict=True):
+                assert part[label] / count == pytest.approx(share, abs=0.05), label
+    rare = [Labelled(f"text {number}", "common" if number else "rare", str(number)) for number in range(30)]
+    assert "rare" in {example.label for example in split_by(lambda e: e.group, rare, 0.1, lambda e: e.label)[0]}
+
+
+def test_snippets_of_source_are_what_their_label_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_text(
+        '"""What the module is for."""\n\n# A licence that two files have\n# in full.\n\n'
+        'def function(x):\n    """Return what was given\n    to it."""\n    #: nothing is done to it\n'
+        "    return x + 1\n"
+    )
+    (tmp_path / "b.py").write_text("# A licence that two files have\n# in full.\n")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path)})
+    assert {(example.label, example.text, example.group) for example in source_snippets(30)} == {
+        ("docstring", "What the module is for.", "a.py"),
+        ("docstring", "Return what was given to it.", "a.py"),
+        ("code", "def function(x): return x + 1", "a.py"),
+        ("comment", "nothing is done to it", "a.py"),
+    }
+
+
+def test_snippets_of_the_standard_library_do_not_leak() -> None:
+    parts = split_by(lambda e: e.group, source_snippets(95), 0.1, lambda e: e.label)
+    texts, files = ([{getattr(e, name) for e in part} for part in parts] for name in ("text", "group"))
+    for kinds in (texts, files):
+        assert not kinds[0] & kinds[1] and not kinds[0] & kinds[2] and not kinds[1] & kinds[2]
+    for part in parts:
+        assert max(Counter(e.label for e in part).values()) / len(part) < 0.55
+
+
+def test_majority_class_accuracy() -> None:
+    metric, reference = MajorityAccuracy(3), DummyClassifier(strategy="most_frequent")
+    labels = torch.tensor([2, 0, 2, 1, 2, 0])
+    for part in labels.split(4):
+        metric.update(torch.zeros(len(part), 3), part)
+    assert float(metric.compute()) == pytest.approx(reference.fit(labels, labels).score(labels, labels))
 
 
 def test_examples_come_in_epochs_and_continue_where_they_were_saved() -> None:
@@ -369,9 +581,6 @@ def test_data_of_the_standard_library() -> None:
     sources = python_sources(["json"])
     assert set(sources) >= {"json/__init__.py", "json/decoder.py"}
     assert sum(map(len, python_sources(max_bytes=100_000).values())) <= 100_000
-    snippets = package_snippets(["json", "html"], 100)
-    assert {example.label for example in snippets} == {"json", "html"}
-    assert all(len(example.text) <= 101 and example.group.startswith(example.label) for example in snippets)
     pairs = split_names(12)
     assert all(pair.target.replace("_", "") == pair.source and len(pair.target) <= 12 for pair in pairs)
     assert len(pairs) > 500

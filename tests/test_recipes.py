@@ -32,7 +32,7 @@ from lightning_unitscale.data import (
     text_files,
 )
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.interrupt import SaveOnInterrupt
+from lightning_unitscale.interrupt import Interrupted, LastCheckpoint
 from lightning_unitscale.monitor import Record
 
 
@@ -193,7 +193,8 @@ def fit(
     pl.seed_everything(1)
     module = pretrain.new_module(tiny("schedule.decay_steps=6", "unitscale=none"))
     recorder = Recorder()
-    callbacks = [*([UnitScaling()] if unitscale else []), recorder, *options.pop("callbacks", [])]
+    more = options.pop("callbacks", [])
+    callbacks = [*([UnitScaling()] if unitscale else []), recorder, *more]
     trainer = pl.Trainer(
         max_steps=steps,
         callbacks=callbacks,
@@ -201,7 +202,7 @@ def fit(
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=bool(more),
         default_root_dir=folder,
         limit_val_batches=0,
         **options,
@@ -231,10 +232,11 @@ def test_interrupt_saves_after_the_step_and_gives_ctrl_c_back(pretrain: ModuleTy
                 os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.getsignal(signal.SIGINT)
-    interrupt = SaveOnInterrupt(tmp_path / "last.ckpt")
-    trainer, _, _ = fit(pretrain, tmp_path, 6, None, False, callbacks=[interrupt, Press()])
+    interrupt = LastCheckpoint(tmp_path / "last.ckpt")
+    with pytest.raises(Interrupted):
+        fit(pretrain, tmp_path, 6, None, False, callbacks=[interrupt, Press()])
     assert interrupt.interrupted
-    assert trainer.global_step == 3
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
     assert signal.getsignal(signal.SIGINT) is before
     _, whole, _ = fit(pretrain, tmp_path, 6, None, False)
     _, continued, _ = fit(pretrain, tmp_path, 6, tmp_path / "last.ckpt", False)

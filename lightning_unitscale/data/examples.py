@@ -1,6 +1,6 @@
 """Data sets made of examples: how they are split, and in which order they come.
 
-split        by a hash of what must not be on both sides: the same split on every machine, in every run
+split        in the order of a hash of what must not be on both sides: the same on every machine, in every run
 training     epoch after epoch without an end, each in an order hashed from (seed, epoch); resumes exactly
 held out     every example once
 """
@@ -8,12 +8,14 @@ held out     every example once
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -50,35 +52,68 @@ class Image:
     group: str
 
 
-def split_by(key: Callable[[Example], str], examples: Sequence[Example], share: float) -> list[list[Example]]:
+def split_by(
+    key: Callable[[Example], str],
+    examples: Sequence[Example],
+    share: float,
+    label: Callable[[Example], str] = lambda example: "",
+) -> list[list[Example]]:
     """Training, validation and test examples.
 
     Args:
         key: examples with equal keys stay together.
         examples: of any kind.
-        share: of all keys for validation, and as many for the test.
+        share: of the examples for validation, and as many for the test, as closely as whole groups allow.
+        label: what the three parts hold in the same proportions. Large groups go to training, and so does all of a
+            class that has too few groups.
 
     Raises:
         InputError: the share is not between 0 and ½, or a part stays empty.
     """
     if not 0 < share < 0.5:
         raise InputError(f"data.held_out={share} must lie between 0 and 0.5 (validation and test have so much each)")
-    parts: list[list[Example]] = [[], [], []]
+    groups: dict[str, Counter[str]] = {}
     for example in examples:
-        digest = hashlib.blake2b(key(example).encode(), digest_size=8).digest()
-        position = int.from_bytes(digest, "little") / 2**64
-        parts[2 if position < share else 1 if position < 2 * share else 0].append(example)
+        groups.setdefault(key(example), Counter())[label(example)] += 1
+    totals = sum(groups.values(), Counter[str]())
+    missing = [dict.fromkeys(totals, part) for part in (1 - 2 * share, share, share)]  # of each class's examples
+    part_of: dict[str, int] = {}
+    for group in sorted(groups, key=lambda name: (-groups[name].total(), hashlib.blake2b(name.encode()).digest())):
+        shares = {name: count / totals[name] for name, count in groups[group].items()}
+        gains = [sum(of_class * part[name] for name, of_class in shares.items()) for part in missing]  # least squares
+        part_of[group] = gains.index(max(gains))
+        for name, of_class in shares.items():
+            missing[part_of[group]][name] -= of_class
+
+    parts = [[example for example in examples if part_of[key(example)] == part] for part in range(3)]
     for name, part in zip(("training", "validation", "test"), parts, strict=True):
         if not part:
             raise InputError(f"no example is left for {name} of {len(examples)}; give more, or change data.held_out")
     return parts
 
 
+Augmentation = Callable[[Example, torch.Generator], Example]
+
+
+def moved(by: int) -> Augmentation[Image]:
+    """Moves images by up to so many pixels in each direction; what comes in has the image's smallest value."""
+
+    def move(image: Image, generator: torch.Generator) -> Image:
+        down, right = torch.randint(-by, by + 1, (2,), generator=generator).tolist()
+        height, width = image.pixels.shape[-2:]
+        wide = F.pad(image.pixels, [by] * 4, value=float(image.pixels.min()))
+        return replace(image, pixels=wide[:, by + down : by + down + height, by + right : by + right + width])
+
+    return move
+
+
 class Endless(Dataset[Example], Generic[Example]):
     """`length` training examples; `start` is the number of those used before this epoch of Lightning's."""
 
-    def __init__(self, examples: Sequence[Example], length: int, seed: int) -> None:
-        self.examples, self.length, self.seed = examples, length, seed
+    def __init__(
+        self, examples: Sequence[Example], length: int, seed: int, augment: Augmentation[Example] | None = None
+    ) -> None:
+        self.examples, self.length, self.seed, self.augment = examples, length, seed, augment
         self.start = 0
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -90,7 +125,10 @@ class Endless(Dataset[Example], Generic[Example]):
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(hash((self.seed, epoch)))  # of ints: the same everywhere
             self._order = (epoch, torch.randperm(len(self.examples), generator=generator).tolist())
-        return self.examples[self._order[1][position]]
+        example = self.examples[self._order[1][position]]
+        if self.augment is None:
+            return example
+        return self.augment(example, torch.Generator().manual_seed(hash((self.seed, self.start + index))))
 
 
 class Examples(pl.LightningDataModule):
@@ -103,6 +141,7 @@ class Examples(pl.LightningDataModule):
         steps: batches that one of Lightning's epochs has.
         seed: chooses the order.
         workers: data loading processes.
+        augment: changes a training example, as the generator says.
     """
 
     def __init__(
@@ -114,10 +153,11 @@ class Examples(pl.LightningDataModule):
         steps: int,
         seed: int,
         workers: int = 0,
+        augment: Augmentation[Any] | None = None,
     ) -> None:
         super().__init__()
         training, self.validation, self.test = parts
-        self.training: Endless[Any] = Endless(training, steps * batch_size, seed)
+        self.training: Endless[Any] = Endless(training, steps * batch_size, seed, augment)
         self.options: dict[str, Any] = {"batch_size": batch_size, "num_workers": workers, "collate_fn": collate}
 
     def train_dataloader(self) -> ContinuingLoader:

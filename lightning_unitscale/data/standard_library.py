@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from lightning_unitscale.data.examples import Labelled, Pair
 from lightning_unitscale.errors import InputError
 
+_COMMENTS = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
 _NAME = re.compile(rb"\b[a-z]+(?:_[a-z]+)+\b")
 
 
@@ -37,32 +39,44 @@ def python_sources(packages: Sequence[str] = (), max_bytes: int = 1_000_000) -> 
     return documents
 
 
-def package_snippets(packages: Sequence[str], snippet_bytes: int, max_bytes: int = 10_000_000) -> list[Labelled]:
-    """Snippets of source code, each labelled with the package that its file belongs to.
+def source_snippets(snippet_bytes: int, max_bytes: int = 3_000_000) -> list[Labelled]:
+    """Beginnings of functions, comments and docstrings of the standard library, each labelled with what it is.
+
+    Quotes, comment signs and line breaks are taken away, so that only the words tell.
 
     Args:
-        packages: the labels.
-        snippet_bytes: length of a snippet; whole lines, so up to one line less.
+        snippet_bytes: length of a snippet; those of less than a third of it are left out.
         max_bytes: see `python_sources`.
 
     Returns:
-        Examples whose `group` is their file, so that a split by group leaks nothing.
+        Examples of the classes code, comment and docstring, whose `group` is their file. A text that several files have
+        is left out, so a split by group leaks nothing.
     """
-    return [
-        Labelled(snippet, label=file.partition("/")[0], group=file)
-        for file, text in python_sources(packages, max_bytes).items()
-        for snippet in _snippets(text.decode(errors="replace"), snippet_bytes)
-    ]
+    files_of: dict[str, set[str]] = {}
+    found = []
+    for file, source in python_sources(max_bytes=max_bytes).items():
+        for label, text in _parts_of(source.decode(errors="replace")):
+            snippet = " ".join(text.split()).encode()[:snippet_bytes].decode(errors="ignore")
+            if len(snippet) >= snippet_bytes // 3:
+                files_of.setdefault(snippet, set()).add(file)
+                found.append(Labelled(snippet, label, group=file))
+    return [example for example in found if len(files_of[example.text]) == 1]
 
 
-def _snippets(text: str, length: int) -> Iterator[str]:
-    snippet = ""
-    for line in text.splitlines(keepends=True):
-        if snippet and len(snippet) + len(line) > length:
-            if len(snippet) > length // 2:
-                yield snippet
-            snippet = ""
-        snippet += line[:length]
+def _parts_of(source: str) -> Iterator[tuple[str, str]]:
+    """Class -> text: every docstring, every function without docstrings, every block of lines that are comments."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = ast.get_docstring(node)
+            if docstring is not None:
+                yield "docstring", docstring
+                node.body = node.body[1:] or [ast.Pass()]
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield "code", ast.unparse(node)
+    for block in _COMMENTS.findall(source):
+        yield "comment", re.sub(r"^\s*#[#!: ]*", "", block, flags=re.MULTILINE)
 
 
 def split_names(max_length: int = 24) -> list[Pair]:

@@ -21,7 +21,7 @@ from lightning_unitscale.schedule import warm_up_and_decay
 
 
 class FineTuning(pl.LightningModule):
-    """Trains a model on the loss that it computes itself from `labels`.
+    """Trains a model on the loss that it computes itself; batches are its arguments, with all that its loss needs.
 
     Args:
         model: its config: model_type, and arguments of the config class.
@@ -31,11 +31,17 @@ class FineTuning(pl.LightningModule):
         tokenizer: "bytes", a path or a hub name; None for models without text.
         freeze: globs of parameters, or of modules, that are not trained; names as in `model.named_parameters()`.
         lora: arguments of `peft.LoraConfig`; then only its layers are trained.
+        base: path or hub name that an adapter's config is to name as what it belongs to.
         weights: a model to be used, in place of a new one with random weights.
+
+    Attributes:
+        heads: the auto classes that the task is for; None for any.
 
     Raises:
         InputError: a glob of `freeze` matches nothing, or nothing is left to train.
     """
+
+    heads: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -46,12 +52,14 @@ class FineTuning(pl.LightningModule):
         tokenizer: str | None = None,
         freeze: Sequence[str] = (),
         lora: dict[str, Any] | None = None,
+        base: str = "",
         weights: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="weights")
         built: Any = weights if weights is not None else new_model(model, head)
         freeze_parameters(built, freeze)
+        built.name_or_path = base
         self.model = with_adapter(built, lora) if lora else built
         self.tokenizer: Any = load_tokenizer(tokenizer) if tokenizer else None
         self.optimizer = optimizer
@@ -59,20 +67,29 @@ class FineTuning(pl.LightningModule):
         self.held_out_loss = MeanMetric()
 
     def loss(self, batch: Batch) -> tuple[Tensor, Any]:
-        """The mean loss over the labels, and the model's output."""
+        """The loss, a mean over the labels, and the model's output.
+
+        Raises:
+            InputError: the model gives none for such a batch.
+        """
         output = self.model(**batch)
+        if getattr(output, "loss", None) is None:
+            raise InputError(
+                f"{self.hparams['head']} computes no loss from a batch of {', '.join(batch)}: it is no head for "
+                "training, or the labels that it wants are not in the data"
+            )
         return output.loss, output
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch."""
         loss, _ = self.loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=_examples(batch))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss, and the task's own scores."""
         loss, output = self.loss(batch)
-        self.held_out_loss.update(loss, weight=(batch["labels"] >= 0).sum())
+        self.held_out_loss.update(loss, weight=_labels(batch))
         self.score(batch, output)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -113,6 +130,15 @@ class FineTuning(pl.LightningModule):
         optimizer = instantiate(self.optimizer, params=[p for p in self.parameters() if p.requires_grad])
         scheduler = warm_up_and_decay(optimizer, **self.schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _examples(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _labels(batch: Batch) -> Tensor | int:
+    """How many numbers the loss is a mean of; heads without `labels` (answers to questions) take one an example."""
+    return (batch["labels"] >= 0).sum() if "labels" in batch else _examples(batch)
 
 
 def freeze_parameters(model: nn.Module, globs: Sequence[str]) -> None:

@@ -16,6 +16,8 @@ from lightning_unitscale.tasks.fine_tuning import FineTuning
 class LanguageModeling(FineTuning):
     """Batches: input_ids and labels, both [batch, sequence], labels one token ahead. Losses are nats per token."""
 
+    heads = ("AutoModelForCausalLM",)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.perplexity = Perplexity(ignore_index=IGNORED)

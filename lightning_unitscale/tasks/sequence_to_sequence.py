@@ -20,6 +20,8 @@ class SequenceToSequence(FineTuning):
     Validation looks at the loss; the test also generates, greedily, and compares the texts.
     """
 
+    heads = ("AutoModelForSeq2SeqLM",)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.character_errors = CharErrorRate()
