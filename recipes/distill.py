@@ -21,6 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pretrain import Progress, train_base
-from pytorch_lightning.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
+from lightning_unitscale.continuation import BestCheckpoint, RandomNumbers
 from lightning_unitscale.data import IGNORED
 from lightning_unitscale.data.examples import Batch
 from lightning_unitscale.data.token_text import TokenText
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.interrupt import SaveOnInterrupt
+from lightning_unitscale.interrupt import Interrupted, LastCheckpoint
 from lightning_unitscale.pretrained import BYTES, CAUSAL_LM, Pretrained, load_pretrained
 from lightning_unitscale.report import write_report
 from lightning_unitscale.tasks import LanguageModeling
@@ -230,8 +231,8 @@ def train(
         **settings,
     )
     folder = run_folder / name.replace(" ", "_")
-    best = ModelCheckpoint(folder, filename="best", monitor="val/loss", save_last=True, enable_version_counter=False)
-    interrupt = SaveOnInterrupt(folder / "last.ckpt")
+    best = BestCheckpoint(folder, filename="best", monitor="val/loss", enable_version_counter=False)
+    last = LastCheckpoint(folder / "last.ckpt")
     unitscale = instantiate(cfg.unitscale) if cfg.unitscale else None
     monitor = instantiate(cfg.monitor, folder=folder) if cfg.monitor else None
     trainer: pl.Trainer = instantiate(
@@ -240,15 +241,17 @@ def train(
             *([unitscale] if unitscale else []),
             *([monitor] if monitor else []),
             best,
-            interrupt,
+            RandomNumbers(),
+            last,
             *([Progress(leave=True)] if cfg.trainer.enable_progress_bar else []),
         ],
         logger=pl.loggers.CSVLogger(folder, name="csv", version=""),
         _convert_="all",
     )
-    trainer.fit(module, data, ckpt_path=interrupt.path if cfg.ckpt_path and interrupt.path.is_file() else None)
-    if interrupt.interrupted:
-        print(f"\nStopped at step {trainer.global_step} of the {name}. Continue with: ckpt_path={interrupt.path}")
+    with suppress(Interrupted):
+        trainer.fit(module, data, ckpt_path=last.path if cfg.ckpt_path and last.path.is_file() else None)
+    if last.interrupted:
+        print(f"\nStopped at step {trainer.global_step} of the {name}. Continue with: ckpt_path={last.path}")
         sys.exit(130)
     (scores,) = trainer.test(module, data, ckpt_path=best.best_model_path, verbose=False)
     page = write_report(

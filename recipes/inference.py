@@ -354,8 +354,9 @@ def held_out(cfg: DictConfig, found: Pretrained) -> tuple[FineTuning, DataLoader
     else:
         task = get_class(run.task._target_)
         examples = instantiate(run.data[run.task.data])
-        labels = labels_of(found.model, examples) if run.task.data in ("labelled", "images") else []
-        data = new_data(run, found, examples, labels)
+        if run.task.data in ("labelled", "images"):
+            check_labels(found.model, examples)
+        data = new_data(run, found, examples)
         batches = data.val_dataloader() if cfg.part == "validation" else data.test_dataloader()
     config = found.model.config.to_dict()
     module = task(model=config, head=found.head, optimizer={}, schedule={}, weights=found.model)
@@ -421,20 +422,17 @@ def default_run(found: Pretrained) -> DictConfig:
     return run
 
 
-def labels_of(model: PreTrainedModel, examples: Any) -> list[str]:
-    """The classes, in the order of the model's numbers.
-
+def check_labels(model: PreTrainedModel, examples: Any) -> None:
+    """
     Raises:
         InputError: an example has a class that the model does not know.
     """
-    names: Any = model.config.id2label
-    labels = [names[number] for number in range(len(names))]
-    unknown = sorted({example.label for example in examples} - set(labels))
+    known: Any = model.config.label2id
+    unknown = sorted({example.label for example in examples} - set(known))
     if unknown:
         raise InputError(
-            f"the data has the class {unknown[0]!r}, but the model knows only {', '.join(map(repr, labels[:10]))}"
+            f"the data has the class {unknown[0]!r}, but the model knows only {', '.join(map(repr, list(known)[:10]))}"
         )
-    return labels
 
 
 if __name__ == "__main__":

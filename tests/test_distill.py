@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_unitscale import config, unit_scale
 from lightning_unitscale.checkpoint import plan_in
-from lightning_unitscale.interrupt import SaveOnInterrupt
+from lightning_unitscale.interrupt import LastCheckpoint
 from lightning_unitscale.pretrained import byte_tokenizer, load_pretrained
 
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
@@ -178,12 +178,15 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
     expected, weights = results(whole), {name: state(whole, name) for name in ("student_alone", "student_with_teacher")}
     whole.rename(tmp_path / "whole")
 
-    def press(self: SaveOnInterrupt, trainer: pl.Trainer, *args: object) -> None:
+    begin = LastCheckpoint.on_train_batch_start
+
+    def press(self: LastCheckpoint, trainer: pl.Trainer, *args: object) -> None:
+        begin(self, trainer, *args)
         if self.path.parent.name == "student_with_teacher" and trainer.global_step == 2:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(SaveOnInterrupt, "on_train_batch_start", press)
+        patch.setattr(LastCheckpoint, "on_train_batch_start", press)
         run_recipe("distill", tmp_path, *settings)
     assert list(results(tmp_path / "run")) == ["teacher", "student alone"]
     interrupted = tmp_path / "run" / "student_with_teacher" / "last.ckpt"
