@@ -321,7 +321,7 @@ DOES_NOT_FOLD = {
         "conv-transformer",
         "dit",
     ),
-    "a branch is a sum over experts": ("mixtral-eager", "experts-*"),
+    "a branch is a sum over experts": ("experts-*",),
     "the weight is computed from two parameters": ("weight-norm",),
 }
 
