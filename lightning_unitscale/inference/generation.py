@@ -69,12 +69,12 @@ def generation_config(
     changes: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id or own.get("eos_token_id") or 0}
     if own.get("eos_token_id") is None and own.get("bos_token_id") is not None:
         changes["suppress_tokens"] = [own["bos_token_id"]]
+    wanted = {**own, **changes, **settings}
+    if not wanted["do_sample"]:
+        wanted |= dict.fromkeys(SAMPLING)
     try:
-        config = GenerationConfig.from_dict({**own, **changes, **settings})
-        if not config.do_sample:
-            for name in SAMPLING:
-                setattr(config, name, None)
-        elif config.temperature is not None and config.temperature <= 0:
+        config = GenerationConfig.from_dict(wanted)
+        if config.do_sample and config.temperature is not None and config.temperature <= 0:
             raise ValueError(f"temperature={config.temperature} must be positive; do_sample=false is its limit")
         config.validate(strict=True)
     except ValueError as error:
