@@ -70,7 +70,7 @@ def generation_config(
     if own.get("eos_token_id") is None and own.get("bos_token_id") is not None:
         changes["suppress_tokens"] = [own["bos_token_id"]]
     wanted = {**own, **changes, **settings}
-    if not wanted["do_sample"]:
+    if not wanted.get("do_sample"):
         wanted |= dict.fromkeys(SAMPLING)
     try:
         config = GenerationConfig.from_dict(wanted)
