@@ -188,12 +188,13 @@ def test_what_cannot_be_moved_is_named() -> None:
         to_plain(model, lambda m: m(ids))
 
 
-def test_factors_of_weights_made_of_several_are_named() -> None:
+def test_a_query_with_two_uses_is_named() -> None:
+    """DeBERTa's: with the keys, and with the positions."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = DebertaV2Config(**sizes, relative_attention=True, pos_att_type=["c2p"], pooler_hidden_size=32)
+    config = DebertaV2Config(**sizes, relative_attention=True, pos_att_type=["c2p", "p2c"], pooler_hidden_size=32)
     model, ids = DebertaV2ForSequenceClassification(config), torch.arange(12).view(2, 6)
     unit_scale(model, lambda m: m(input_ids=ids, labels=torch.tensor([0, 1])).loss, verify=False)
-    with pytest.raises(UnitScalingError, match=r"disentangled_attention_bias:bmm.*made of several"):
+    with pytest.raises(UnitScalingError, match=r"attention\.self:bmm#0 \(attention: .* used elsewhere too"):
         to_plain(model.eval(), partial(logits_of, inputs=example_inputs(model)))
 
 
