@@ -345,6 +345,7 @@ def export(module: FineTuning, folder: Path) -> list[str]:
     lines, model = [], module.model
     if module.hparams.lora:  # type: ignore[attr-defined]
         model.save_pretrained(str(folder / "adapter"))
+        model.get_base_model().config.save_pretrained(str(folder / "adapter"))  # knows the classes
         lines.append(f"adapter for peft {folder / 'adapter'}")
         model = model.merge_and_unload()
     else:
