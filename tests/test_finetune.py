@@ -577,6 +577,54 @@ def test_the_plan_can_be_left_behind(continued: tuple[Path, str], tmp_path: Path
     assert plan.scheme == "preserve"
 
 
+def test_multipliers_of_a_umup_checkpoint_are_at_work(continued: tuple[Path, str], tmp_path: Path) -> None:
+    """Adam's first step moves every element by its group's learning rate, whatever the gradient."""
+    base = continued[0] / "base.ckpt"
+    once = ["trainer.max_steps=1", "trainer.val_check_interval=1", "optimizer.weight_decay=0", "optimizer.eps=1e-30"]
+    folder, _ = run_recipe("finetune", tmp_path, *TEXT, *once, f"model.path={base}", "test_before=false")
+    start, end = (torch.load(f, weights_only=True) for f in (base, folder / "checkpoints" / "last.ckpt"))
+    plan = plan_in(end)
+    assert plan is not None
+    for name, multiplier in plan.lr_multipliers.items():
+        step = (end["state_dict"][name] - start["state_dict"][name]).abs()
+        assert float(step[step > 0].median()) == pytest.approx(1e-2 * multiplier, rel=1e-2), name
+
+
+def test_lora_on_a_umup_checkpoint_leaves_a_plain_base(continued: tuple[Path, str], tmp_path: Path) -> None:
+    base = continued[0] / "base.ckpt"
+    folder, printed = run_recipe("finetune", tmp_path, *words(tmp_path), *LORA, f"model.path={base}")
+    assert "unit scaling: scheme=preserve" in printed
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(folder / "base")
+    body = AutoModelForCausalLM.from_pretrained(folder / "base").model.state_dict()
+    trained = torch.load(base, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, trained[f"model.model.{name}"]) for name, value in body.items())
+    plain = AutoModelForSequenceClassification.from_pretrained(folder / "base", pad_token_id=256)
+    adapted = PeftModel.from_pretrained(plain, folder / "adapter")
+    merged = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    torch.testing.assert_close(logits(adapted), logits(merged), rtol=1e-4, atol=1e-5)
+
+
+def test_a_umup_checkpoint_takes_a_new_head(continued: tuple[Path, str], tmp_path: Path) -> None:
+    base = continued[0] / "base.ckpt"
+    folder, printed = run_recipe("finetune", tmp_path, *words(tmp_path), f"model.path={base}")
+    assert "new, with random weights: score.weight" in printed
+    assert "unit scaling: scheme=preserve" in printed
+    plain = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    assert torch.equal(logits(plain), logits(load_pretrained(str(folder / "checkpoints" / "best.ckpt")).model))
+
+
+def test_factors_in_the_forward_pass_keep_lora_and_new_heads_away(tmp_path: Path) -> None:
+    """GPT-2: its tied readout and its packed query can't be folded."""
+    base = ["model=gpt2", "experiment=tiny", "trainer.enable_progress_bar=false"]
+    folder, printed = run_recipe("finetune", tmp_path, *TEXT, f"model.base={base}".replace(" ", ""))
+    assert "own parametrization goes on: umup" in printed
+    assert "Use unitscale export format=hf" in printed
+    for settings, message in (([*TEXT, *LORA], "lora can't do without"), (words(tmp_path), "can't take another head")):
+        with pytest.raises(SystemExit, match=message):
+            run_recipe("finetune", tmp_path, *settings, f"model.path={folder / 'base.ckpt'}")
+
+
 # --- the other tasks --------------------------------------------------------------------------------------------------
 
 
