@@ -433,8 +433,13 @@ def _from_adapter(folder: Path, head: str | None, changes: Mapping[str, Any]) ->
     base = settings.get("base_model_name_or_path")
     if not base:
         raise InputError(f"model.path={folder}: adapter_config.json names no base model (base_model_name_or_path)")
+    own = folder / "config.json"  # of the model that was adapted, where `unitscale finetune` wrote the adapter
+    kept: dict[str, Any] = {}
+    if own.is_file():
+        config = AutoConfig.from_pretrained(folder)
+        kept = {"id2label": config.id2label, "label2id": config.label2id, "pad_token_id": config.pad_token_id}
     try:
-        found = load_pretrained(base, head, **changes)
+        found = load_pretrained(base, head, **{**kept, **changes})
     except InputError as error:
         raise InputError(f"model.path={folder}: the adapter's base model can't be loaded: {error}") from error
     if found.plan is not None and not found.plan.is_plain:
@@ -444,6 +449,8 @@ def _from_adapter(folder: Path, head: str | None, changes: Mapping[str, Any]) ->
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"model.path={folder}: the adapter does not fit {base} ({_first_line(error)})") from error
     found.plan = None
+    saved = settings.get("modules_to_save") or ()
+    found.fresh = [name for name in found.fresh if name.rpartition(".")[0] not in saved]
     return found
 
 

@@ -36,7 +36,7 @@ from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.continuation import BestCheckpoint, RandomNumbers
 from lightning_unitscale.data.batches import ImageBatch, PairBatch, TextBatch
-from lightning_unitscale.data.examples import Examples, moved, split_by
+from lightning_unitscale.data.examples import Examples, split_by
 from lightning_unitscale.data.token_text import TokenText
 from lightning_unitscale.engine.nesting import plan_around
 from lightning_unitscale.engine.prepare import forget, put_in_force
@@ -206,6 +206,9 @@ def starting_point(cfg: DictConfig, labels: Sequence[str], run_folder: Path) -> 
     ):  # else the numbers that the head has learned stay
         start.model.config.id2label = dict(enumerate(labels))
         start.model.config.label2id = {label: number for number, label in enumerate(labels)}
+    if cfg.lora and (not path or Path(path).is_file()) and (start.plan is None or start.plan.is_plain):
+        path = run_folder / "base"  # an adapter needs a base that plain transformers loads
+        save_for_transformers(start.model, start.tokenizer, path)
     start.settings["base"] = str(Path(path).resolve() if path and Path(path).exists() else path or "")
     return start
 
@@ -316,8 +319,7 @@ def new_data(cfg: DictConfig, start: Pretrained, examples: Any) -> pl.LightningD
     if cfg.task.data == "images":
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
         parts = split_by(lambda image: image.group, examples, share, lambda image: image.label)
-        batches = ImageBatch(numbers, config.num_channels, tuple(size))
-        return Examples(parts, batches, augment=moved(cfg.data.move), **options)
+        return Examples(parts, ImageBatch(numbers, config.num_channels, tuple(size)), **options)
 
     tokenizer, length = start.tokenizer, cfg.task.sequence_length
     if tokenizer is None:
@@ -345,9 +347,11 @@ def new_data(cfg: DictConfig, start: Pretrained, examples: Any) -> pl.LightningD
 
 def export(module: FineTuning, folder: Path) -> list[str]:
     """Writes the adapter, if there is one, and the model as plain transformers loads it; returns what to print."""
-    lines, model = [], module.model
+    model: Any = module.model
+    lines = []
     if module.hparams.lora:  # type: ignore[attr-defined]
         model.save_pretrained(str(folder / "adapter"))
+        model.get_base_model().config.save_pretrained(str(folder / "adapter"))  # knows the classes
         lines.append(f"adapter for peft {folder / 'adapter'}")
         model = model.merge_and_unload()
     else:
@@ -356,10 +360,15 @@ def export(module: FineTuning, folder: Path) -> list[str]:
         except UnitScalingError as error:
             if "is not unit-scaled" not in str(error):
                 return [f"no folder for transformers ({error}) Use unitscale export format=hf."]
-    model.save_pretrained(str(folder / "model"))
-    if module.tokenizer is not None:
-        module.tokenizer.save_pretrained(folder / "model")
+    save_for_transformers(model, module.tokenizer, folder / "model")
     return [*lines, f"for transformers {folder / 'model'}"]
+
+
+def save_for_transformers(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Weights, config and tokenizer, as `from_pretrained` reads them."""
+    model.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

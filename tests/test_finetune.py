@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +17,18 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import transformers
 from peft import PeftModel
 from recipe_runs import run_recipe
 from sklearn.dummy import DummyClassifier
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
@@ -62,6 +66,25 @@ QUICK = [
     "optimizer.lr=1e-2",
 ]
 TEXT = [*QUICK, "task.sequence_length=16", "data.documents._target_=lightning_unitscale.data.python_topics"]
+
+
+LORA = ["lora=all_linear", "lora.r=2"]
+
+
+def words(folder: Path) -> list[str]:
+    """Settings of a text classification that is easy to learn, on a file in the folder."""
+    rows = ["text,label"] + [f"{word} {number},{word}" for number in range(20) for word in ("sun", "rain")]
+    (folder / "a.csv").write_text("\n".join(rows))
+    return [
+        "experiment=text_classification",
+        "data=labelled_file",
+        "data.path=a.csv",
+        "data.held_out=0.2",
+        *QUICK,
+        "task.sequence_length=16",
+        "trainer.max_steps=12",
+        "trainer.val_check_interval=6",
+    ]
 
 
 @torch.no_grad()
@@ -237,6 +260,47 @@ def test_lora_saves_what_peft_loads(llama: str, tmp_path: Path) -> None:
     assert in_matmuls == adapters
 
 
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a masked language model on bytes, whose classifier is not there yet."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(1)
+    BertForMaskedLM(BertConfig(vocab_size=257, max_position_embeddings=32, **SMALL)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("base", "head"), [("llama", ["score"]), ("bert", ["bert.pooler.dense", "classifier"])])
+def test_lora_trains_and_saves_a_new_head(
+    base: str, head: list[str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    path = request.getfixturevalue(base)
+    folder, _ = run_recipe("finetune", tmp_path, *words(tmp_path), f"model.path={path}", *LORA)
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert settings["modules_to_save"] == head
+    assert settings["base_model_name_or_path"] == path
+
+    checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    plan = plan_in(checkpoint)
+    assert plan is not None
+    in_matmuls = {name for site in plan.sites for name in site.params}
+    for module in head:
+        trained = f"model.base_model.model.{module}.modules_to_save.default.weight"
+        assert trained in in_matmuls
+        assert not plan.parameters[trained].reason  # it is not left alone
+        start = trained.replace("modules_to_save.default", "original_module")
+        assert not torch.equal(checkpoint["state_dict"][trained], checkpoint["state_dict"][start])
+
+    plain = AutoModelForSequenceClassification.from_pretrained(path, num_labels=2, pad_token_id=256)
+    adapted = PeftModel.from_pretrained(plain, folder / "adapter")
+    merged = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    ours = load_pretrained(str(folder / "adapter"), "AutoModelForSequenceClassification")
+    torch.testing.assert_close(logits(adapted), logits(merged), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(ours.model), logits(merged), rtol=1e-4, atol=1e-5)
+    assert ours.model.config.id2label == {0: "rain", 1: "sun"}
+    assert ours.fresh == []
+
+
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 # Two validations in each half, the best of them in the first; dropout, so that random numbers have to go on too.
@@ -383,6 +447,106 @@ def test_what_does_not_go_on(
         run_recipe("finetune", tmp_path, *TEXT, f"ckpt_path={tmp_path / 'last.ckpt'}", "trainer.max_steps=9")
 
 
+# --- the hub ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_name_goes_to_the_hub(llama: str, tmp_path: Path) -> None:
+    """The cache as huggingface_hub lays it out after a download; there is no network in a test."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache" / "models--somebody--tiny-llama"
+    shutil.copytree(llama, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+
+    def finetune(name: str, folder: str) -> subprocess.CompletedProcess[str]:
+        arguments = [*TEXT, *LORA, "monitor=none", "test_before=false", f"model.path={name}", f"hydra.run.dir={folder}"]
+        return subprocess.run(
+            [sys.executable, "-m", "lightning_unitscale.cli", "finetune", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"},
+        )
+
+    run = finetune("somebody/tiny-llama", "run")
+    assert run.returncode == 0, run.stderr
+    adapter = tmp_path / "run" / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "somebody/tiny-llama"
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), adapter)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    torch.testing.assert_close(logits(adapted), logits(merged), rtol=1e-4, atol=1e-5)
+
+    run = finetune("somebody/not-there", "other")
+    assert run.returncode == 1
+    (message,) = (line for line in run.stderr.splitlines() if line.startswith("error: "))
+    assert "model.path=somebody/not-there: no such file or folder here" in message
+    assert "the Hugging Face hub did not deliver it" in message
+
+
+# --- other heads ------------------------------------------------------------------------------------------------------
+
+OF_TOKENS = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
+OTHER_HEADS = {
+    "AutoModelForMaskedLM": {**OF_TOKENS, "labels": TOKENS.where(TOKENS % 5 == 0, IGNORED)},
+    "AutoModelForTokenClassification": {**OF_TOKENS, "labels": TOKENS % 3},
+    "AutoModelForQuestionAnswering": {
+        **OF_TOKENS,
+        "start_positions": torch.tensor([1, 2]),
+        "end_positions": torch.tensor([3, 4]),
+    },
+    "AutoModelForMultipleChoice": {"input_ids": torch.stack([TOKENS, TOKENS.flip(0)]), "labels": torch.tensor([0, 1])},
+}
+
+
+class Batches(pl.LightningDataModule):
+    """What a user might have: the same batches for training, validation and test."""
+
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        self.head = head
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([OTHER_HEADS[self.head]] * 100, batch_size=None)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader([OTHER_HEADS[self.head]] * 2, batch_size=None)
+
+    test_dataloader = val_dataloader
+
+
+@pytest.mark.parametrize("settings", [[], LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("head", OTHER_HEADS)
+def test_any_other_head_is_trained_on_data_of_ones_own(
+    head: str, settings: list[str], bert: str, tmp_path: Path
+) -> None:
+    folder, _ = run_recipe(
+        "finetune",
+        tmp_path,
+        "task=any_head",
+        f"task.head={head}",
+        "data=module",
+        f"data.module._target_={__name__}.Batches",
+        f"+data.module.head={head}",
+        *(setting for setting in QUICK if not setting.startswith("data.")),
+        f"model.path={bert}",
+        *(["+model.changes.num_labels=3"] if head == "AutoModelForTokenClassification" else []),
+        *settings,
+    )
+    metrics = json.loads((folder / "report" / "metrics.json").read_text())
+    assert metrics["test/loss"] < metrics["test/loss, before"]
+    plain = getattr(transformers, head).from_pretrained(folder / "model").eval()
+    with torch.no_grad():
+        assert float(plain(**OTHER_HEADS[head]).loss) == pytest.approx(metrics["test/loss"], rel=1e-4)
+    plan = plan_in(torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True))
+    assert plan is not None
+    matmuls = {name for site in plan.sites for name in site.params}
+    new_head = {
+        "AutoModelForMaskedLM": "cls.predictions.transform.dense",
+        "AutoModelForQuestionAnswering": "qa_outputs",
+    }
+    assert any(new_head.get(head, "classifier") in name for name in matmuls)
+
+
 # --- a model of this package goes on ----------------------------------------------------------------------------------
 
 
@@ -413,25 +577,59 @@ def test_the_plan_can_be_left_behind(continued: tuple[Path, str], tmp_path: Path
     assert plan.scheme == "preserve"
 
 
+def test_multipliers_of_a_umup_checkpoint_are_at_work(continued: tuple[Path, str], tmp_path: Path) -> None:
+    """Adam's first step moves every element by its group's learning rate, whatever the gradient."""
+    base = continued[0] / "base.ckpt"
+    once = ["trainer.max_steps=1", "trainer.val_check_interval=1", "optimizer.weight_decay=0", "optimizer.eps=1e-30"]
+    folder, _ = run_recipe("finetune", tmp_path, *TEXT, *once, f"model.path={base}", "test_before=false")
+    start, end = (torch.load(f, weights_only=True) for f in (base, folder / "checkpoints" / "last.ckpt"))
+    plan = plan_in(end)
+    assert plan is not None
+    for name, multiplier in plan.lr_multipliers.items():
+        step = (end["state_dict"][name] - start["state_dict"][name]).abs()
+        assert float(step[step > 0].median()) == pytest.approx(1e-2 * multiplier, rel=1e-2), name
+
+
+def test_lora_on_a_umup_checkpoint_leaves_a_plain_base(continued: tuple[Path, str], tmp_path: Path) -> None:
+    base = continued[0] / "base.ckpt"
+    folder, printed = run_recipe("finetune", tmp_path, *words(tmp_path), *LORA, f"model.path={base}")
+    assert "unit scaling: scheme=preserve" in printed
+    settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(folder / "base")
+    body = AutoModelForCausalLM.from_pretrained(folder / "base").model.state_dict()
+    trained = torch.load(base, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, trained[f"model.model.{name}"]) for name, value in body.items())
+    plain = AutoModelForSequenceClassification.from_pretrained(folder / "base", pad_token_id=256)
+    adapted = PeftModel.from_pretrained(plain, folder / "adapter")
+    merged = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    torch.testing.assert_close(logits(adapted), logits(merged), rtol=1e-4, atol=1e-5)
+
+
+def test_a_umup_checkpoint_takes_a_new_head(continued: tuple[Path, str], tmp_path: Path) -> None:
+    base = continued[0] / "base.ckpt"
+    folder, printed = run_recipe("finetune", tmp_path, *words(tmp_path), f"model.path={base}")
+    assert "new, with random weights: score.weight" in printed
+    assert "unit scaling: scheme=preserve" in printed
+    plain = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    assert torch.equal(logits(plain), logits(load_pretrained(str(folder / "checkpoints" / "best.ckpt")).model))
+
+
+def test_factors_in_the_forward_pass_keep_lora_and_new_heads_away(tmp_path: Path) -> None:
+    """GPT-2: its tied readout and its packed query can't be folded."""
+    base = ["model=gpt2", "experiment=tiny", "trainer.enable_progress_bar=false"]
+    folder, printed = run_recipe("finetune", tmp_path, *TEXT, f"model.base={base}".replace(" ", ""))
+    assert "own parametrization goes on: umup" in printed
+    assert "Use unitscale export format=hf" in printed
+    for settings, message in (([*TEXT, *LORA], "lora can't do without"), (words(tmp_path), "can't take another head")):
+        with pytest.raises(SystemExit, match=message):
+            run_recipe("finetune", tmp_path, *settings, f"model.path={folder / 'base.ckpt'}")
+
+
 # --- the other tasks --------------------------------------------------------------------------------------------------
 
 
 def test_text_classification_of_a_csv_file(llama: str, tmp_path: Path) -> None:
-    rows = ["text,label"] + [f"{word} {number},{word}" for number in range(20) for word in ("sun", "rain")]
-    (tmp_path / "a.csv").write_text("\n".join(rows))
-    folder, printed = run_recipe(
-        "finetune",
-        tmp_path,
-        "experiment=text_classification",
-        "data=labelled_file",
-        "data.path=a.csv",
-        "data.held_out=0.2",
-        *QUICK,
-        "task.sequence_length=16",
-        "trainer.max_steps=12",
-        "trainer.val_check_interval=6",
-        f"model.path={llama}",
-    )
+    folder, printed = run_recipe("finetune", tmp_path, *words(tmp_path), f"model.path={llama}")
     assert "new, with random weights: score.weight" in printed
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
     assert model.config.id2label == {0: "rain", 1: "sun"}
@@ -611,6 +809,14 @@ def test_pairs_of_a_json_lines_file(tmp_path: Path) -> None:
     assert paired_file(str(tmp_path / "a.jsonl")) == [Pair("a", "1"), Pair("b", "2")]
 
 
+ANY_HEAD = [
+    "task=any_head",
+    "data=module",
+    f"data.module._target_={__name__}.Batches",
+    "+data.module.head=AutoModelForMaskedLM",
+]
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -627,7 +833,18 @@ def test_pairs_of_a_json_lines_file(tmp_path: Path) -> None:
         (["model.path=LLAMA", "task.sequence_length=16", "model.freeze=[nothing]"], "model.freeze: nothing matches"),
         (["model.path=LLAMA", "task.sequence_length=16", "lora=all_linear", "lora.target_modules=[nothing]"], "lora: "),
         (["model.path=LLAMA", "task.sequence_length=16", "lora=all_linear", "+lora.rank=2"], "lora: "),
-        (["model.path=LLAMA", "task.head=AutoModelForImageClassification"], "does not fit a llama model"),
+        (["model.path=LLAMA", "task.head=AutoModelForMaskedLM"], "task.head=AutoModelForMaskedLM does not go with"),
+        (
+            ["model.path=LLAMA", *ANY_HEAD, "task.head=AutoModelForImageClassification"],
+            "AutoModelForImageClassification does not fit a llama model; these do: AutoModel, AutoModelForCausalLM",
+        ),
+        (["model.path=LLAMA", *ANY_HEAD, "task.head=AutoModel"], "AutoModel computes no loss from a batch of"),
+        (["model.path=LLAMA", *ANY_HEAD, "task.head=AutoModelForTokens"], "is not an auto class of transformers"),
+        (
+            ["model.path=LLAMA", "task=any_head", "task.head=AutoModelForTokenClassification"],
+            "needs data with `module`",
+        ),
+        (["trainer.max_steps=5", "trainer.val_check_interval=6"], "more than the 5 batches of training"),
         (["model.path=LLAMA", "+model.changes.dropout_rate=1"], "has no setting dropout_rate"),
     ],
 )

@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -92,28 +91,11 @@ def split_by(
     return parts
 
 
-Augmentation = Callable[[Example, torch.Generator], Example]
-
-
-def moved(by: int) -> Augmentation[Image]:
-    """Moves images by up to so many pixels in each direction; what comes in has the image's smallest value."""
-
-    def move(image: Image, generator: torch.Generator) -> Image:
-        down, right = torch.randint(-by, by + 1, (2,), generator=generator).tolist()
-        height, width = image.pixels.shape[-2:]
-        wide = F.pad(image.pixels, [by] * 4, value=float(image.pixels.min()))
-        return replace(image, pixels=wide[:, by + down : by + down + height, by + right : by + right + width])
-
-    return move
-
-
 class Endless(Dataset[Example], Generic[Example]):
     """`length` training examples; `start` is the number of those used before this epoch of Lightning's."""
 
-    def __init__(
-        self, examples: Sequence[Example], length: int, seed: int, augment: Augmentation[Example] | None = None
-    ) -> None:
-        self.examples, self.length, self.seed, self.augment = examples, length, seed, augment
+    def __init__(self, examples: Sequence[Example], length: int, seed: int) -> None:
+        self.examples, self.length, self.seed = examples, length, seed
         self.start = 0
         self._order: tuple[int, list[int]] = (-1, [])
 
@@ -125,10 +107,7 @@ class Endless(Dataset[Example], Generic[Example]):
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(hash((self.seed, epoch)))  # of ints: the same everywhere
             self._order = (epoch, torch.randperm(len(self.examples), generator=generator).tolist())
-        example = self.examples[self._order[1][position]]
-        if self.augment is None:
-            return example
-        return self.augment(example, torch.Generator().manual_seed(hash((self.seed, self.start + index))))
+        return self.examples[self._order[1][position]]
 
 
 class Examples(pl.LightningDataModule):
@@ -141,7 +120,6 @@ class Examples(pl.LightningDataModule):
         steps: batches that one of Lightning's epochs has.
         seed: chooses the order.
         workers: data loading processes.
-        augment: changes a training example, as the generator says.
     """
 
     def __init__(
@@ -153,11 +131,10 @@ class Examples(pl.LightningDataModule):
         steps: int,
         seed: int,
         workers: int = 0,
-        augment: Augmentation[Any] | None = None,
     ) -> None:
         super().__init__()
         training, self.validation, self.test = parts
-        self.training: Endless[Any] = Endless(training, steps * batch_size, seed, augment)
+        self.training: Endless[Any] = Endless(training, steps * batch_size, seed)
         self.options: dict[str, Any] = {"batch_size": batch_size, "num_workers": workers, "collate_fn": collate}
 
     def train_dataloader(self) -> ContinuingLoader:
