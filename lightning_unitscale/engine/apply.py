@@ -6,8 +6,8 @@ installed where every factor is folded and nothing is cast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -96,28 +96,18 @@ def casts_in_force(module: nn.Module) -> dict[Use, CastSite]:
     return rules.casts if rules is not None else {}
 
 
-def factors_not_applied(module: nn.Module, plan: Plan, step: Callable[[], Any]) -> tuple[list[str], Any]:
-    """Take the recorded step again; the sites that were called in it then, but whose factor no call got now.
-
-    Returns:
-        their names, and what the step returned.
-    """
+@contextmanager
+def watching_factors(module: nn.Module) -> Iterator[Met]:
+    """What is applied inside: uses of parameters, and names of parameter-free sites."""
+    met = Met()
     rules = rules_in_force(module)
-    if rules is None:
-        return [], step()
-    met = rules.met = Met()
+    if rules is not None:
+        rules.met = met
     try:
-        result = step()
+        yield met
     finally:
-        rules.met = None
-    missed = []
-    for site in (site for site in plan.explicit_sites if site.calls):
-        if site.ordinal is None:
-            uses = [(key, site.op) for key, factor in site.factors.items() if factor != 1.0]
-            missed += [f"{site.name} ({key})" for key, op in uses if (key, op) not in met]
-        elif site.op != "output" and site.name not in met:
-            missed.append(site.name)
-    return missed, result
+        if rules is not None:
+            rules.met = None
 
 
 def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> list[tuple[str, str, list[str]]]:

@@ -12,13 +12,14 @@ and the share of them within a factor of 2 and of 4 of RMS 1 goes into the plan;
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from math import log2
+from typing import Any
 
 from torch import nn
 
-from lightning_unitscale.engine.apply import factors_not_applied
-from lightning_unitscale.engine.plan import Plan, Site
+from lightning_unitscale.engine.apply import watching_factors
+from lightning_unitscale.engine.plan import EVERY_CALL, Plan, Site
 from lightning_unitscale.engine.structure import Structure
 from lightning_unitscale.engine.trace import Trace, Value
 from lightning_unitscale.ops import MATMULS
@@ -38,7 +39,9 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
     Raises:
         UnitScalingError: `preserve` changed the loss, or a factor of the plan was not applied.
     """
-    missed, after = factors_not_applied(module, plan, rehearse)
+    with watching_factors(module) as met:
+        after = rehearse()
+    missed = _not_applied(plan, before, met)
     if missed:
         raise UnitScalingError(
             f"{type(module).__name__}: {len(missed)} factors of the plan were not applied in a second run of the same "
@@ -62,6 +65,21 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
             f"factor 4 of 1 under the plan; the furthest off: {worst}.",
             stacklevel=2,
         )
+
+
+def _not_applied(plan: Plan, before: Trace, met: Collection[Any]) -> list[str]:
+    """The sites that this process's step called (another's may have made the plan), but whose factor no call got."""
+    uses = {(value.key, call.name) for call in before.calls for value in call.inputs if value.parameters}
+    places = {(call.frame.module, call.frame.method, call.name, call.ordinal) for call in before.calls if call.frame}
+    places |= {(*place[:3], EVERY_CALL) for place in places}
+    missed = []
+    for site in plan.explicit_sites:
+        if site.ordinal is None:
+            factors = [(key, site.op) for key, factor in site.factors.items() if factor != 1.0]
+            missed += [f"{site.name} ({use[0]})" for use in factors if use in uses and use not in met]
+        elif (site.module, site.method, site.op, site.ordinal) in places and site.name not in met:
+            missed.append(site.name)
+    return missed
 
 
 def operand_share(plan: Plan, factor: float, operands: tuple[str, ...] = OPERANDS) -> float:
