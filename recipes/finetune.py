@@ -232,7 +232,7 @@ def to_go_on(cfg: DictConfig, labels: Sequence[str]) -> Pretrained:
                 f"ckpt_path={cfg.ckpt_path}: its run began with {key}={began or 'nothing'}, and goes on with it; leave "
                 f"{key} out, or begin anew: model.path=…"
             )
-    known: Any = start.model.config.label2id
+    known = start.model.config.id2label.values()
     if labels and set(known) != set(labels):
         raise InputError(
             f"ckpt_path={cfg.ckpt_path}: it was trained for the classes {', '.join(known)}, and the data has "
@@ -312,7 +312,7 @@ def new_data(cfg: DictConfig, start: Pretrained, examples: Any) -> pl.LightningD
     steps = cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
     options = {"batch_size": cfg.data.batch_size, "workers": cfg.data.workers, "steps": steps, "seed": cfg.seed}
     config, share = start.model.config, cfg.data.held_out
-    numbers: Any = config.label2id
+    numbers = {label: number for number, label in config.id2label.items()}
     if cfg.task.data == "images":
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
         parts = split_by(lambda image: image.group, examples, share, lambda image: image.label)
