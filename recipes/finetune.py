@@ -201,9 +201,7 @@ def starting_point(cfg: DictConfig, labels: Sequence[str], run_folder: Path) -> 
             check_tokenizer(start.tokenizer, model)
     if start.fresh:
         print(f"new, with random weights: {', '.join(start.fresh)}")
-    if labels and set(start.model.config.label2id or ()) != set(
-        labels
-    ):  # else the numbers that the head has learned stay
+    if labels and set(numbers_of(start.model.config)) != set(labels):  # else the numbers that the head has learned stay
         start.model.config.id2label = dict(enumerate(labels))
         start.model.config.label2id = {label: number for number, label in enumerate(labels)}
     if cfg.lora and (not path or Path(path).is_file()) and (start.plan is None or start.plan.is_plain):
@@ -235,13 +233,18 @@ def to_go_on(cfg: DictConfig, labels: Sequence[str]) -> Pretrained:
                 f"ckpt_path={cfg.ckpt_path}: its run began with {key}={began or 'nothing'}, and goes on with it; leave "
                 f"{key} out, or begin anew: model.path=…"
             )
-    known: Any = start.model.config.label2id
+    known = numbers_of(start.model.config)
     if labels and set(known) != set(labels):
         raise InputError(
             f"ckpt_path={cfg.ckpt_path}: it was trained for the classes {', '.join(known)}, and the data has "
             f"{', '.join(labels)}"
         )
     return start
+
+
+def numbers_of(config: Any) -> dict[str, int]:
+    """Class -> its place in the head."""
+    return {label: number for number, label in config.id2label.items()}
 
 
 def scaling_of(cfg: DictConfig, start: Pretrained) -> UnitScaling | None:
@@ -315,7 +318,7 @@ def new_data(cfg: DictConfig, start: Pretrained, examples: Any) -> pl.LightningD
     steps = cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
     options = {"batch_size": cfg.data.batch_size, "workers": cfg.data.workers, "steps": steps, "seed": cfg.seed}
     config, share = start.model.config, cfg.data.held_out
-    numbers: Any = config.label2id
+    numbers = numbers_of(config)
     if cfg.task.data == "images":
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
         parts = split_by(lambda image: image.group, examples, share, lambda image: image.label)

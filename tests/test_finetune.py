@@ -636,6 +636,19 @@ def test_text_classification_of_a_csv_file(llama: str, tmp_path: Path) -> None:
     assert json.loads((folder / "report" / "metrics.json").read_text())["test/accuracy"] >= 0.75
 
 
+def test_a_classifier_that_knows_the_classes_keeps_their_numbers(tmp_path: Path) -> None:
+    names = {0: "sun", 1: "rain"}  # sorted, they would change places
+    config = BertConfig(vocab_size=257, max_position_embeddings=32, num_labels=2, id2label=names, **SMALL)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
+    byte_tokenizer().save_pretrained(tmp_path / "classifier")
+    folder, printed = run_recipe("finetune", tmp_path, *words(tmp_path), f"model.path={tmp_path / 'classifier'}")
+    assert "with random weights" not in printed
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
+    assert model.config.id2label == names
+    tokens = byte_tokenizer()(["sun 1", "rain 1"], padding=True, return_tensors="pt")
+    assert model(tokens.input_ids, tokens.attention_mask).logits.argmax(-1).tolist() == [0, 1]
+
+
 def test_sequence_to_sequence(tmp_path: Path) -> None:
     sizes = ["d_model=32", "d_kv=16", "num_heads=2", "num_layers=1", "num_decoder_layers=1"]
     folder, _ = run_recipe(

@@ -135,6 +135,7 @@ def test_lora_checkpoint_is_merged(tmp_path: Path) -> None:
     module = trained(tmp_path / "a.ckpt", LLAMA, lora)
     found = load_pretrained(str(tmp_path / "a.ckpt"))
     assert type(found.model) is LlamaForCausalLM
+    assert all(parameter.requires_grad for parameter in found.model.parameters())
     torch.testing.assert_close(logits(found.model), logits(module.model), rtol=1e-5, atol=1e-6)
 
 
@@ -206,6 +207,7 @@ def test_adapter_folder_is_merged_into_its_base(tmp_path: Path) -> None:
     lora = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     lora.save_pretrained(tmp_path / "adapter")
     found = load_pretrained(str(tmp_path / "adapter"))
+    assert all(parameter.requires_grad for parameter in found.model.parameters())
     torch.testing.assert_close(logits(found.model), logits(lora), rtol=1e-5, atol=1e-6)
 
 
