@@ -371,7 +371,7 @@ def _albert() -> nn.Module:
     from transformers import AlbertConfig, AlbertForMaskedLM
 
     config = AlbertConfig(
-        embedding_size=24,
+        embedding_size=16,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=4,
