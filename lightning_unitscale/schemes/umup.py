@@ -20,7 +20,7 @@ Two learning rates differ from the paper, whose models have neither gains nor bi
 in folded storage, and the readout 4 times the paper's. Measured on the default pre-training job (300 steps, one seed,
 held-out nats per byte, best η):  width 64: 2.01 → 1.72 (gains) → 1.64 (readout);  width 256: 1.76 → 1.56 (readout).
 
-A readout that is the embedding too has the embedding's step, η · d_model^-½, so its factor 4 stands in the forward pass.
+A readout that is the embedding too has the embedding's step, η · d_model^-½, so its 4 stands in the forward pass.
 Measured (GPT-2, 300 steps, held-out nats per byte, multiplier times fan_in = 1 and 4):  width 128, η = 1: 2.376, 2.297;
 3e-4 in standard units: 3.151, 2.421, untouched 2.523. (16 learns faster still, 2.358, but starts from logits so large
 that a model of few tokens begins at twice the loss of guessing.)
