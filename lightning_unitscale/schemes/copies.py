@@ -23,9 +23,9 @@ def include_copies(plan: Plan, module: nn.Module) -> None:
         if not name or any(_inside(name, other) for other in done) or not _is_left_alone(plan, name, child):
             continue
         for original, other in module.named_modules():
-            if original and not _inside(original, name) and _are_equal(child, other):
-                if _is_left_alone(plan, original, other):
-                    continue
+            if not original or _inside(original, name) or _is_left_alone(plan, original, other):
+                continue
+            if _are_equal(child, other):
                 if _is_tied_to_its_surroundings(plan, original):
                     plan.notes.append(
                         f"{name} is a copy of {original}, but keeps its own scale: factors cross its edge"
