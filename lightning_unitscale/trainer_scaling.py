@@ -23,6 +23,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
@@ -35,6 +36,7 @@ from lightning_unitscale.engine.calibrate import Calibration, check_device, fall
 from lightning_unitscale.engine.marker import PLAN_KEY
 from lightning_unitscale.engine.plan import Plan, plan_of
 from lightning_unitscale.engine.prepare import Step, prepare, put_in_force
+from lightning_unitscale.engine.summary import headline
 from lightning_unitscale.engine.verify_casts import verify_casts
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
 from lightning_unitscale.optim import ScaledStep, scale_learning_rates
@@ -154,6 +156,12 @@ class TrainerScaling:
                     )
                 self._without_loss = error
                 return
+            rank_zero_info(headline(plan))
+            if not plan.is_plain:
+                rank_zero_info(
+                    "unit scaling: checkpoints of this model carry the plan. Load them with the callback and ckpt_path "
+                    "or with lightning_unitscale.load_checkpoint; load_from_checkpoint refuses them."
+                )
             for average in _averages(module.trainer):
                 rescale_parameters(average, plan)
                 put_in_force(average, Plan.from_dict(plan.to_dict()))

@@ -28,6 +28,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from finetune import check_interval
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -154,6 +155,7 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{key}={value} must be a positive whole number")
+    check_interval(cfg)
     settings = cfg.distillation
     if settings.temperature <= 0:
         raise InputError(f"distillation.temperature={settings.temperature} must be positive")

@@ -156,12 +156,7 @@ def check(cfg: DictConfig) -> None:
             f"task.head={cfg.task.head} does not go with {cfg.task._target_}, which is for {' and '.join(heads)}; any "
             "other head is trained with task=any_head and data=module"
         )
-    interval, batches = cfg.trainer.val_check_interval, cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
-    if isinstance(interval, int) and interval > batches:
-        raise InputError(
-            f"trainer.val_check_interval={interval} is more than the {batches} batches of training, so there would be "
-            "no score to choose a checkpoint by"
-        )
+    check_interval(cfg)
     if not any((cfg.model.path, cfg.model.base, cfg.model.config)):
         raise InputError("there is no model to start from; give one: model.path=<checkpoint, folder or hub name>")
     if cfg.ckpt_path and not Path(cfg.ckpt_path).is_file():
@@ -172,6 +167,16 @@ def check(cfg: DictConfig) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What it starts from
+
+
+def check_interval(cfg: DictConfig) -> None:
+    """Raises InputError for a training that ends before its first validation."""
+    interval, batches = cfg.trainer.val_check_interval, cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
+    if isinstance(interval, int) and interval > batches:
+        raise InputError(
+            f"trainer.val_check_interval={interval} is more than the {batches} batches of training, so there would be "
+            "no score to choose a checkpoint by; make it smaller"
+        )
 
 
 def starting_point(cfg: DictConfig, labels: Sequence[str], run_folder: Path) -> Pretrained:

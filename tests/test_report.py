@@ -86,15 +86,15 @@ def run(tmp_path: Path) -> Path:
 def test_page_is_self_contained_and_complete(run: Path) -> None:
     page = Page(run / "report" / "index.html")
     assert page.headings == [
+        "Loss",
         "Exponents of matmul operands",
         "Worst sites at step 20",
         "Drift over training",
-        "Loss",
         "Samples",
         "Plan",
     ]
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
-    for name, image in zip(("exponents", "drift", "loss"), page.images, strict=True):
+    for name, image in zip(("loss", "exponents", "drift"), page.images, strict=True):
         assert image.startswith(PNG)
         assert (run / "report" / f"{name}.png").read_bytes() == image
     for text in ("a & b", "held-out <loss>", "the <plan>", "one <b>", "two"):
@@ -123,7 +123,9 @@ def test_the_verdict_counts_what_is_bad(run: Path) -> None:
     last = Record.read(run / "monitor.jsonl")[-1]
     bad = sum(m.cast.snr_db < 20 for m in last.measurements)
     assert bad > 0
-    assert f"{bad} of {len(last.measurements)} operands" in Page(run / "report" / "index.html").text
+    text = Page(run / "report" / "index.html").text
+    assert f"{bad} of {len(last.measurements)} operands" in text
+    assert ("Nothing is cast" in text) == all(m.scale is None for m in last.measurements)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
         )
     text = StringIO()
     console = Console(file=text, width=_WIDTH, color_system=None)
-    console.print(_headline(plan))
+    console.print(headline(plan))
     console.print(table)
     if rows is not None and len(groups) > rows:
         console.print(f"… and {len(groups) - rows} more rows")
@@ -66,7 +66,8 @@ def _by_reason(plan: Plan, placed: set[str]) -> dict[str, list[str]]:
     return found
 
 
-def _headline(plan: Plan) -> str:
+def headline(plan: Plan) -> str:
+    """The plan in one line."""
     scaled = sum(not parameter.reason for parameter in plan.parameters.values())
     alone = len(plan.parameters) - scaled
     explicit = len(plan.explicit_sites)

@@ -112,10 +112,11 @@ def drift_chart(records: Sequence[Record]) -> Figure:
             axes.plot(*zip(*curve, strict=True), color="#2166ac", linewidth=0.8, alpha=0.35)
         steps = sorted({step for curve in curves.values() for step, _ in curve})
         middle = [median(rms for curve in curves.values() for at, rms in curve if at == step) for step in steps]
-        axes.plot(steps, middle, color="black", linewidth=2)
+        axes.plot(steps, middle, color="black", linewidth=2, label="median of all sites")
         axes.set_yscale("log", base=2)
         axes.set_title(HEADINGS[operand], loc="left")
         axes.set(xlabel="step", ylabel="RMS")
+        axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
     return figure
 

@@ -46,9 +46,15 @@ PAGE = """\
 """
 HOW_TO_READ = """\
 Each bar is one operand of one matmul: from the smallest 1 % of its elements to the largest; the dot is its RMS. \
-Dark red: flushed to zero (below) or saturated (above) in {format}; light red: held with less precision. Scaled \
-bars should have their dots near 0, far from the red. The grey bars on the right are what each format holds, its light \
-part with less precision."""
+Dark red: flushed to zero (below) or saturated (above) in {format}; light red: held with less precision. The grey bars \
+on the right are what each format holds, its light part with less precision."""
+CAST = """\
+Bars are drawn as the casts of this run see them, times each operand's power of two: dots near 0, far from the \
+red."""
+NOT_CAST = """\
+Nothing was cast in this run, so nothing of this was lost: this is what a cast with no constants would meet. Folded \
+storage keeps the constants of unit scaling inside the weights, and gradients have the scale of the loss. With a \
+format (<code>unitscale.format=fp8</code>) each operand gets one power of two that brings its dot near 0."""
 
 
 def write_report(
@@ -87,8 +93,8 @@ def render_report(folder: Path) -> Path:
     run = _read_json(report / "run.json")
     sections = [
         *_metrics(_read_json(report / "metrics.json")),
-        *_operands(report, records),
         *_loss(report, curves),
+        *_operands(report, records),
         *_samples(run.get("samples", [])),
         *_plan(report / "plan.txt"),
     ]
@@ -121,7 +127,7 @@ def _operands(report: Path, records: Sequence[Record]) -> Iterator[str]:
         "Exponents of matmul operands",
         f"<p>{_verdict(run[-1])}</p>",
         _image(report / "exponents.png", exponent_chart(shown), "Range of every operand beside the formats' ranges"),
-        f"<p>{HOW_TO_READ.format(format=run[-1].format)}</p>",
+        f"<p>{HOW_TO_READ.format(format=run[-1].format)} {CAST if _is_cast(run[-1]) else NOT_CAST}</p>",
     )
     yield _section(f"Worst sites at step {run[-1].step}", _worst(run[-1], plain[0] if plain else None))
     if len(run) > 1:
@@ -132,10 +138,15 @@ def _verdict(record: Record) -> str:
     casts = [m.cast for m in record.measurements]
     bad = sum(cast.snr_db < BAD_SNR for cast in casts)
     lost = max(cast.flushed + cast.saturated for cast in casts)
+    condition = "Cast" if _is_cast(record) else "Nothing is cast. If it were, with no constants,"
     return (
-        f"Cast to {record.format} at step {record.step}, {bad} of {len(casts)} operands have a signal-to-noise ratio "
-        f"below {BAD_SNR:.0f} dB; the largest share of one operand that is flushed or saturated is {lost:.2%}."
+        f"{condition} to {record.format} at step {record.step}, {bad} of {len(casts)} operands have a signal-to-noise "
+        f"ratio below {BAD_SNR:.0f} dB; the largest share of one operand that is flushed or saturated is {lost:.2%}."
     )
+
+
+def _is_cast(record: Record) -> bool:
+    return any(m.scale is not None for m in record.measurements)
 
 
 def _worst(record: Record, plain: Record | None) -> str:
@@ -144,7 +155,7 @@ def _worst(record: Record, plain: Record | None) -> str:
     worst = sorted(record.measurements, key=lambda m: m.cast.snr_db)[:WORST]
     sites = [m.site for m in record.measurements]
     names = dict(zip(sites, short_names(sites), strict=True))
-    header = ["site", "operand", "RMS", "largest", "cast ×", "flushed", "saturated", "SNR dB"]
+    header = ["site", "operand", "RMS", "largest", "scale before the cast", "flushed", "saturated", "SNR dB"]
     rows = [
         [
             html.escape(names[m.site]),
