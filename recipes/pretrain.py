@@ -274,7 +274,8 @@ class PrintPlan(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Prints above the progress bar."""
         if self.unitscale is not None:
-            pl_module.print(self.unitscale.plan.summary())
+            _, _, table = self.unitscale.plan.summary().partition("\n")  # the callback has logged the first line
+            pl_module.print(table)
             self.unitscale = None
 
 

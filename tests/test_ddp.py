@@ -118,6 +118,7 @@ def one_of_two(folder: str) -> None:
         torch.save(result, Path(folder, f"{name}-{rank}.pt"))
     monitored = train(Shared, Path(folder), "unit", strategy=DDPStrategy(), monitor=True)
     torch.save(monitored.losses, Path(folder, f"monitored-{rank}.pt"))
+    torch.distributed.destroy_process_group()  # Lightning leaves it, and its threads may abort the interpreter's exit
 
 
 @pytest.fixture(scope="module")
