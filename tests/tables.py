@@ -37,7 +37,7 @@ def prepared(case: zoo.Case, scheme: str, storage: str) -> tuple[nn.Module, Plan
 
 def train(case: zoo.Case, scheme: str, storage: str) -> list[float]:
     model, plan = prepared(case, scheme, storage)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-20, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, eps=1e-20, weight_decay=0.1)
     scale_learning_rates(optimizer, plan)
     losses = []
     for step in range(STEPS):
