@@ -107,8 +107,8 @@ def test_every_attention_of_a_model(name: str, options: dict[str, str]) -> None:
     assert all(products == WHERE[name] for products in layers.values())
     made = set()
     for use, site in casts_in_force(model).items():
-        original = site.rounded_gradient  # type: ignore[attr-defined]
-        site.rounded_gradient = lambda y, use=use, original=original: (made.add(use), original(y))[1]  # type: ignore
+        original = site.rounded_gradient
+        site.rounded_gradient = lambda y, use=use, original=original: (made.add(use), original(y))[1]
     (loss, exact), (found, narrow) = (gradients(case, module, seed=1) for module in (plain, model))
     assert made == {site.use for site in plan.cast_sites}
     assert float(found) == pytest.approx(float(loss), rel=0.01)
@@ -208,7 +208,7 @@ def test_activation_checkpointing_and_copies(reentrant: bool) -> None:
     for module in (model, other):
         module(x).square().mean().backward()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(one.grad, two.grad)  # type: ignore[arg-type]
+        assert torch.equal(one.grad, two.grad)
     again = Checkpointed()
     again.load_state_dict(model.state_dict())
     again.how = reentrant
@@ -238,7 +238,7 @@ def test_in_a_trainer_saved_and_resumed(tmp_path: Path, storage: str) -> None:
     loaded = build(batch_norm=False)
     again = load_checkpoint(loaded, tmp_path / "half.ckpt")
     assert again is not None
-    assert again.cast_sites[0].operand_scales == plan_of(loop.lightning_module).cast_sites[0].operand_scales  # type: ignore
+    assert again.cast_sites[0].operand_scales == plan_of(loop.lightning_module).cast_sites[0].operand_scales
     batch = next(iter(batches(1, 7)))
     assert torch.equal(loaded.loss(batch), loop.lightning_module.loss(batch))
     with pytest.raises(UnitScalingError, match="prepared with overrides="):

@@ -105,7 +105,7 @@ def test_all_of_a_plan_s_casts_are_made() -> None:
     made = set()
     for use, site in casts_in_force(model).items():
         original = site._kept
-        site._kept = lambda weight, use=use, original=original: (made.add(use), original(weight))[1]  # type: ignore[method-assign]
+        site._kept = lambda weight, use=use, original=original: (made.add(use), original(weight))[1]
     gradients(case, model)
     assert made == {(site.params[0], site.op) for site in plan.cast_sites}
 
@@ -612,7 +612,7 @@ def test_recalibrating_leaves_nothing_behind(compiled: bool) -> None:
     assert not is_eager()
     (last,) = [site for site in plan.cast_sites if site.params[0] == "2.weight"]
     assert last.operand_scales["gradient"] == 2.0**10
-    assert float(casts_in_force(model)[last.use].scales["gradient"]) == 2.0**10  # type: ignore[index]
+    assert float(casts_in_force(model)[last.use].scales["gradient"]) == 2.0**10
 
 
 def test_a_schedule_that_nothing_follows_is_said() -> None:

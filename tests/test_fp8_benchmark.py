@@ -65,7 +65,7 @@ def test_weights_are_cast_in_every_step_and_gradients_are_in_range(benchmark: Mo
         step.milliseconds()
         kept.append(site._weight.narrow)
     assert kept[0] is not kept[1]
-    sizes = site.scales["gradient"] * step.gradient.float().square().mean().sqrt()  # type: ignore[index]
+    sizes = site.scales["gradient"] * step.gradient.float().square().mean().sqrt()
     assert 0.5 <= float(sizes) <= 2
 
 
