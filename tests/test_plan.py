@@ -348,6 +348,32 @@ def test_readout_without_hidden_weights_keeps_its_own_step() -> None:
     assert unit_scale(model, step).lr_multipliers["4.weight"] == 1.0
 
 
+@pytest.mark.parametrize("std", [1e-6, 1e-4])
+def test_a_weight_drawn_near_zero_beside_usual_ones_starts_there_and_takes_the_user_s_step(std: float) -> None:
+    model = mlp()
+    nn.init.normal_(model[2].weight, std=std)
+    before = model[2].weight.detach().clone()
+    plan = unit_scale(model, step)
+    lr, stored = plan.lr_multipliers["2.weight"], plan.parameters["2.weight"].stored
+    torch.testing.assert_close(model[2].weight.detach(), before * stored)
+    assert lr / plan.parameters["2.weight"].multiplier == pytest.approx(4.0)  # sqrt(fan_in), the rate of zeros
+    assert plan.lr_multipliers["0.weight"] == pytest.approx(
+        plan.parameters["0.weight"].stored / plan.parameters["0.weight"].initial_rms, rel=0.05
+    )
+
+
+def test_a_model_drawn_near_zero_as_a_whole_has_bounded_steps() -> None:
+    model = mlp()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=1e-10)
+    plan = unit_scale(model, step)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            assert parameter.detach().square().mean().sqrt() == pytest.approx(plan.parameters[name].stored, rel=1e-5)
+            assert plan.lr_multipliers[name] <= 2e3
+    assert any("is drawn with RMS 1e-10" in note for note in plan.notes)
+
+
 @pytest.mark.parametrize("width", [32, 64])
 def test_rates_in_units_of_umup(width: int) -> None:
     torch.manual_seed(0)

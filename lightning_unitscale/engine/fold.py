@@ -2,7 +2,8 @@
 
     wanted(use)   = the site's multiplier; in "folded" storage × every foldable factor of a neighbour
                     (attention logits into the query weight, an activation's constant into the next weight)
-    stored(param) = wanted(its primary use) in "folded" storage, 1 in "unit" storage
+    stored(param) = wanted(its primary use) in "folded" storage, 1 in "unit" storage (its own multiplier where a
+                    hand-written autograd.Function uses it: the backward pass there would not see a factor)
     explicit(use) = wanted(use) / stored(param)
 
 A tied weight with two different factors keeps the one of its primary use; the other use stays a site.
@@ -29,12 +30,12 @@ def resolve(plan: Plan, storage: str) -> None:
             fold = storage == "folded" and bool(site.fold_into)
             site.factors = {"": 1.0 if fold else site.multiplier}
             site.folded = site.factors[""] == 1.0
+    wanted = folded if storage == "folded" else alone
     for name, parameter in plan.parameters.items():
         use = primary_use_of(plan, name)
         if use is not None and not parameter.fixed:
             parameter.multiplier = folded[use]
-            parameter.stored = folded[use] if storage == "folded" else 1.0
-    wanted = folded if storage == "folded" else alone
+            parameter.stored = wanted[use] if storage == "folded" or parameter.stored_whole else 1.0
     for site in plan.sites:
         if site.ordinal is None:
             site.factors = {key: _explicit(plan, key, wanted[key, site.op]) for key in site.multipliers}

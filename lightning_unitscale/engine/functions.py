@@ -106,6 +106,9 @@ SHAPE_ONLY = frozenset({
     "full_like", "rand_like", "randn_like", "randint_like",
 })  # fmt: skip
 
+# Of their second input they use shape or dtype alone.
+LIKE_SECOND = frozenset({"view_as", "expand_as", "reshape_as", "type_as"})
+
 LAYER_NORMS = frozenset({"layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm"})  # weights never pass these
 NORMS = LAYER_NORMS | {
     "group_norm", "batch_norm", "instance_norm", "local_response_norm", "normalize", "native_batch_norm",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from lightning_unitscale.engine.apply import casts_in_force
+from lightning_unitscale.engine.autograd_functions import reentrant_checkpoints_opened
 from lightning_unitscale.engine.observe import OperandObserver
 from lightning_unitscale.engine.record import loss_tensors
 from lightning_unitscale.engine.rehearse import Rehearsal, rehearsal
@@ -38,7 +38,7 @@ def rehearsed_gradients(
     with rehearsal(module, trainer) as run, torch.enable_grad():
         if not casts:
             casts_in_force(module).clear()  # of the copies that the rehearsal works on
-        with _no_reentrant_checkpoints(), observer or nullcontext():
+        with reentrant_checkpoints_opened(), observer or nullcontext():
             losses = [loss.sum() for loss in loss_tensors(step(run), run.losses) if loss.requires_grad]
             named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
             gradients = torch.autograd.grad(
@@ -49,20 +49,3 @@ def rehearsed_gradients(
         for name, gradient in zip(named, gradients, strict=True)
         if gradient is not None and gradient.numel()
     }
-
-
-@contextmanager
-def _no_reentrant_checkpoints() -> Iterator[None]:
-    """Run layers that are checkpointed the reentrant way in the other way, the only one `autograd.grad` works with.
-
-    (`backward` would reach the hooks on parameters: DDP's reduction, optimizers that step in the backward pass.)
-    """
-
-    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-
-    CheckpointFunction.apply = apply  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del CheckpointFunction.apply  # the base class has it

@@ -46,6 +46,8 @@ class ParameterPlan:
         relative_lr: learning rate of F in units of the user's own ("standard") is this times |multiplier|.
         depth_lr: the part of `unit_lr` that comes from depth (L^-½ inside a residual branch).
         lr_override: set by the user; takes the place of every learning-rate multiplier.
+        stored_whole: a hand-written autograd.Function uses it, whose backward pass would not see an explicit factor, so
+            its own multiplier is stored in either storage.
         fixed: it enters the function through an expression, so its stored scale is kept and factors stay explicit.
         reason: why it is left alone; empty when it is scaled.
     """
@@ -63,6 +65,7 @@ class ParameterPlan:
     depth_lr: float = 1.0
     lr_override: float | None = None
     aliases: list[str] = field(default_factory=list)
+    stored_whole: bool = False
     fixed: bool = False
     reason: str = ""
 

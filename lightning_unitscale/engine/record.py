@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.functions import LAYER_NORMS, PASSTHROUGH, RANDOM, SHAPE_ONLY, is_in_place, short_name
+from lightning_unitscale.engine.autograd_functions import APPLY, reentrant_checkpoints_opened, watching_functions
+from lightning_unitscale.engine.functions import (
+    LAYER_NORMS,
+    LIKE_SECOND,
+    PASSTHROUGH,
+    RANDOM,
+    SHAPE_ONLY,
+    is_in_place,
+    short_name,
+)
 from lightning_unitscale.engine.trace import Call, Frame, ModuleSpan, ParameterFacts, Trace, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import open_multi_head_attention
@@ -38,7 +47,7 @@ def recording(module: nn.Module) -> Iterator[Recorder]:
         for handle in recorder.watch(name, child)
     ]
     try:
-        with recorder:
+        with reentrant_checkpoints_opened(), watching_functions(recorder.run_function), recorder:
             yield recorder
     finally:
         for handle in handles:
@@ -60,6 +69,7 @@ class Recorder(TorchFunctionMode):
         self._value_count = 0
         self._ordinals: dict[tuple[int, str], int] = {}
         self._frames: dict[int, FrameType] = {}  # kept alive, so that their ids stay unique
+        self._functions_running = 0
         for name, parameter in module.named_parameters():
             self._add(parameter, None, parameters=(name,))
         for buffer in module.buffers():
@@ -78,7 +88,31 @@ class Recorder(TorchFunctionMode):
         outputs = list(tensors_in(written))
         unchanged = name in PASSTHROUGH and not is_in_place(function) and args and result is args[0]
         if outputs and name != "grad" and not unchanged:
-            self._write(name, function, args, kwargs, outputs)
+            self._write(name, function, args, kwargs, outputs, sys._getframe(1))
+        return result
+
+    def run_function(self, function: type, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run a `torch.autograd.Function`: gradients pass through all of it, though inside autograd is off.
+
+        What it made by torch calls is known already. What it was given and gives back is an alias of that; what comes
+        out of a kernel of its own is one call that no rule is known for.
+        """
+        self._functions_running += 1
+        try:
+            result = apply(*args)
+        finally:
+            self._functions_running -= 1
+        given = list(tensors_in(args))
+        for output in tensors_in(result):
+            if output in self._values:
+                self._values[output].requires_grad = output.requires_grad
+                continue
+            source = next((tensor for tensor in given if _is_alias(output, tensor)), None)
+            frame = sys._getframe(2)  # that called `apply`
+            if source is not None and not (source in self._values and self._values[source].parameters):
+                self._write("alias", function, (source,), {}, [output], frame)
+            else:
+                self._write(f"{function.__name__}.apply", function, args, {}, [output], frame)
         return result
 
     def finish(self, output: Any, backwards: list[Tensor]) -> Trace:
@@ -106,13 +140,21 @@ class Recorder(TorchFunctionMode):
         yield module.register_forward_hook(after)
 
     def _write(
-        self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
+        self,
+        name: str,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: list[Tensor],
+        caller: FrameType,
     ) -> None:
-        frame, ordinal = self._where(name, has_ordinal(args))
+        frame, ordinal, in_function = self._where(caller, name, has_ordinal(args))
         if any(isinstance(output, nn.Parameter) and output in self._values for output in outputs):
             return  # a parameter that the step writes to (an average of others, say) stays itself
         if name in SHAPE_ONLY:
             args, kwargs = (), {}
+        elif name in LIKE_SECOND:
+            args, kwargs = args[:1], {}
         inputs: list[Value] = []
         call = Call(
             index=len(self.trace.calls),
@@ -123,6 +165,7 @@ class Recorder(TorchFunctionMode):
             args=tuple(self._read(argument, inputs) for argument in args),
             kwargs={key: self._read(argument, inputs) for key, argument in kwargs.items()},
             inputs=inputs,
+            in_function=in_function,
         )
         self.trace.calls.append(call)
         for value in dict.fromkeys(inputs):
@@ -178,7 +221,7 @@ class Recorder(TorchFunctionMode):
             index=self._value_count,
             shape=tuple(tensor.shape),
             is_float=tensor.is_floating_point() or tensor.is_complex(),
-            requires_grad=tensor.requires_grad,
+            requires_grad=tensor.requires_grad or self._carries_gradient(tensor, producer),
             producer=producer,
             parameters=parameters,
             expression=expression and bool(parameters),
@@ -188,13 +231,25 @@ class Recorder(TorchFunctionMode):
         self._values[tensor] = value
         return value
 
-    def _where(self, name: str, counts: bool) -> tuple[Frame | None, int]:
-        """The frame of the running torch call and its ordinal there; no frame for calls made by a hook."""
-        python_frame: FrameType | None = sys._getframe(3)
+    def _carries_gradient(self, tensor: Tensor, producer: Call | None) -> bool:
+        """Whether a tensor made inside an autograd.Function is computed from some that require gradients."""
+        if not self._functions_running or producer is None or not tensor.is_floating_point():
+            return False
+        return any(value.requires_grad for value in producer.inputs)
+
+    def _where(self, caller: FrameType, name: str, counts: bool) -> tuple[Frame | None, int, bool]:
+        """The frame of a torch call, its ordinal there, and whether a hand-written autograd.Function made it.
+
+        There is no frame for calls made by a hook. A Function that runs modules of the model, as checkpointing does,
+        runs them again for the backward pass: their calls are the modules' own.
+        """
+        python_frame: FrameType | None = caller
+        in_function = False
         while python_frame is not None:
             code = python_frame.f_code
             if code in MODULE_CALL:
-                return None, 0
+                return None, 0, in_function
+            in_function = in_function or code is APPLY
             if code.co_argcount:
                 owner = python_frame.f_locals.get(code.co_varnames[0])
                 module = self._module_names.get(id(owner)) if isinstance(owner, nn.Module) else None
@@ -203,9 +258,9 @@ class Recorder(TorchFunctionMode):
                     key = (id(python_frame), name)
                     ordinal = self._ordinals.get(key, 0)
                     self._ordinals[key] = ordinal + counts
-                    return Frame(module, code.co_name), ordinal
+                    return Frame(module, code.co_name), ordinal, in_function
             python_frame = python_frame.f_back
-        return None, 0
+        return None, 0, in_function
 
 
 def loss_tensors(output: Any, backwards: list[Tensor]) -> list[Tensor]:
@@ -266,6 +321,17 @@ def _makes_activation(call: Call) -> bool:
     if "weight" in MATMULS[call.name].operands(call.args, call.kwargs):
         return True
     return any(value.constant and value.is_float and len(value.shape) > 1 for value in call.inputs)
+
+
+def _is_alias(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same memory."""
+    return (
+        one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.device == other.device
+        and not one.is_meta
+        and one.data_ptr() == other.data_ptr() != 0
+    )
 
 
 def _selects(call: Call) -> bool:

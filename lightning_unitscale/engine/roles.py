@@ -47,6 +47,11 @@ class Use:
         return self.key, self.op
 
     @property
+    def in_function(self) -> bool:
+        """Whether a hand-written autograd.Function uses it, whose backward pass would not see a factor at the call."""
+        return any(call.in_function for call in self.calls)
+
+    @property
     def is_expression(self) -> bool:
         """Whether what is used is computed from the parameters, so that their own scale is not its scale."""
         return any(value.expression for value in self.values)

@@ -53,7 +53,14 @@ class Frame:
 
 @dataclass(eq=False)
 class Call:
-    """One torch function call; tensors in `args` and `kwargs` are replaced by their values."""
+    """One torch function call; tensors in `args` and `kwargs` are replaced by their values.
+
+    Attributes:
+        frame: where it was made; None in a hook.
+        ordinal: which call of its function in its frame it was, from 0.
+        in_function: made by a hand-written `torch.autograd.Function`, whose backward pass knows nothing of a factor
+            put here.
+    """
 
     index: int
     name: str
@@ -64,6 +71,7 @@ class Call:
     kwargs: dict[str, Any]
     inputs: list[Value]
     outputs: list[Value] = field(default_factory=list)
+    in_function: bool = False
 
     @property
     def output(self) -> Value:

@@ -26,6 +26,7 @@ ALONE_REASONS = {
     "other": "used in a way no rule is known for",
     "unused": "no torch call of the recorded step used it",
 }
+IN_FUNCTION = "inside a hand-written autograd.Function, whose backward pass would not see it"
 
 
 class Draft:
@@ -35,9 +36,14 @@ class Draft:
         structure: of the recorded step.
         uses: every use of every parameter.
         alone: parameters that nothing may be done to, with the reason.
+
+    Args:
+        left_alone: parameters that a scheme has found no place for a factor of, with the reason.
     """
 
-    def __init__(self, module: nn.Module, trace: Trace, options: Options) -> None:
+    def __init__(
+        self, module: nn.Module, trace: Trace, options: Options, left_alone: Mapping[str, str] | None = None
+    ) -> None:
         self.module, self.trace, self.options = module, trace, options
         self.structure = Structure(trace)
         self.overrides = _overrides_by_parameter(module, trace, options)
@@ -46,7 +52,7 @@ class Draft:
             for name in use.parameters:
                 use.role = self.overrides.get(name, {}).get("role", use.role)
         self.roles = self._roles()
-        self.alone = self._alone()
+        self.alone = {**(left_alone or {}), **self._alone()}
 
     def is_alone(self, key: str) -> bool:
         """Whether any parameter of the use's key is left alone."""
@@ -56,9 +62,15 @@ class Draft:
         """Whether the options leave a module, or one that it belongs to, alone."""
         return _matches(module, self.options.skip)
 
-    def in_loss_code(self, frame: Frame | None) -> bool:
-        """Whether parameter-free calls of this frame are loss code, or made by a hook."""
-        return frame is None or (frame.module == "" and frame.method.endswith("_step"))
+    def no_place(self, call: Call) -> str:
+        """Why a parameter-free factor or cast can't stand at a call; empty if it can."""
+        if call.in_function:
+            return IN_FUNCTION
+        if call.frame is None:
+            return "in a hook, or in a module made while running, its frame cannot be found again"
+        if call.frame.module == "" and call.frame.method.endswith("_step"):
+            return "its frame is loss code"
+        return ""
 
     def plan(self, multipliers: dict[tuple[int, str], float], free_sites: list[Site]) -> Plan:
         """The plan with these multipliers by (call index, key) and these parameter-free sites."""
@@ -147,7 +159,9 @@ class Draft:
         if wanted is None or call.name not in MATMULS or site.format_reason:
             return
         skipped = any(self._is_skipped(name) for name in site.params[0].split("+"))
-        site.format_reason = SKIPPED if skipped else reason_not_to_cast(call, wanted)
+        site.format_reason = (
+            SKIPPED if skipped else IN_FUNCTION if call.in_function else reason_not_to_cast(call, wanted)
+        )
         site.format = None if site.format_reason else wanted
 
     def _check_format_overrides(self, sites: Collection[Site]) -> None:
@@ -198,8 +212,8 @@ class Draft:
     def _cast_product(self, site: Site, call: Call, format: str) -> None:
         if self.is_skipped(site.module):
             site.format_reason = SKIPPED
-        elif self.in_loss_code(call.frame):
-            site.format_reason = "its frame cannot be found again"
+        elif reason := self.no_place(call):
+            site.format_reason = reason
         else:
             site.format = format
             site.operands = [*MATMULS[call.name].multiplicands(call.args, call.kwargs), "gradient"]

@@ -40,7 +40,10 @@ give the total. Under SGD, learning rates are fan_in (hidden) and width (others)
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
+from functools import cached_property
 from math import isclose, log2, sqrt
+from statistics import median
 from typing import Any
 
 import torch
@@ -51,17 +54,18 @@ from lightning_unitscale.engine.fold import resolve
 from lightning_unitscale.engine.graph import Source
 from lightning_unitscale.engine.plan import EVERY_CALL, ParameterPlan, Plan, Site
 from lightning_unitscale.engine.residuals import Residual, Stream
-from lightning_unitscale.engine.roles import WEIGHT_ROLES, Use
+from lightning_unitscale.engine.roles import WEIGHT_ROLES, Use, primary_use
 from lightning_unitscale.engine.structure import Sum
 from lightning_unitscale.engine.trace import Call, Trace, Value
-from lightning_unitscale.options import Options
+from lightning_unitscale.options import STORAGES, Options
 from lightning_unitscale.schemes.copies import include_copies
-from lightning_unitscale.schemes.draft import Draft, geometric_mean, parameter_free_site
+from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft, geometric_mean, parameter_free_site
 from lightning_unitscale.schemes.siblings import include_siblings
 
 RESIDUAL_MULTIPLIER = 1.0  # r
 ATTENTION_RATIO = 1.0  # ρ
 ATTENTION_MULTIPLIER = 1.0
+NEAR_ZERO = 1e-3
 READOUT_RATE = 4.0  # a tied readout: its multiplier
 _GRID = torch.linspace(-10, 10, 20_001, dtype=torch.float64)
 _DENSITY = torch.exp(-0.5 * _GRID**2) / sqrt(2 * torch.pi)
@@ -69,15 +73,22 @@ _DENSITY = torch.exp(-0.5 * _GRID**2) / sqrt(2 * torch.pi)
 
 def umup(module: nn.Module, trace: Trace, options: Options) -> Plan:
     """The plan of u-μP for a recorded step."""
-    return _Planner(module, trace, options).plan()
+    left_alone: dict[str, str] = {}
+    while True:
+        planner = _Planner(module, trace, options, left_alone)
+        plan = planner.plan()
+        homeless = planner.homeless(plan)
+        if not homeless:
+            return plan
+        left_alone |= dict.fromkeys(homeless, f"it has two factors, one of them {IN_FUNCTION}")
 
 
 class _Planner:
     """Collects multipliers by (call index, parameter key) and parameter-free sites, then writes the plan."""
 
-    def __init__(self, module: nn.Module, trace: Trace, options: Options) -> None:
+    def __init__(self, module: nn.Module, trace: Trace, options: Options, left_alone: Mapping[str, str]) -> None:
         self.module, self.trace, self.options = module, trace, options
-        self.draft = Draft(module, trace, options)
+        self.draft = Draft(module, trace, options, left_alone)
         self.structure = self.draft.structure
         self.multipliers: dict[tuple[int, str], float] = {}
         self.depth: dict[int, float] = {}
@@ -97,6 +108,7 @@ class _Planner:
                 self._sum_factors(addition)
             self._attention_factors()
             self._activation_factors()
+        self._move_out_of_functions()
         plan = self.draft.plan(self.multipliers, self._free_sites())
         for parameter in plan.parameters.values():
             self._initial_value_and_step(parameter)
@@ -146,14 +158,45 @@ class _Planner:
         elif use.role in ("embedding", "position", "token"):
             parameter.unit_lr = width**-0.5
         parameter.fixed = use.is_expression
+        parameter.stored_whole = any(use.in_function for use in uses)
         if use.role in WEIGHT_ROLES:
-            parameter.relative_lr = _rounded(1 / facts.rms) if facts.rms else use.fan_in**0.5
+            starts_at_zero = parameter.name in self.zeros
+            parameter.relative_lr = use.fan_in**0.5 if starts_at_zero else self._relative_step(facts.rms, use)
             if parameter.fixed:
                 parameter.multiplier = parameter.stored = facts.rms or 1.0
-            elif facts.rms:
+            elif not starts_at_zero:
                 parameter.initial_factor = 1 / facts.rms
         elif use.role == "bias" and not facts.is_constant:
             parameter.initial_factor = 0.0
+
+    def _relative_step(self, rms: float, use: Use) -> float:
+        """What a learning rate of 1 changes a weight by, relative to it.
+
+        Where a whole model is drawn so small that its first step would be many times the weights themselves, that is
+        no step to reproduce; it is limited to that of weights at `NEAR_ZERO` of their usual size.
+        """
+        smallest = NEAR_ZERO / sqrt(use.fan_in)
+        if rms < smallest:
+            self.notes.append(f"{use.key} is drawn with RMS {rms:.1g}: its learning rate is that of {smallest:.1g}")
+        return _rounded(1 / max(rms, smallest))
+
+    @cached_property
+    def zeros(self) -> set[str]:
+        """Weights that start at zero by design, or so close to it that it is the same.
+
+        Near zero is below a thousandth of the usual size, N(0, 1/fan_in), and of the model's other weights (a class
+        token drawn with std 1e-6, the weight of a gate beside a bias of 1). They stay so: RMS 1 would make another
+        model, and a learning rate relative to them would have no bounds.
+        """
+        sizes = {
+            name: self.trace.facts[name].rms * sqrt(use.fan_in)
+            for use in self.draft.uses.values()
+            if use.role in WEIGHT_ROLES
+            for name in use.parameters
+        }
+        drawn = [size for size in sizes.values() if size]
+        limit = NEAR_ZERO * min(1.0, median(drawn)) if drawn else 0.0
+        return {name for name, size in sizes.items() if size <= limit}
 
     def _multiplier_overrides(self, plan: Plan) -> None:
         for name, override in self.draft.overrides.items():
@@ -165,7 +208,7 @@ class _Planner:
 
     def _readout_steps(self, plan: Plan) -> None:
         """With lr_units="standard": the table's step at the η of the hidden weights, or, without any, its own."""
-        scaled = [p for p in plan.parameters.values() if p.initial_rms and not p.reason]
+        scaled = [p for p in plan.parameters.values() if p.name not in self.zeros and p.initial_rms and not p.reason]
         rates = [p.relative_lr / p.unit_lr for p in scaled if p.role == "hidden"]
         for parameter in (p for p in scaled if p.role == "readout"):
             own = 1 / abs(parameter.multiplier)
@@ -231,8 +274,8 @@ class _Planner:
             self._push(pushes, factor, absorb=True)
             return
         call = next(call for call in residual.calls if value in call.inputs)
-        if self.draft.in_loss_code(call.frame):
-            self.notes.append(f"the residual addition at {call.frame} was left alone: its frame cannot be found again")
+        if reason := self.draft.no_place(call):
+            self.notes.append(f"the residual addition {_at(call)} was left alone: {reason}")
             return
         own = max((source.own for source in self.structure.sources(value)[0]), default=1.0)
         site = parameter_free_site(call, "residual", factor / own, value)
@@ -250,7 +293,7 @@ class _Planner:
         if all(pushes):
             for push in pushes:
                 self._push(push or [], factor, absorb=False)
-        elif not self.draft.in_loss_code(addition.call.frame):
+        elif not self.draft.no_place(addition.call):
             site = parameter_free_site(addition.call, "sum", factor)
             site.reason = "a term is used elsewhere too, or is left alone"
             self._add_free(site, [])
@@ -263,26 +306,25 @@ class _Planner:
             for value in (source.value, *(source.value.producer.inputs if source.value.producer else ()))
             for name in value.parameters
         ]
-        return bool(names) and all(self.trace.facts[name].rms == 0 for name in names)
+        return bool(names) and all(self.trace.facts[name].rms == 0 or name in self.zeros for name in names)
 
     # --- attention and activations ------------------------------------------------------------------------------
 
     def _attention_factors(self) -> None:
         for attention in self.structure.attentions:
             call = attention.call
-            if self.draft.in_loss_code(call.frame):
-                where = f"at {call.frame}" if call.frame else "in a hook, or in a module made while running,"
-                self.notes.append(f"the attention {where} was left alone: its frame cannot be found again")
-                continue
             factor = ATTENTION_MULTIPLIER / attention.head_dim / attention.own
+            sides = (self._can_push(side, {call.index}) for side in (attention.query, attention.key))
+            pushes = next(filter(None, sides), [])
+            if reason := self.draft.no_place(call):
+                if pushes and call.in_function:
+                    self._push(pushes, factor, absorb=False)
+                else:
+                    self.notes.append(f"the attention {_at(call)} was left alone: {reason}")
+                continue
             site = parameter_free_site(call, "attention", factor, attention.query)
             site.last_dim = attention.head_dim if attention.query.shape[-1] == attention.head_dim else None
-            into: list[tuple[int, str]] = []
-            for side in (attention.query, attention.key):
-                pushes = self._can_push(side, {call.index})
-                if pushes:
-                    into = [use for _, uses in pushes for use in uses]
-                    break
+            into = [use for _, uses in pushes for use in uses]
             site.fold_into = [[key, self.trace.calls[index].name] for index, key in into]
             if not into:
                 site.reason = "query and key come out of one weight, or are shared"
@@ -309,18 +351,72 @@ class _Planner:
             return site
         call = activation.call
         assert call is not None
-        if self.draft.in_loss_code(call.frame):
+        if self.draft.no_place(call):
             return None
         site = parameter_free_site(call, "activation", 1.0)
         site.multiplier = 1 / _call_rms(call)
         return site
+
+    # --- hand-written autograd.Functions --------------------------------------------------------------------------
+
+    def _move_out_of_functions(self) -> None:
+        """Scale the activation, outside, by what a use inside a Function has beyond the factor its weight stores.
+
+        A tied readout in a fused linear and cross-entropy, say, whose weight stores the factor of the embedding.
+        """
+        for use in self.draft.uses.values():
+            if not use.in_function or self.draft.is_alone(use.key):
+                continue
+            main = primary_use([other for other in self.draft.uses.values() if other.key == use.key])
+            stored = geometric_mean(self.multipliers[call.index, use.key] for call in main.calls)
+            for call in use.calls:
+                factor = self.multipliers[call.index, use.key] / stored
+                if factor != 1.0 and self._scale_operand(call, factor):
+                    self.multipliers[call.index, use.key] = stored
+
+    def _scale_operand(self, call: Call, factor: float) -> bool:
+        """Multiply the activation that a call works on, where it is made, if nothing else uses it."""
+        moving = [v for v in call.inputs if v.is_float and v.requires_grad and not v.parameters]
+        if len(moving) != 1:
+            return False
+        pushes = self._can_push(moving[0], {call.index})
+        if pushes:
+            self._push(pushes, factor, absorb=False)
+            return True
+        sources, passed = self.structure.sources(moving[0])
+        maker = sources[0].value.producer
+        if len(sources) > 1 or maker is None or self.draft.no_place(maker):
+            return False
+        site = parameter_free_site(maker, "operand", factor)
+        site.reason = "of a matmul inside a hand-written autograd.Function"
+        if self._place(site) in self.free or not self.structure.only_feeds(maker.output, passed, {call.index}):
+            return False
+        self._add_free(site, [])
+        return True
+
+    def homeless(self, plan: Plan) -> set[str]:
+        """Parameters with an explicit factor, in either storage, inside a Function."""
+        found: set[str] = set()
+        for storage in STORAGES:
+            resolve(plan, storage)
+            for site in plan.sites:
+                for key, factor in site.factors.items():
+                    use = self.draft.uses.get((key, site.op))
+                    if factor != 1.0 and use is not None and use.in_function:
+                        found.update(use.parameters)
+        resolve(plan, self.options.storage)
+        return found
 
     # --- parameter-free sites -------------------------------------------------------------------------------------
 
     def _add_free(self, site: Site, targets: list[Call]) -> None:
         if self.draft.is_skipped(site.module):
             site.multiplier, site.fold_into, site.reason = 1.0, [], "skipped by the options"
-        self.free[site.module, site.method, site.op, site.ordinal].append((site, targets))
+        self.free[self._place(site)].append((site, targets))
+
+    @staticmethod
+    def _place(site: Site) -> tuple[Any, ...]:
+        return site.module, site.method, site.op, site.ordinal
 
     def _free_sites(self) -> list[Site]:
         """One site for each place in the code; its calls must agree on where the factor can be folded."""
@@ -380,6 +476,10 @@ class _Planner:
                         site.fold_into, changed = [], True
                         site.reason = f"{key} is also called on other inputs"
                         break
+
+
+def _at(call: Call) -> str:
+    return f"at {call.frame}" if call.frame else f"({call.name})"
 
 
 def _rounded(rate: float) -> float:

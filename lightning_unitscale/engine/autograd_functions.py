@@ -1,0 +1,56 @@
+"""`torch.autograd.Function`s, which a function mode does not see: autograd is off inside, backward written by hand.
+
+All of them go through `_SingleLevelFunction.apply`, also those whose `apply` somebody kept under another name
+(`swiglu = SwiGLU.apply`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.autograd.function import _SingleLevelFunction
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
+
+# Runs a Function: its class, what applies it, and its arguments
+Runner = Callable[[type, Callable[..., Any], tuple[Any, ...]], Any]
+_runners: list[Runner] = []
+
+
+def _apply(cls: type, *args: Any) -> Any:
+    return _runners[-1](cls, super(_SingleLevelFunction, cls).apply, args)  # type: ignore[misc]
+
+
+APPLY = _apply.__code__  # stands on the Python stack between a watched Function and what called it
+
+
+@contextmanager
+def watching_functions(run: Runner) -> Iterator[None]:
+    """Let `run` run every Function that is applied inside."""
+    _runners.append(run)
+    _SingleLevelFunction.apply = classmethod(_apply)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        _runners.pop()
+        if not _runners:
+            del _SingleLevelFunction.apply  # type: ignore[attr-defined]  # its base class in C++ has it
+
+
+@contextmanager
+def reentrant_checkpoints_opened() -> Iterator[None]:
+    """Run layers that are checkpointed the reentrant way, by a Function, in the other way.
+
+    Then autograd sees them, as it sees the model without checkpointing, and `autograd.grad` works. (`backward`, which
+    works with both, would reach the hooks on parameters: DDP's reduction, optimizers that step in the backward pass.)
+    """
+
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    CheckpointFunction.apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply  # the base class has it
