@@ -3,7 +3,7 @@
 A model in which every factor is folded is a plain model and its state dict a plain state dict; the plan beside it in
 a Lightning checkpoint (key "unit_scaling_plan") only carries the learning-rate multipliers on. Where factors stay in
 the forward pass, the state dict itself holds the plan and can't be loaded into a plain module, nor plain weights where
-factors are in force; see `engine.marker`.
+factors are in force; see `engine.plan.state_dict`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unitscale.engine.marker import PLAN_KEY, decode
-from lightning_unitscale.engine.plan import Plan, plan_of
-from lightning_unitscale.engine.prepare import forget, put_in_force
-from lightning_unitscale.options import UnitScalingError
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, decode
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.prepare import forget, put_in_force
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> Plan | None:

@@ -34,10 +34,11 @@ from lightning_unitscale import (
     scale_learning_rates,
     unit_scale,
 )
-from lightning_unitscale.engine import calibrate
-from lightning_unitscale.engine.apply import casts_in_force
-from lightning_unitscale.engine.observe import entered_observers
-from lightning_unitscale.engine.plan import Plan, plan_of
+from lightning_unitscale.engine.checks import calibration
+from lightning_unitscale.engine.checks.calibration import Calibration
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.runtime.install import casts_in_force
+from lightning_unitscale.engine.runtime.observer import entered_observers
 from lightning_unitscale.formats import FORMATS, cast
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.products import MatrixProducts
@@ -386,15 +387,15 @@ def test_gradients_are_seen_from_autograd_s_own_thread() -> None:
     model = Checkpointed(nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)), True)
     x = torch.randn(64, 32)
     plan = unit_scale(model, lambda m: m(x).square().mean(), "preserve", format="fp8")
-    calibration = calibrate.Calibration(model, plan, (1,))
+    measurement = Calibration(model, plan, (1,))
     for site in plan.cast_sites:
         site.measured = {}
-    with calibration.observe(1):
+    with measurement.observe(1):
         loss = model(x).square().mean()
         thread = threading.Thread(target=loss.backward)
         thread.start()
         thread.join()
-    calibration.finish()
+    measurement.finish()
     assert all(set(site.measured) == {"x", "weight", "gradient"} for site in plan.cast_sites)
 
 
@@ -549,8 +550,8 @@ def test_averaging_leaves_training_as_it_was(tmp_path: Path) -> None:
 
 def test_measured_on_schedule_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
-    begin = calibrate.Calibration.begin
-    monkeypatch.setattr(calibrate.Calibration, "begin", lambda self, step: (begun.append(step), begin(self, step)))
+    begin = Calibration.begin
+    monkeypatch.setattr(Calibration, "begin", lambda self, step: (begun.append(step), begin(self, step)))
     callback = UnitScaling(**OPTIONS, recalibrate=(3, 8))
     fit(tmp_path, callback, max_steps=12)
     assert callback.plan is not None
@@ -712,7 +713,7 @@ def test_a_wrong_product_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:unit scaling. with casts")
 def test_a_wrong_scale_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "exponent", lambda *args: 0.3)  # no power of two
+    monkeypatch.setattr(calibration, "exponent", lambda *args: 0.3)  # no power of two
     with pytest.warns(UserWarning, match="alone changed the product"):
         _, plan = two_layers()
     assert plan.cast_sites == []
@@ -762,7 +763,7 @@ def test_overrides_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_a_device_without_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "supports", lambda dtype, device: dtype not in FORMATS["fp8"].dtypes)
+    monkeypatch.setattr(calibration, "supports", lambda dtype, device: dtype not in FORMATS["fp8"].dtypes)
     module, before = build(), build()
     with pytest.raises(UnitScalingError, match=r"format='fp8': the device cpu has no torch\.float8_e4m3fn"):
         fit(tmp_path, UnitScaling(**OPTIONS), module=module)

@@ -1,0 +1,96 @@
+"""The plan inside a state dict, where the stored weights alone are not the function.
+
+A prepared model with factors in its forward pass adds its plan to its state dict, as a tensor of JSON bytes (a tensor
+goes through every saver), and stores each parameter with one more dimension, of size 1:
+
+    plain model      weight [64, 32]
+    state dict       weight [1, 64, 32], unit_scaling_plan [bytes]
+
+A plain module refuses both: the plan as an unexpected key, and, under `strict=False` or for a part of the weights, the
+shapes. Loading plain weights into a prepared model fails here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.errors import UnitScalingError
+
+PLAN_KEY = "unit_scaling_plan"
+
+
+def encode(plan: Plan) -> Tensor:
+    """The plan as a tensor of bytes."""
+    return torch.tensor(list(json.dumps(plan.to_dict()).encode()), dtype=torch.uint8)
+
+
+def decode(marker: Tensor) -> Plan:
+    """The inverse of `encode`."""
+    return Plan.from_dict(json.loads(bytes(marker.tolist())))
+
+
+def add_marker(module: nn.Module) -> None:
+    """Make the module's state dict carry the plan, and its loading ask for it."""
+    module.register_state_dict_post_hook(_mark)
+    module.register_load_state_dict_pre_hook(_check)
+
+
+def remove_marker(module: nn.Module) -> None:
+    """Undo `add_marker`, on the module or on a copy of it."""
+    for hooks, ours in ((module._state_dict_hooks, _mark), (module._load_state_dict_pre_hooks, _check)):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) is ours:
+                del hooks[key]
+
+
+def _mark(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    plan = plan_of(module)
+    if plan is None:
+        return
+    for key, _ in _parameters_in(state, plan, prefix):
+        state[key] = state[key].unsqueeze(0)
+    state[prefix + PLAN_KEY] = encode(plan)
+
+
+def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    plan = plan_of(module)
+    if plan is None:
+        return
+    marker = state.pop(prefix + PLAN_KEY, None)
+    if marker is None:
+        raise UnitScalingError(
+            f"these are plain weights, but {type(module).__name__} has unit-scaling factors in its forward pass. Load "
+            "them before preparing the model, or call remove_unit_scaling() first."
+        )
+    stored = decode(marker)
+    if _meaning(stored) != _meaning(plan):
+        raise UnitScalingError(
+            "these weights were stored under another unit-scaling plan than the one in force on "
+            f"{type(module).__name__} (storage {stored.storage!r} and {plan.storage!r}). Load them with "
+            "lightning_unitscale.load_checkpoint into a freshly built model."
+        )
+    for key, dimensions in _parameters_in(state, plan, prefix):
+        if state[key].dim() == dimensions + 1:
+            state[key] = state[key].squeeze(0)
+
+
+def _parameters_in(state: dict[str, Any], plan: Plan, prefix: str) -> Iterator[tuple[str, int]]:
+    """Key in the state dict and number of dimensions of each parameter, under each of its names."""
+    for name, parameter in plan.parameters.items():
+        for key in dict.fromkeys(prefix + alias for alias in (name, *parameter.aliases)):
+            if key in state:
+                yield key, len(parameter.shape)
+
+
+def _meaning(plan: Plan) -> dict[str, Any]:
+    """What of a plan decides what stored weights mean."""
+    return {
+        "stored": {name: parameter.stored for name, parameter in plan.parameters.items()},
+        "factors": {(site.name, *site.params): site.factors for site in plan.explicit_sites},
+    }
