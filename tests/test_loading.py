@@ -176,9 +176,10 @@ def test_a_state_dict_asked_for_again_writes_the_plan_once(monkeypatch: pytest.M
             module.state_dict()
         assert len(written) == 1
         plan.loss_scale = 2.0
-        twin = build(batch_norm=False)
-        twin.load_state_dict(module.state_dict())
+        state = module.state_dict()
         assert len(written) == 2
+        twin = build(batch_norm=False)
+        twin.load_state_dict(state)
         assert plan_of(twin).loss_scale == 2.0
         monkeypatch.undo()
 
