@@ -8,10 +8,11 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from lightning_unitscale.engine.plan import Plan
-from lightning_unitscale.options import RECALIBRATE, Options, UnitScalingError
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.options import RECALIBRATE, Options
 from lightning_unitscale.strategy import UnitScalingMixin
-from lightning_unitscale.trainer_scaling import TrainerScaling
+from lightning_unitscale.lifecycle import TrainerScaling
 
 
 class UnitScaling(Callback):
@@ -42,9 +43,9 @@ class UnitScaling(Callback):
             name. "attention_format", as in {"*.self_attn": {"attention_format": "fp8"}}, is for modules: it casts the
             operands of attention's own products too, of those that the named modules' code calls (`"*"` for all): q,
             k and v of `F.scaled_dot_product_attention`, both operands of `q @ k.mT` and of `probabilities @ v`, and
-            the gradients that come back to them. Numerics alone, at no gain in speed; see `engine.casting`.
+            the gradients that come back to them. Numerics alone, at no gain in speed; see `engine.runtime.casts`.
         recalibrate: steps at which operand scales are measured again; of use with a `format` only.
-        verify: check the plan on the first batch before training starts, see `engine.verify`.
+        verify: check the plan on the first batch before training starts, see `engine.checks.verify`.
         optimizer_family: "adam", "sgd" or "muon", for an optimizer class of which unit scaling does not know how its
             step answers to the gradient's scale, see `optimizer_family`.
 

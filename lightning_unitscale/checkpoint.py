@@ -3,7 +3,7 @@
 A model in which every factor is folded is a plain model and its state dict a plain state dict; the plan beside it, in
 a Lightning checkpoint (key "unit_scaling_plan") and in the state dict's metadata, carries the learning-rate multipliers
 on and says that these weights need no preparing. Where factors stay in the forward pass, the state dict itself holds
-the plan and can't be loaded into a plain module, nor plain weights where factors are in force; see `engine.marker`, and
+the plan and can't be loaded into a plain module, nor plain weights where factors are in force; see `engine.plan.state_dict`, and
 `loading` for what `load_state_dict` does with it.
 """
 
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_unitscale.engine.marker import PLAN_KEY, carried_plans, decode
-from lightning_unitscale.engine.plan import Plan, plan_of
-from lightning_unitscale.engine.prepare import forget, put_in_force
-from lightning_unitscale.options import UnitScalingError
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, carried_plans, decode
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.prepare import forget, put_in_force
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> Plan | None:

@@ -4,7 +4,7 @@ A model trained with unit scaling may be read back by `load_from_checkpoint`, by
 by Lightning itself in the process that started `ddp_spawn`. None of them knows of plans: they would fail on weights
 with explicit factors, and folded ones, which load as the plain weights they are, would be taken for initial values and
 rescaled by the next run. All of these ways end in `torch.nn.Module.load_state_dict`, and its state dict carries the
-plan (see `engine.marker`). So, once this package is imported, that one method looks for it:
+plan (see `engine.plan.state_dict`). So, once this package is imported, that one method looks for it:
 
     the state dict carries no plan                   as ever
     the module that it is for has a plan in force    as ever
@@ -25,12 +25,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_unitscale.engine.apply import rules_in_force
-from lightning_unitscale.engine.marker import carried_plans, decode
-from lightning_unitscale.engine.plan import Plan, plan_of
-from lightning_unitscale.engine.prepare import forget, put_in_force
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.engine.runtime.install import rules_in_force
+from lightning_unitscale.engine.plan.state_dict import carried_plans, decode
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.prepare import forget, put_in_force
 from lightning_unitscale.engine.trained import remember_trained, rescaled
-from lightning_unitscale.options import UnitScalingError
 
 _OURS = "_puts_plans_in_force"
 

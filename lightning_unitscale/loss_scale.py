@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_unitscale.engine.gradients import rehearsed_gradients
-from lightning_unitscale.engine.observe import OperandObserver
-from lightning_unitscale.engine.rehearse import Rehearsal
-from lightning_unitscale.engine.statistics import Accumulator
+from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
+from lightning_unitscale.engine.runtime.observer import OperandObserver
+from lightning_unitscale.engine.record.rehearsal import Rehearsal
+from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
 
 TARGET = 8  # the exponent that the largest gradient gets
 LARGEST = 15  # the largest exponent that FP16 has, which a loss in FP16 passes on

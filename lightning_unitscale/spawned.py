@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from lightning_unitscale.callback import UnitScaling
-from lightning_unitscale.engine.plan import plan_of
+from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.strategy import UnitScalingMixin
 
 _OURS = "_tells_of_plans"

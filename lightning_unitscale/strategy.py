@@ -12,8 +12,9 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_unitscale.options import Options, UnitScalingError
-from lightning_unitscale.trainer_scaling import TrainerScaling
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.options import Options
+from lightning_unitscale.lifecycle import TrainerScaling
 
 
 class _BatchEnd(pl.Callback):

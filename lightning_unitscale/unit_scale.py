@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_unitscale.engine.calibrate import Calibration
-from lightning_unitscale.engine.plan import Plan
-from lightning_unitscale.engine.prepare import measure_operands, prepare, remove
+from lightning_unitscale.engine.checks.calibration import Calibration
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.prepare import measure_operands, prepare, remove
 from lightning_unitscale.options import RECALIBRATE, Options
 
 

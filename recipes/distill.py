@@ -39,15 +39,15 @@ from torch import Tensor, nn
 
 from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.continuation import BestCheckpoint, RandomNumbers
-from lightning_unitscale.data import IGNORED
-from lightning_unitscale.data.examples import Batch
-from lightning_unitscale.data.token_text import TokenText
+from lightning_unitscale.cookbook.continuation import BestCheckpoint, RandomNumbers
+from lightning_unitscale.cookbook.data import IGNORED
+from lightning_unitscale.cookbook.data.examples import Batch
+from lightning_unitscale.cookbook.data.token_text import TokenText
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.interrupt import Interrupted, LastCheckpoint
-from lightning_unitscale.pretrained import BYTES, CAUSAL_LM, Pretrained, load_pretrained
+from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
+from lightning_unitscale.cookbook.pretrained import BYTES, CAUSAL_LM, Pretrained, load_pretrained
 from lightning_unitscale.report import write_report
-from lightning_unitscale.tasks import LanguageModeling
+from lightning_unitscale.cookbook.tasks import LanguageModeling
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The student

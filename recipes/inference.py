@@ -33,10 +33,10 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.data.batches import language_model_batch
+from lightning_unitscale.cookbook.data.batches import language_model_batch
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import example_inputs, logits_of, to_plain
-from lightning_unitscale.inference import (
+from lightning_unitscale.cookbook.inference import (
     PredictionWriter,
     check_prompts,
     finish,
@@ -46,8 +46,8 @@ from lightning_unitscale.inference import (
     read_rows,
     rows_done,
 )
-from lightning_unitscale.narrow import WEIGHT_FORMATS, narrow_weights, stored_bytes
-from lightning_unitscale.pretrained import (
+from lightning_unitscale.export.fp8_weights import WEIGHT_FORMATS, narrow_weights, stored_bytes
+from lightning_unitscale.cookbook.pretrained import (
     CAUSAL_LM,
     TASK_HEADS,
     Pretrained,
@@ -55,7 +55,7 @@ from lightning_unitscale.pretrained import (
     context_length,
     load_pretrained,
 )
-from lightning_unitscale.tasks import FineTuning, LanguageModeling
+from lightning_unitscale.cookbook.tasks import FineTuning, LanguageModeling
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run

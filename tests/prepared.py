@@ -9,7 +9,7 @@ import zoo
 from torch import Tensor, nn
 
 from lightning_unitscale import Plan, unit_scale
-from lightning_unitscale.engine.apply import casts_in_force
+from lightning_unitscale.engine.runtime.install import casts_in_force
 
 
 def build(case: zoo.Case) -> nn.Module:

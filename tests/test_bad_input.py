@@ -11,7 +11,7 @@ from training import Language, assert_same_state, batches, build, fit, trainer
 from zoo import Batch, next_token_batch
 
 from lightning_unitscale import UnitScaling, UnitScalingError, load_checkpoint, scale_learning_rates, unit_scale
-from lightning_unitscale.engine.plan import plan_of
+from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.strategy import UnitScalingDDPStrategy, UnitScalingStrategy
 
 DOORS = {

@@ -27,8 +27,8 @@ from training import STEPS, Language, assert_same_state, batches, build, fit, tr
 from zoo import LIGHTNING_CASES, Batch, loader, next_token_batch
 
 from lightning_unitscale import UnitScaling, trainer_scaling, unit_scale
-from lightning_unitscale.engine.plan import plan_of
-from lightning_unitscale.optim import scale_learning_rates
+from lightning_unitscale.engine.plan.plan import plan_of
+from lightning_unitscale.optim.scaled_step import scale_learning_rates
 from lightning_unitscale.strategy import UnitScalingStrategy
 
 STORAGES = ("folded", "unit")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_unitscale import UnitScalingError, unit_scale
-from lightning_unitscale.engine.functions import short_name
+from lightning_unitscale.ops.torch_functions import short_name
 from lightning_unitscale.formats import FORMATS, OPERANDS, Format, cast
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.cast_product import Scales, cast_product

@@ -16,7 +16,7 @@ from zoo import next_token_batch
 from zoo_modules import TiedLanguageModel
 
 from lightning_unitscale import UnitScaling, UnitScalingError, load_checkpoint, remove_unit_scaling, unit_scale
-from lightning_unitscale.engine.plan import plan_of
+from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.strategy import UnitScalingStrategy
 
 STORAGES = ("folded", "unit")

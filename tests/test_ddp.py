@@ -19,7 +19,7 @@ from zoo import Batch, default_dtype, next_token_batch
 from zoo_modules import LoopExperts
 
 from lightning_unitscale import ScaleMonitor, UnitScaling
-from lightning_unitscale.engine.plan import plan_of
+from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.strategy import UnitScalingDDPStrategy
 
 TESTS = Path(__file__).parent

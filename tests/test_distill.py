@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_unitscale import config, unit_scale
 from lightning_unitscale.checkpoint import plan_in
-from lightning_unitscale.interrupt import LastCheckpoint
-from lightning_unitscale.pretrained import byte_tokenizer, load_pretrained
+from lightning_unitscale.cookbook.interrupt import LastCheckpoint
+from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
 
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 STUDENT = {"model_type": "llama", "vocab_size": 257, "bos_token_id": 256, "num_hidden_layers": 1, **WIDTH}

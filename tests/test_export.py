@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lightning_unitscale import UnitScalingError, unit_scale
-from lightning_unitscale.engine.plan import plan_of
+from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import export, to_plain
 from lightning_unitscale.export.examples import example_inputs, logits_of

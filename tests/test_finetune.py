@@ -40,17 +40,17 @@ from transformers import (
 
 from lightning_unitscale import unit_scale
 from lightning_unitscale.checkpoint import plan_in
-from lightning_unitscale.data import IGNORED
-from lightning_unitscale.data.batches import ImageBatch, PairBatch, TextBatch
-from lightning_unitscale.data.digits import digits
-from lightning_unitscale.data.examples import Examples, Labelled, Pair, split_by
-from lightning_unitscale.data.labelled_files import labelled_file, paired_file
-from lightning_unitscale.data.standard_library import python_sources, source_snippets, split_names
-from lightning_unitscale.data.token_text import TokenText
+from lightning_unitscale.cookbook.data import IGNORED
+from lightning_unitscale.cookbook.data.batches import ImageBatch, PairBatch, TextBatch
+from lightning_unitscale.cookbook.data.digits import digits
+from lightning_unitscale.cookbook.data.examples import Examples, Labelled, Pair, split_by
+from lightning_unitscale.cookbook.data.labelled_files import labelled_file, paired_file
+from lightning_unitscale.cookbook.data.standard_library import python_sources, source_snippets, split_names
+from lightning_unitscale.cookbook.data.token_text import TokenText
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.pretrained import byte_tokenizer, load_pretrained
-from lightning_unitscale.tasks.classification import MajorityAccuracy
-from lightning_unitscale.tasks.fine_tuning import freeze_parameters
+from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
+from lightning_unitscale.cookbook.tasks.classification import MajorityAccuracy
+from lightning_unitscale.cookbook.tasks.fine_tuning import freeze_parameters
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_unitscale import UnitScaling, config
-from lightning_unitscale.data import ByteText, text_files
+from lightning_unitscale.cookbook.data import ByteText, text_files
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import export
-from lightning_unitscale.inference import (
+from lightning_unitscale.cookbook.inference import (
     PredictionWriter,
     check_prompts,
     finish,
@@ -34,7 +34,7 @@ from lightning_unitscale.inference import (
     read_rows,
     rows_done,
 )
-from lightning_unitscale.pretrained import Pretrained, load_pretrained
+from lightning_unitscale.cookbook.pretrained import Pretrained, load_pretrained
 
 PROMPTS = ["The class", "An", "import statement; ", "x", "def function(a, b):", "yield", "0", "Python"]
 KINDS: dict[str, tuple[str, dict[str, Any] | None]] = {

@@ -16,7 +16,7 @@ from zoo import Batch, next_token_batch
 from zoo_modules import VOCAB
 
 from lightning_unitscale import UnitScaling, UnitScalingError, load_checkpoint, remove_unit_scaling, unit_scale
-from lightning_unitscale.engine.plan import Plan, plan_of
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.loading import wrap_load_state_dict
 
 STORAGES = ("folded", "unit")

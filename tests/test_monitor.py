@@ -23,7 +23,7 @@ from torch.overrides import _get_current_function_mode_stack
 from training import Language, assert_same_state, batches, build, fit, trainer
 
 from lightning_unitscale import ScaleMonitor, UnitScaling, UnitScalingError, unit_scale
-from lightning_unitscale.engine.observe import entered_observers
+from lightning_unitscale.engine.runtime.observer import entered_observers
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor import Measurement, Record, measure
 from lightning_unitscale.monitor.loggers import each, for_progress_bar, summary

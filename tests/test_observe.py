@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_unitscale import unit_scale
-from lightning_unitscale.engine.observe import OperandObserver
-from lightning_unitscale.engine.statistics import Accumulator
+from lightning_unitscale.engine.runtime.observer import OperandObserver
+from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
 from lightning_unitscale.monitor.exponents import HIGHEST, LOWEST, Exponents, count_exponents
 
 ORACLE = {

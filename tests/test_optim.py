@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import lr_scheduler as schedules
 
-from lightning_unitscale.optim import ScaledStep, StepScale, scale_learning_rates
-from lightning_unitscale.optimizer_family import optimizer_family
-from lightning_unitscale.options import UnitScalingError
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.optim.scaled_step import ScaledStep, StepScale, scale_learning_rates
+from lightning_unitscale.optim.families import optimizer_family
 
 STEPS = 6
 
 
 class Plan:
-    """Stands for `engine.plan.Plan`: constants by parameter name."""
+    """Stands for `engine.plan.plan.Plan`: constants by parameter name."""
 
     unfollowed_schedule: tuple[int, ...] = ()
 

@@ -13,7 +13,7 @@ from prepared import build, prepared
 from torch import nn
 
 from lightning_unitscale import Plan, UnitScalingError, remove_unit_scaling, scale_learning_rates, unit_scale
-from lightning_unitscale.engine.plan import plan_of
+from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.schemes.umup import READOUT_RATE
 
 NAMES = ("sequential", "llama-sdpa", "gpt2-eager", "lstm", "resnet", "weight-norm", "experts-loop")

@@ -20,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_unitscale import UnitScaling, cli, config
-from lightning_unitscale.data import (
+from lightning_unitscale.cookbook.data import (
     BOS,
     IGNORED,
     ByteText,
@@ -32,7 +32,7 @@ from lightning_unitscale.data import (
     text_files,
 )
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.interrupt import Interrupted, LastCheckpoint
+from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
 from lightning_unitscale.monitor import Record
 
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_unitscale.engine.rehearse import rehearsal
+from lightning_unitscale.engine.record.rehearsal import rehearsal
 
 WIDTH = 4
 BATCHES = 4

@@ -19,7 +19,7 @@ from lightning_unitscale import cli
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor import Record, measure
 from lightning_unitscale.report import render_report, write_report
-from lightning_unitscale.report.charts import drift_chart, exponent_chart, short_names
+from lightning_unitscale.monitor.charts import drift_chart, exponent_chart, short_names
 
 PNG = b"\x89PNG"
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_unitscale.engine.plan import plan_of
+from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export.examples import DYNAMIC, Logits, example_inputs, logits_of
 from lightning_unitscale.export.plain import check_same, relative_difference, to_plain
-from lightning_unitscale.narrow import load_narrow, narrow_weights, save_narrow
+from lightning_unitscale.export.fp8_weights import load_narrow, narrow_weights, save_narrow
 
 Inputs = dict[str, Tensor]
 Run = Callable[[Inputs], Tensor]
@@ -51,7 +51,7 @@ def export(
         format: see above.
         tokenizer: goes into the folder of "hf".
         dtype: of what is written; weights are rounded to it after the scaling was moved. float8_e4m3fn (with format
-            "hf" alone): weights of at least two dimensions, see `lightning_unitscale.narrow`.
+            "hf" alone): weights of at least two dimensions, see `lightning_unitscale.export.fp8_weights`.
 
     Returns:
         The largest difference between the logits of what was read back and those of `model`, relative to the largest

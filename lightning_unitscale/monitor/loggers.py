@@ -9,7 +9,7 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger, WandbLogger
 
-from lightning_unitscale.engine.statistics import Statistics
+from lightning_unitscale.engine.runtime.operand_statistics import Statistics
 from lightning_unitscale.formats import OPERANDS
 from lightning_unitscale.monitor.exponents import Exponents
 from lightning_unitscale.monitor.measurement import Measurement, Record

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import Strategy
 
-from lightning_unitscale.engine.plan import plan_of
+from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor.loggers import for_progress_bar, log_figure, log_to
 from lightning_unitscale.monitor.measurement import Probes, Record, check_format, plan_scales
@@ -106,7 +106,7 @@ class ScaleMonitor(Callback):
         self._release()
         self._begun, self._probes = None, None
         if self.figures and trainer.is_global_zero:
-            from lightning_unitscale.report.charts import exponent_chart
+            from lightning_unitscale.monitor.charts import exponent_chart
 
             records = Record.read(self.file)
             for logger in trainer.loggers if records else []:

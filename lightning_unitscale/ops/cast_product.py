@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import Format, cast
 from lightning_unitscale.ops.autocast import autocast_dtype
 from lightning_unitscale.ops.multiply import Cast
 from lightning_unitscale.ops.products import Products
-from lightning_unitscale.options import UnitScalingError
 
 
 class Scales(NamedTuple):

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_unitscale.errors import UncastableError
 from lightning_unitscale.ops.autocast import autocast_dtype
-from lightning_unitscale.ops.matmul import Casting, Matmul, Shape, UncastableError, add_bias, argument, present
+from lightning_unitscale.ops.matmul import Casting, Matmul, Shape, add_bias, argument, present
 from lightning_unitscale.ops.products import BatchedProducts, EinsumProducts, GroupedProducts, MatrixProducts, Products
 
 

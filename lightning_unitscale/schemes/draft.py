@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from lightning_unitscale.engine.attention import attention_products
-from lightning_unitscale.engine.castable import reason_not_to_cast
-from lightning_unitscale.engine.plan import EVERY_CALL, ParameterPlan, Plan, Site
-from lightning_unitscale.engine.roles import Use, find_uses, primary_use
-from lightning_unitscale.engine.structure import Structure
-from lightning_unitscale.engine.trace import Call, Frame, Trace, Value
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.engine.analysis.attention import attention_products
+from lightning_unitscale.engine.analysis.castable import reason_not_to_cast
+from lightning_unitscale.engine.plan.plan import EVERY_CALL, ParameterPlan, Plan, Site
+from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
+from lightning_unitscale.engine.analysis.structure import Structure
+from lightning_unitscale.engine.record.trace import Call, Frame, Trace, Value
 from lightning_unitscale.ops import MATMULS
-from lightning_unitscale.options import Options, UnitScalingError
+from lightning_unitscale.options import Options
 
 SKIPPED = "skipped by the options"
 ALONE_REASONS = {

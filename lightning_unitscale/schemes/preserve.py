@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from lightning_unitscale.engine.fold import resolve
-from lightning_unitscale.engine.plan import Plan
-from lightning_unitscale.engine.trace import Trace
+from lightning_unitscale.engine.plan.fold import resolve
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes.draft import Draft
 

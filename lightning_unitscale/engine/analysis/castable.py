@@ -1,0 +1,33 @@
+"""Which matmuls can have their operands cast, decided from the recorded calls, the same on every device."""
+
+from __future__ import annotations
+
+from lightning_unitscale.errors import UncastableError
+from lightning_unitscale.engine.record.trace import Call, Value
+from lightning_unitscale.formats import FORMATS
+from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops.multiply import padded
+from lightning_unitscale.ops.products import MatrixProducts
+
+MOST_PADDING = 1.25  # what FP8's multiples of 16 may add to a weight
+
+
+def reason_not_to_cast(call: Call, format: str) -> str:
+    """Why the operands of a matmul-like call stay in the compute dtype; empty if they can be cast."""
+    op = MATMULS[call.name]
+    if op.uncastable:
+        return op.uncastable
+    operands = op.cast_operands(call.args, call.kwargs, lambda v: isinstance(v, Value) and bool(v.parameters))
+    if operands is None:
+        return "its operands are not one activation and one weight"
+    x, weight = operands
+    try:
+        products = op.products(call.args, call.kwargs, x, weight)
+    except UncastableError as error:
+        return str(error)
+    if FORMATS[format].x.itemsize == 1 and isinstance(products, MatrixProducts):
+        rows, columns = weight.shape
+        cost = padded(rows) * padded(columns) / (rows * columns)
+        if cost > MOST_PADDING:
+            return f"padding {rows} x {columns} to multiples of 16 would cost {cost - 1:.0%} more than it saves"
+    return ""

@@ -1,0 +1,240 @@
+"""What the calls of a trace do to scale: which are sites, which are norms, and in what each call is linear.
+
+A call is *linear* in some of its inputs when a constant passes from them to its output unchanged: views, casts,
+dropout, rotations, concatenation, sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+from lightning_unitscale.ops.torch_functions import ACCUMULATES, HOMOGENEOUS, JOINS, NORMALIZERS, NORMS, PASSTHROUGH
+from lightning_unitscale.engine.record.trace import Call, Trace, Value
+from lightning_unitscale.ops import MATMULS
+
+_REDUCED_PASS = PASSTHROUGH | {"add", "clamp", "clamp_min", "reciprocal", "mul", "div", "rdiv", "maximum", "square"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value comes from through linear calls: the value, and the model's own constant on the way."""
+
+    value: Value
+    own: float
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of `x`; `statistics` are the calls that compute its scale, where it is spelled out."""
+
+    call: Call
+    x: Value
+    statistics: frozenset[int] = frozenset()
+
+
+class Graph:
+    """The calls of one trace; everything is computed when asked for."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        # A logging hook must not change the plan.
+        self.calls = [call for call in trace.calls if call.frame is not None or call.index in self.to_loss]
+        for call in set(trace.calls).difference(self.calls):
+            for value in call.inputs:
+                value.consumers = [consumer for consumer in value.consumers if consumer is not call]
+
+    # --- linear calls ------------------------------------------------------------------------------------------
+
+    def linear_inputs(self, call: Call) -> list[Source] | None:
+        """The inputs in which `call` is linear, each with its constant; None when it is not linear."""
+        name, inputs = call.name, [value for value in call.inputs if value.is_float]
+        if not inputs or call in self.norms:
+            return None
+        if name in PASSTHROUGH or name in HOMOGENEOUS:
+            return [Source(inputs[0], 1.0)]
+        if name in ("mul", "div"):
+            return self.product_inputs(call)
+        if name in ("add", "sub"):
+            if any(value.constant or not value.requires_grad for value in inputs) or len(inputs) < 2:
+                return None
+            return [Source(value, 1.0) for value in inputs]
+        if name in JOINS or name in ACCUMULATES:
+            moving = [value for value in inputs if not value.constant]
+            return [Source(value, 1.0) for value in moving] or None
+        if name == "masked_fill" and call.argument(2, "value") == 0:
+            return [Source(inputs[0], 1.0)]
+        if name == "where":
+            return [Source(value, 1.0) for value in inputs if not value.constant] or None
+        if name in MATMULS and sum(value.requires_grad for value in inputs) == 1 and not self.is_site(call):
+            return [Source(value, 1.0) for value in inputs if value.requires_grad]
+        return None
+
+    def product_inputs(self, call: Call) -> list[Source] | None:
+        """`linear_inputs` of a multiplication or division."""
+        left, right = call.argument(0, "input"), call.argument(1, "other")
+        if call.name == "mul" and not isinstance(left, Value):
+            left, right = right, left
+        if not isinstance(left, Value):
+            return None
+        number = number_of(right)
+        if number is not None and number != 0:
+            return [Source(left, abs(number if call.name == "mul" else 1 / number))]
+        number = number_of(left)
+        if number is not None and number != 0 and call.name == "mul" and isinstance(right, Value):
+            return [Source(right, abs(number))]
+        if not isinstance(right, Value):
+            return None
+        moving = [value for value in (left, right) if value.requires_grad and not value.parameters]
+        if len(moving) == 1 and (call.name == "mul" or moving[0] is left):
+            return [Source(moving[0], 1.0)]
+        if call.name == "mul" and len(moving) == 2:
+            full = [value for value in moving if value.shape == call.output.shape]
+            return [Source(full[0], 1.0)] if len(full) == 1 else None
+        return None
+
+    # --- sites -------------------------------------------------------------------------------------------------
+
+    def is_site(self, call: Call) -> bool:
+        """Whether `call` is a matmul-like function with a parameter as a multiplicand."""
+        return call.index in self._sites
+
+    @cached_property
+    def _sites(self) -> dict[int, Call]:
+        return {call.index: call for call in self.calls if self.weights_of(call)}
+
+    @property
+    def sites(self) -> list[Call]:
+        """The matmul-like calls with a parameter, in order."""
+        return list(self._sites.values())
+
+    def weights_of(self, call: Call) -> dict[Value, str]:
+        """The parameter operands of a matmul-like call that multiply, with their labels; a layer's input is none."""
+        if call.name not in MATMULS or not call.outputs or call.outputs[0].parameters:
+            return {}
+        op = MATMULS[call.name]
+        operands = op.operands(call.args, call.kwargs)
+        return {
+            value: label
+            for label, value in operands.items()
+            if isinstance(value, Value)
+            and value.parameters
+            and not op.is_bias(label, value.shape)
+            and not (label == "x" and "weight" in operands)
+        }
+
+    # --- norms -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def norms(self) -> dict[Call, Norm]:
+        """Normalisations: the functions of that name, and `x · rsqrt(mean(x²))` spelled out."""
+        found = {}
+        for call in self.calls:
+            if call.name in NORMS and call.inputs and not call.output.parameters:
+                found[call] = Norm(call, call.inputs[0])
+            elif call.name in ("mul", "div") and len(call.inputs) == 2 and not call.output.parameters:
+                orders = [call.inputs, call.inputs[::-1]] if call.name == "mul" else [call.inputs]
+                for x, scale in orders:
+                    if self._is_normalizer(scale, x):
+                        found[call] = Norm(call, x, self._calls_between(x, scale))
+                        break
+        return found
+
+    @staticmethod
+    def _is_normalizer(scale: Value, x: Value) -> bool:
+        if scale.shape == x.shape or scale.parameters or scale.constant or scale.is_float is False:
+            return False
+        value, depth = scale, 0
+        while value.producer is not None and depth < 8:
+            call = value.producer
+            if call.name in NORMALIZERS or (call.name == "pow" and call.argument(1, "exponent") == -0.5):
+                return True
+            if call.name not in _REDUCED_PASS:
+                return False
+            moving = [v for v in call.inputs if not v.constant]
+            if len(moving) != 1:
+                return False
+            value, depth = moving[0], depth + 1
+        return False
+
+    @staticmethod
+    def _calls_between(start: Value, end: Value) -> frozenset[int]:
+        found: set[int] = set()
+        pending = [end]
+        while pending:
+            call = pending.pop().producer
+            if call is not None and call.index not in found and call.output.index > start.index:
+                found.add(call.index)
+                pending.extend(value for value in call.inputs if value is not start)
+        return frozenset(found)
+
+    @cached_property
+    def gains(self) -> dict[Call, Norm]:
+        """Multiplications of a norm's output by a parameter, and additions of a parameter to that."""
+        found: dict[Call, Norm] = {}
+        for norm in self.norms.values():
+            pending = [norm.call.output]
+            while pending:
+                for call in pending.pop().consumers:
+                    if call.name in PASSTHROUGH:
+                        pending.extend(call.outputs)
+                    elif (
+                        call.name in ("mul", "add")
+                        and any(value.parameters and prod(value.shape) > 1 for value in call.inputs)
+                        and call not in found
+                        and call not in self.norms
+                    ):
+                        found[call] = norm
+                        pending.extend(call.outputs)
+        return found
+
+    def goes_only_into_norms(self, value: Value) -> bool:
+        """Whether every use of `value` (through views and casts) is as the input of a norm."""
+        pending, reached = [value], False
+        while pending:
+            current = pending.pop()
+            norms = [norm for norm in self.norms.values() if norm.x is current]
+            inside = {norm.call.index for norm in norms}.union(*(norm.statistics for norm in norms))
+            reached = reached or bool(norms)
+            for call in current.consumers:
+                if call.index in inside:
+                    continue
+                if call.name not in PASSTHROUGH:
+                    return False
+                pending.extend(call.outputs)
+            if not current.consumers:
+                return False
+        return reached
+
+    # --- the way to the loss -----------------------------------------------------------------------------------
+
+    @cached_property
+    def to_loss(self) -> set[int]:
+        """Indices of the calls that the loss depends on."""
+        found: set[int] = set()
+        pending = list(self.trace.losses)
+        while pending:
+            call = pending.pop().producer
+            if call is not None and call.index not in found:
+                found.add(call.index)
+                pending.extend(call.inputs)
+        return found
+
+    @cached_property
+    def feeds_matmul(self) -> set[int]:
+        """Indices of the calls whose output reaches a matmul with a parameter on the way to the loss."""
+        found: set[int] = set()
+        for call in reversed(self.calls):
+            for consumer in (c for output in call.outputs for c in output.consumers):
+                if consumer.index in self.to_loss and (consumer.index in found or self.is_site(consumer)):
+                    found.add(call.index)
+                    break
+        return found
+
+
+def number_of(argument: object) -> float | None:
+    """The value of an argument that is a number or a 0-dim constant."""
+    if isinstance(argument, (int, float)) and not isinstance(argument, bool):
+        return float(argument)
+    return argument.number if isinstance(argument, Value) else None

@@ -1,0 +1,127 @@
+"""Give each parameter its role, from how it is used in a trace.
+
+role                meaning
+------------------  ---------------------------------------------------------------------------------------
+embedding           a table looked up by data
+position            a position, query or other learned tensor added to activations; a table looked up by constants
+token               a learned tensor joined to activations (class, register, mask tokens)
+hidden              weight of a matmul from which the loss is reached through another one
+readout             weight of a matmul from which the loss is reached without another one
+bias, norm          as named (`norm` is the gain)
+relative_position   added to attention logits
+scale               multiplies activations elementwise (LayerScale, logit scale)
+other               used in a way the engine has no rule for
+unused              no call of the recorded step used it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lightning_unitscale.ops.torch_functions import JOINS, PASSTHROUGH
+from lightning_unitscale.engine.analysis.structure import Structure
+from lightning_unitscale.engine.record.trace import Call, Value
+from lightning_unitscale.ops import MATMULS
+
+WEIGHT_ROLES = frozenset({"hidden", "readout", "embedding", "position", "token"})
+_TOKEN_CALLS = JOINS | {"where", "setitem", "index_put", "masked_scatter", "copy"}
+
+
+@dataclass
+class Use:
+    """One way in which a parameter (or an expression of several) enters the model: its key, and the function.
+
+    A use is what a factor can be attached to at run time; it may stand for many calls.
+    """
+
+    key: str
+    op: str
+    role: str
+    values: list[Value] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    fan_in: int = 1
+
+    @property
+    def id(self) -> tuple[str, str]:
+        """What rules are keyed by."""
+        return self.key, self.op
+
+    @property
+    def is_expression(self) -> bool:
+        """Whether what is used is computed from the parameters, so that their own scale is not its scale."""
+        return any(value.expression for value in self.values)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names in the key."""
+        return tuple(self.key.split("+"))
+
+
+def find_uses(structure: Structure) -> dict[tuple[str, str], Use]:
+    """Every use of every parameter in the trace, by (key, function name)."""
+    uses: dict[tuple[str, str], Use] = {}
+    for call in structure.trace.calls:
+        if not call.outputs or call.outputs[0].parameters or call.outputs[0].constant:
+            continue
+        for value in dict.fromkeys(call.inputs):
+            if not value.parameters:
+                continue
+            role, fan_in = _role(structure, call, value)
+            use = uses.setdefault((value.key, call.name), Use(value.key, call.name, role, fan_in=fan_in))
+            use.calls.append(call)
+            use.values.append(value)
+            if use.role != role and use.role == "readout":
+                use.role = role  # a layer that is called before other matmuls too is a hidden one
+    return uses
+
+
+def primary_use(uses: list[Use]) -> Use:
+    """The use that decides how a parameter is stored and trained: as a table if it is one, else where it acts most."""
+    order = ("embedding", "position", "token", "hidden", "readout", "norm", "bias", "relative_position", "scale")
+    return min(uses, key=lambda use: order.index(use.role) if use.role in order else len(order))
+
+
+def _role(structure: Structure, call: Call, value: Value) -> tuple[str, int]:
+    weights = structure.weights_of(call)
+    if value in weights:
+        return _matmul_role(structure, call, weights[value])
+    if call.name in MATMULS:
+        op = MATMULS[call.name]
+        is_input = op.operands(call.args, call.kwargs).get("x") is value
+        return ("token" if is_input else "bias"), 1
+    if call in structure.norms and structure.norms[call].x is value:
+        return "token", 1
+    if call in structure.norms:
+        position = [v for v in call.inputs if v.parameters].index(value)
+        return ("norm" if position == 0 else "bias"), 1
+    if call in structure.gains:
+        return ("norm" if call.name == "mul" else "bias"), 1
+    if call.name in ("add", "sub", "rsub"):
+        if _is_logit_bias(structure, call, value):
+            return "relative_position", 1
+        return ("position" if len([n for n in value.shape if n > 1]) > 1 else "bias"), 1
+    if call.name in _TOKEN_CALLS or call.name in PASSTHROUGH:
+        return "token", 1
+    if call.name in ("mul", "div"):
+        return "scale", 1
+    return "other", 1
+
+
+def _matmul_role(structure: Structure, call: Call, label: str) -> tuple[str, int]:
+    op = MATMULS[call.name]
+    if call.name == "scaled_dot_product_attention":
+        return "token", 1
+    if call.name.startswith("embedding"):
+        if call.output in structure.logit_biases:
+            return "relative_position", 1
+        index = call.argument(0, "input")
+        return ("position" if isinstance(index, Value) and index.constant else "embedding"), 1
+    operands = op.operands(call.args, call.kwargs)
+    shapes = {name: v.shape for name, v in operands.items() if isinstance(v, Value)}
+    fan_in = op.fan_in(label, shapes, call.args, call.kwargs)
+    direct = call.index in structure.to_loss and call.index not in structure.feeds_matmul
+    return ("readout" if direct else "hidden"), fan_in
+
+
+def _is_logit_bias(structure: Structure, call: Call, value: Value) -> bool:
+    return value in structure.logit_biases or call.output in structure.logit_biases

@@ -1,0 +1,178 @@
+"""Measure operand scales: on the first step, and again on a few steps of a schedule.
+
+While a step is measured, an `OperandObserver` sums up what the operands of every cast site are like. On the first step
+nothing is cast; from then on, the casts of a measured step are those in use, so what it counts is what they lose. A
+site whose cast changes an operand by more than `MOST_ERROR` of its RMS gets a new constant, is measured again on the
+next step, and if that did not help is left in the compute dtype from then on; the plan says so. Healthy casts change
+normal data by 2.7 % (e4m3) and 5.3 % (e5m2).
+
+Operands that are all 0, as behind a zero-initialised weight, tell nothing of what will come, and an expert may get no
+token: such a site keeps the scales it has; where it has none yet, it casts nothing, and is measured again soon.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.engine.runtime.install import casts_in_force
+from lightning_unitscale.engine.runtime.observer import OperandObserver
+from lightning_unitscale.engine.plan.plan import Plan, Site, Use
+from lightning_unitscale.engine.runtime.operand_statistics import Accumulator, Statistics, add_over_processes
+from lightning_unitscale.formats import FORMATS, exponent, kind, supports
+
+MOST_ERROR = 0.15
+_SWITCHES = {"x": "activations", "weight": "weights", "gradient": "gradients"}
+
+
+class Calibration:
+    """The measurements of one prepared module.
+
+    Args:
+        module: with the plan in force.
+        recalibrate: the steps at which scales are measured again.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan, recalibrate: Sequence[int]) -> None:
+        self.module, self.plan, self.recalibrate = module, plan, tuple(recalibrate)
+        self.step: int | None = None  # of the measurement under way
+        self._open = ExitStack()
+        self._observer: OperandObserver | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether this step is to be measured.
+
+        The first is, and those that the schedule names, those after a bad cast, and, as long as some operand has not
+        been seen, those in which the number of steps has doubled.
+        """
+        self.plan.schedule_followed = True
+        if not self.plan.cast_sites:
+            return False
+        done = self.plan.measured_at
+        if not done or any(self._is_bad(site) for site in self.plan.cast_sites):
+            return True
+        if step > 2 * done[-1] and any(set(site.measured) != set(site.operands) for site in self.plan.cast_sites):
+            return True
+        return any(done[-1] < wanted <= step for wanted in self.recalibrate)
+
+    def begin(self, step: int) -> None:
+        """Watch operands from here on; compiled code runs uncompiled meanwhile."""
+        self._open.enter_context(torch.compiler.set_stance("force_eager"))
+        self._open.enter_context(self.observe(step))
+
+    def observe(self, step: int) -> OperandObserver:
+        """The observer of a measurement, to be entered; `finish` takes what it saw."""
+        self.step, self._observer = step, OperandObserver(self.module, self._accumulator)
+        return self._observer
+
+    def abort(self) -> None:
+        """Stop watching and forget what was seen."""
+        self._open.close()
+        self.step = self._observer = None
+
+    def finish(self) -> None:
+        """Stop watching, and let the sites cast with scales that fit what was seen."""
+        assert self._observer is not None
+        assert self.step is not None
+        found, step = self._observer.found, self.step
+        self.abort()
+        uses = {use: sites for use, sites in self._uses() if sites}
+        accumulators = [found.get(use, {}).get(name) for use, sites in uses.items() for name in sites[0].operands]
+        known = [a or Accumulator(torch.float32) for a in accumulators]
+        add_over_processes(known, next(self.module.parameters()).device)
+        results = iter([accumulator.result() for accumulator in known])
+        for use, sites in uses.items():
+            self._take(use, sites, {operand: next(results) for operand in sites[0].operands}, step)
+        self.plan.measured_at.append(step)
+
+    def _uses(self) -> Iterator[tuple[Use, list[Site]]]:
+        for use in casts_in_force(self.module):
+            yield use, [site for site in self.plan.cast_sites if site.use == use]
+
+    def _accumulator(self, use: Use, operand: str) -> Accumulator | None:
+        site = next((site for site in self.plan.cast_sites if site.use == use), None)
+        if site is None or site.format is None:
+            return None
+        return Accumulator(FORMATS[site.format].dtype(operand), site.operand_scales.get(operand))
+
+    def _take(self, use: Use, sites: list[Site], seen: dict[str, Statistics | None], step: int) -> None:
+        was_bad = self._is_bad(sites[0])
+        measured = dict(sites[0].measured)
+        for operand, statistics in seen.items():
+            if statistics is not None:
+                _report_non_finite(sites[0], operand, statistics, step)
+                if statistics.rms:
+                    measured[operand] = asdict(statistics)
+        zero = [operand for operand, statistics in seen.items() if statistics is not None and operand not in measured]
+        for site in sites:
+            site.measured = {operand: dict(value) for operand, value in measured.items()}
+        if zero or not set(sites[0].operands) <= {*measured, "gradient"}:
+            return  # no scale is known that would fit what comes after 0, so nothing is cast until it has come
+        for site in sites:
+            site.operand_scales = {operand: self._scale(site, operand) for operand in site.operands}
+        if was_bad and self._is_bad(sites[0]):
+            worst = max(measured, key=lambda operand: measured[operand]["error"])
+            fall_back(
+                self.module,
+                self.plan,
+                use,
+                f"at step {step} casting its {worst} changed it by {measured[worst]['error']:.0%} of its RMS "
+                f"({measured[worst]['saturated']:.1%} saturated, {measured[worst]['flushed']:.1%} flushed to 0)",
+            )
+        else:
+            casts_in_force(self.module)[use].set_scales(sites[0].operand_scales)
+
+    def _scale(self, site: Site, operand: str) -> float:
+        if operand not in site.measured or not self._is_scaled(operand):  # a layer without gradient needs none
+            return 1.0
+        seen = site.measured[operand]
+        return 2.0 ** exponent(seen["rms"], seen["largest"], FORMATS[site.format or ""].dtype(operand))
+
+    def _is_scaled(self, operand: str) -> bool:
+        """Whether the options leave the operand's scale to us."""
+        return bool(self.plan.options.get(_SWITCHES[kind(operand)], True))
+
+    def _is_bad(self, site: Site) -> bool:
+        return any(seen["error"] > MOST_ERROR for operand, seen in site.measured.items() if self._is_scaled(operand))
+
+
+def fall_back(module: nn.Module, plan: Plan, use: Use, reason: str) -> None:
+    """Leave a use in the compute dtype from now on, and say so."""
+    casts = casts_in_force(module)
+    site = next(site for site in plan.cast_sites if site.use == use)
+    warnings.warn(f"unit scaling: {site.name} stays in the compute dtype from now on: {reason}.", stacklevel=2)
+    for site in plan.cast_sites:
+        if site.use == use:
+            site.format, site.format_reason = None, reason
+            site.operand_scales = {}
+    del casts[use]
+
+
+def check_device(module: nn.Module, plan: Plan) -> None:
+    """
+    Raises:
+        UnitScalingError: the device has no numbers of a format that the plan asks for.
+    """
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    for name in sorted({site.format for site in plan.cast_sites if site.format is not None}):
+        missing = [dtype for dtype in FORMATS[name].dtypes if not supports(dtype, device)]
+        if missing:
+            raise UnitScalingError(
+                f"format={name!r}: the device {device} has no {missing[0]}. Use another format or format=None "
+                "there, or a CPU or CUDA device."
+            )
+
+
+def _report_non_finite(site: Site, operand: str, statistics: Statistics, step: int) -> None:
+    if statistics.non_finite:
+        warnings.warn(
+            f"unit scaling: at step {step} the {operand} of {site.name} ({site.use[0]}) has "
+            f"{statistics.non_finite} elements that are NaN or infinite, which a cast to {site.format} would hide.",
+            stacklevel=2,
+        )

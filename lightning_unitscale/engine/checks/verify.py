@@ -1,0 +1,145 @@
+"""The gate: before the first optimizer step, check that the plan does what it says.
+
+For `preserve` the rehearsed loss must equal the untouched model's bit for bit. For the other schemes every explicit
+factor must have been applied somewhere in the step, and the operands of every matmul with a parameter are measured
+under the plan, as they are in unit storage:
+
+    x: RMS · (constants of activations folded into the weight)        weight: RMS / stored
+
+and the share of them within a factor of 2 and of 4 of RMS 1 goes into the plan; a low share is a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from math import log2
+from typing import Any
+
+from torch import nn
+
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.engine.runtime.install import watching_factors
+from lightning_unitscale.engine.plan.plan import EVERY_CALL, Plan, Site
+from lightning_unitscale.engine.analysis.structure import Structure
+from lightning_unitscale.engine.record.trace import Trace, Value
+from lightning_unitscale.ops import MATMULS
+
+LOW_SHARE = 0.75
+OPERANDS = ("x", "weight")
+
+
+def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], Trace]) -> None:
+    """Check a plan just put in force; fills `rms_after` of its sites.
+
+    Args:
+        before: the step as the untouched model took it.
+        rehearse: takes the same step again on the prepared model.
+
+    Raises:
+        UnitScalingError: `preserve` changed the loss, or a factor of the plan was not applied.
+    """
+    with watching_factors(module) as met:
+        after = rehearse()
+    missed = _not_applied(plan, before, met)
+    if missed:
+        raise UnitScalingError(
+            f"{type(module).__name__}: {len(missed)} factors of the plan were not applied in a second run of the same "
+            f"step: {', '.join(missed[:3])}{' …' if len(missed) > 3 else ''}. Their weights are made or used where "
+            "they cannot be followed; list them in skip and start from a newly built model."
+        )
+    if plan.scheme == "preserve":
+        if after.loss_numbers != before.loss_numbers:
+            raise UnitScalingError(
+                f"{type(module).__name__}: the same step gave the loss {before.loss_numbers} and then "
+                f"{after.loss_numbers}, though scheme='preserve' changes nothing. The step depends on something the "
+                "rehearsal cannot put back (a file, a global, a data iterator); pass verify=False if that is meant."
+            )
+        return
+    _measure(plan, after)
+    share = operand_share(plan, 4.0)
+    if share < LOW_SHARE:
+        worst = ", ".join(f"{name} {operand}: RMS {rms:.2g}" for rms, name, operand in worst_operands(plan)[:3])
+        warnings.warn(
+            f"unit scaling: only {share:.0%} of the matmul operands of {type(module).__name__} have an RMS within a "
+            f"factor 4 of 1 under the plan; the furthest off: {worst}.",
+            stacklevel=2,
+        )
+
+
+def _not_applied(plan: Plan, before: Trace, met: Collection[Any]) -> list[str]:
+    """The sites that this process's step called (another's may have made the plan), but whose factor no call got."""
+    uses = {(value.key, call.name) for call in before.calls for value in call.inputs if value.parameters}
+    places = {(call.frame.module, call.frame.method, call.name, call.ordinal) for call in before.calls if call.frame}
+    places |= {(*place[:3], EVERY_CALL) for place in places}
+    missed = []
+    for site in plan.explicit_sites:
+        if site.ordinal is None:
+            factors = [(key, site.op) for key, factor in site.factors.items() if factor != 1.0]
+            missed += [f"{site.name} ({use[0]})" for use in factors if use in uses and use not in met]
+        elif (site.module, site.method, site.op, site.ordinal) in places and site.name not in met:
+            missed.append(site.name)
+    return missed
+
+
+def operand_share(plan: Plan, factor: float, operands: tuple[str, ...] = OPERANDS) -> float:
+    """Share of the measured matmul operands whose RMS lies in [1/factor, factor] under the plan."""
+    found = [rms for _, _, rms in _operands(plan, operands)]
+    return sum(1 / factor <= rms <= factor for rms in found) / len(found) if found else 1.0
+
+
+def worst_operands(plan: Plan) -> list[tuple[float, str, str]]:
+    """(RMS, site, operand) under the plan, furthest from 1 first."""
+    found = [(rms, site.name, operand) for site, operand, rms in _operands(plan, OPERANDS)]
+    return sorted(found, key=lambda item: -abs(log2(item[0])))
+
+
+def _operands(plan: Plan, operands: tuple[str, ...]) -> Iterator[tuple[Site, str, float]]:
+    for site in plan.sites:
+        for operand in operands:
+            if site.rms_after.get(operand, 0.0) > 0:
+                yield site, operand, site.rms_after[operand]
+
+
+def _measure(plan: Plan, trace: Trace) -> None:
+    structure = Structure(trace)
+    seen: dict[tuple[str, bool], dict[str, float]] = {}
+    for call in structure.sites:
+        weights = structure.weights_of(call)
+        op = MATMULS[call.name]
+        factors = {
+            label: value
+            for label, value in op.operands(call.args, call.kwargs).items()
+            if isinstance(value, Value) and value.is_float and not op.is_bias(label, value.shape)
+        }
+        moving = [value for value in factors.values() if not value.parameters]
+        for value in weights:
+            place = value.key, _looks_up(call.name)
+            if place not in seen and value.rms is not None:
+                seen[place] = {"weight": value.rms}
+                if moving and moving[0].rms is not None:
+                    seen[place]["x"] = moving[0].rms
+                if call.output.rms is not None:
+                    seen[place]["output"] = call.output.rms
+    for site in plan.sites:
+        key = site.params[0] if site.params else ""
+        place = key, _looks_up(site.op)
+        if place in seen and not site.reason:
+            site.rms_after = dict(seen[place])
+            if key in plan.parameters and plan.parameters[key].stored:
+                site.rms_after["weight"] = trace.facts[key].rms / abs(plan.parameters[key].stored)
+            if "x" in site.rms_after:
+                site.rms_after["x"] *= _folded_activations(plan, key, site.op)
+
+
+def _looks_up(op: str) -> bool:
+    """Whether the function looks rows up: a tied weight is used both ways."""
+    return op.startswith("embedding")
+
+
+def _folded_activations(plan: Plan, key: str, op: str) -> float:
+    product = 1.0
+    for site in plan.sites:
+        if site.role == "activation" and site.factors.get("") == 1.0 and [key, op] in site.fold_into:
+            product *= site.multiplier
+    return product

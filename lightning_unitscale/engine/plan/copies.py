@@ -1,0 +1,99 @@
+"""Copies of a part of the model that the model holds itself take the rules of that part.
+
+A momentum encoder, a target network, an average of the weights or a frozen reference model starts as a copy: equal
+values, under other names, frozen or not called in the recorded step. Training code moves numbers from one to the other
+(`target.lerp_(online, 0.01)`, `load_state_dict`), so both must store the same thing and have the same factors.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.siblings import like
+
+
+def include_copies(plan: Plan, module: nn.Module) -> None:
+    """Give the parameters of every such copy the constants of the original, and its calls the original's sites."""
+    done: list[str] = []
+    for name, child in module.named_modules():
+        if not name or any(_inside(name, other) for other in done) or not _is_left_alone(plan, name, child):
+            continue
+        for original, other in module.named_modules():
+            if not original or _inside(original, name) or _is_left_alone(plan, original, other):
+                continue
+            if _are_equal(child, other):
+                if _is_tied_to_its_surroundings(plan, original):
+                    plan.notes.append(
+                        f"{name} is a copy of {original}, but keeps its own scale: factors cross its edge"
+                    )
+                else:
+                    _replace(plan, original, name)
+                    plan.notes.append(f"{name} is a copy of {original} and takes its rules")
+                done.append(name)
+                break
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def _is_left_alone(plan: Plan, name: str, child: nn.Module) -> bool:
+    parameters = [plan.parameters.get(f"{name}.{key}") for key, _ in child.named_parameters()]
+    return bool(parameters) and all(
+        parameter is not None and (parameter.reason == "frozen" or parameter.role == "unused")
+        for parameter in parameters
+    )
+
+
+def _are_equal(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are of one class and have the same numbers, drawn at random somewhere."""
+    if type(one) is not type(other):
+        return False
+    left, right = dict(one.named_parameters()), dict(other.named_parameters())
+    if left.keys() != right.keys() or any(left[key] is right[key] for key in left):
+        return False
+    equal = all(left[key].shape == right[key].shape and torch.equal(left[key], right[key]) for key in left)
+    return equal and any(len(parameter.unique()) > 1 for parameter in left.values())
+
+
+def _is_tied_to_its_surroundings(plan: Plan, original: str) -> bool:
+    """Whether a factor folds from outside the module into it, or from inside it out."""
+    for site in plan.sites:
+        inside = {_inside(key, original) for key, _ in site.fold_into}
+        if inside - {_inside(site.module, original)}:
+            return True
+    return False
+
+
+def _replace(plan: Plan, original: str, copy: str) -> None:
+    def renamed(name: str) -> str:
+        parts = (copy + part.removeprefix(original) if _inside(part, original) else part for part in name.split("+"))
+        return "+".join(parts)
+
+    for name in list(plan.parameters):
+        if _inside(name, original):
+            plan.parameters[renamed(name)] = like(plan.parameters[renamed(name)], plan.parameters[name])
+    plan.sites = [site for site in plan.sites if not _is_of(site, copy)]
+    for site in [site for site in plan.sites if _is_of(site, original)]:
+        twin = deepcopy(site)
+        twin.module, twin.calls = renamed(site.module), 0
+        twin.params = [renamed(key) for key in site.params]
+        twin.multipliers = {renamed(key): value for key, value in site.multipliers.items()}
+        twin.fold_into = [[renamed(key), op] for key, op in site.fold_into]
+        plan.sites.append(twin)
+    for where, method, keys in list(plan.frames):
+        own = [renamed(key) for key in keys if renamed(key) != key]
+        if own or renamed(where) != where:
+            frame = next((frame for frame in plan.frames if frame[:2] == [renamed(where), method]), None)
+            if frame is None:
+                frame = [renamed(where), method, []]
+                plan.frames.append(frame)
+            frame[2].extend(key for key in own if key not in frame[2])
+
+
+def _is_of(site: Site, module: str) -> bool:
+    return _inside(site.module, module) or any(_inside(key, module) for use in site.params for key in use.split("+"))

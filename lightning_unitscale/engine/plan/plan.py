@@ -1,0 +1,368 @@
+"""The plan: what unit scaling does to a model, as plain data.
+
+For each parameter, F = multiplier · U is the tensor the model's function sees, U having RMS 1 (or the parameter's
+own initial value where its role has no scale), and S = stored · U the tensor that is kept. Whatever part of the
+multiplier is not stored is explicit in the forward pass, as a factor of the site where the parameter is used.
+Moving a constant between the two changes neither the function nor, with the matching optimizer constants of
+`step_scales`, its training: the abc-symmetry (u-μP, arXiv 2407.17465, section 2.1).
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.formats import OPERANDS
+
+if TYPE_CHECKING:
+    from lightning_unitscale.optim.scaled_step import StepScale
+
+PLAN_VERSION = 1
+EVERY_CALL = -1  # ordinal of a site that stands for all calls of its function in its frame
+ATTRIBUTE = "_unit_scaling_plan"  # of a prepared model
+Use = tuple[str, str]  # what is used, a weight by its key or a product by its place, and the function's short name
+
+
+@dataclass
+class ParameterPlan:
+    """One parameter.
+
+    Attributes:
+        name: its first name in the module.
+        role: see `engine.analysis.roles`.
+        shape: as recorded; a plan is refused for a model whose shapes differ.
+        initial_rms: RMS before anything was changed.
+        initial_factor: what its initial value was multiplied by to become U (1/RMS for scaled roles).
+        multiplier: from U to F at its primary use, with every foldable factor of a neighbour.
+        stored: from U to what is kept.
+        unit_lr: learning rate of U under an Adam-like optimizer, in units of η.
+        sgd_lr: the same under SGD with true gradients.
+        relative_lr: learning rate of F in units of the user's own ("standard") is this times |multiplier|.
+        depth_lr: the part of `unit_lr` that comes from depth (L^-½ inside a residual branch).
+        lr_override: set by the user; takes the place of every learning-rate multiplier.
+        fixed: it enters the function through an expression, so its stored scale is kept and factors stay explicit.
+        reason: why it is left alone; empty when it is scaled.
+    """
+
+    name: str
+    role: str
+    shape: list[int]
+    initial_rms: float = 0.0
+    initial_factor: float = 1.0
+    multiplier: float = 1.0
+    stored: float = 1.0
+    unit_lr: float = 1.0
+    sgd_lr: float = 1.0
+    relative_lr: float = 1.0
+    depth_lr: float = 1.0
+    lr_override: float | None = None
+    aliases: list[str] = field(default_factory=list)
+    fixed: bool = False
+    reason: str = ""
+
+
+@dataclass
+class Site:
+    """One place in the model where a factor stands, or a matmul that needs none.
+
+    Attributes:
+        module, method: whose code makes the call ("" is the root module).
+        op: short name of the torch function; "output" for a whole parameter-free module.
+        role: of its weight, or "attention" | "activation" | "residual" | "sum" for a parameter-free site.
+        params: keys of the parameters it uses (a key with "+" is an expression of several).
+        multiplier: of its weight, or of its output.
+        multipliers: by parameter key.
+        factors: what of them stays explicit in the forward pass, by key ("" for a parameter-free site).
+        ordinal: how-manieth call of `op` in its frame, for a parameter-free site; EVERY_CALL for all of them.
+        calls_in_frame: how many calls of `op` one run of its frame makes at most, for a parameter-free site.
+        operand: position of the argument that takes the factor: the branch of an addition, the query of a product.
+        last_dim: size of the last dimension that argument must have, where it does not depend on the data.
+        fold_into: the uses (key, op) whose multipliers can take the factor; empty where none can.
+        folded: nothing stays explicit.
+        calls: how often it was called in the recorded step.
+        rms_before, rms_after: RMS of its operands and output, untouched and under the plan.
+        reason: why it has no factor, or why its factor could not be folded.
+        format: what its operands are cast to, see `formats.FORMATS`; None for the compute dtype.
+        format_reason: why it is left in the compute dtype though a format was asked for.
+        operands: what is cast: "x", "weight" and "gradient"; of attention's own products, the function's operands
+            ("query", "key", "value"; "left", "right"; positions in an einsum) and "gradient".
+        operand_scales: the powers of two before the casts of the operands; empty until measured.
+        measured: for each operand, what it was like when last measured (see `statistics.Statistics`): rms, largest,
+            flushed, saturated, error.
+    """
+
+    module: str
+    method: str
+    op: str
+    role: str
+    params: list[str] = field(default_factory=list)
+    multiplier: float = 1.0
+    multipliers: dict[str, float] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
+    ordinal: int | None = None
+    calls_in_frame: int = 1
+    operand: int | None = None
+    last_dim: int | None = None
+    fold_into: list[list[str]] = field(default_factory=list)
+    folded: bool = True
+    calls: int = 1
+    rms_before: dict[str, float] = field(default_factory=dict)
+    rms_after: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    format: str | None = None
+    format_reason: str = ""
+    operands: list[str] = field(default_factory=lambda: list(OPERANDS))
+    operand_scales: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """As it is called in messages: module, function, and which call of it."""
+        call = self.op if self.ordinal in (None, EVERY_CALL) else f"{self.op}#{self.ordinal}"
+        method = "" if self.method == "forward" else f".{self.method}"
+        return f"{self.module or '<root>'}{method}:{call}"
+
+    @property
+    def use(self) -> Use:
+        """What its casts go by: its weight, or its place in the code."""
+        place = self.name.replace(f":{self.op}", "")
+        return self.params[0] if self.params else place, self.op
+
+
+@dataclass
+class Plan:
+    """What unit scaling does to one model.
+
+    Attributes:
+        parameters: by name.
+        sites: every matmul-like call and every other place with a factor.
+        frames: [module, method, [keys]]: where parameters, or what is made of them, are handed to torch functions.
+        followed: short names of the functions that made weights out of parameters (views, casts, weight norm).
+        storage: "folded" | "unit".
+        lr_units: "standard" | "umup".
+        notes: what else the reader of the plan should know.
+        measured_at: the steps at which operand scales were measured.
+        gradient_cosine: for each parameter, between its gradients with and without casts, on the first batch.
+        loss_scale: what backward passes start from where gradients travel in FP16; None elsewhere.
+    """
+
+    scheme: str
+    storage: str
+    lr_units: str
+    parameters: dict[str, ParameterPlan] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    frames: list[list[Any]] = field(default_factory=list)
+    followed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    measured_at: list[int] = field(default_factory=list)
+    gradient_cosine: dict[str, float] = field(default_factory=dict)
+    loss_scale: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    version: int = PLAN_VERSION
+
+    def __post_init__(self) -> None:
+        self._module: weakref.ref[nn.Module] | None = None
+        self.schedule_followed = False  # whether anything asks which steps are to be measured
+        self._text: tuple[Any, str] | None = None  # what was true of the plan when the text was made, and the text
+
+    # --- what it says -----------------------------------------------------------------------------------------
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Role by parameter name."""
+        return {name: parameter.role for name, parameter in self.parameters.items()}
+
+    @property
+    def lr_multipliers(self) -> dict[str, float]:
+        """Learning-rate multiplier by parameter name, for Adam-like optimizers."""
+        return {name: scale.lr for name, scale in self.step_scales("adam", decoupled_decay=True).items()}
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(name, reason) of every parameter and site that is left alone."""
+        parameters = [(p.name, p.reason) for p in self.parameters.values() if p.reason]
+        return parameters + [(site.name, site.reason) for site in self.sites if site.reason and site.multiplier == 1.0]
+
+    @property
+    def explicit_sites(self) -> list[Site]:
+        """The sites that change the forward pass."""
+        return [site for site in self.sites if any(factor != 1.0 for factor in site.factors.values())]
+
+    @property
+    def cast_sites(self) -> list[Site]:
+        """The sites whose operands are cast to a narrow format."""
+        return [site for site in self.sites if site.format is not None]
+
+    @property
+    def unfollowed_schedule(self) -> list[int]:
+        """The steps at which operand scales are to be measured again, if nothing asks whether they are due."""
+        schedule: list[int] = self.options.get("recalibrate", [])
+        return schedule if self.cast_sites and not self.schedule_followed else []
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the stored weights in the plain module already are the function."""
+        return not self.explicit_sites
+
+    def step_scales(self, family: str, *, decoupled_decay: bool) -> dict[str, StepScale]:
+        """Factors on each parameter's learning rate, weight decay and eps.
+
+        With S = stored · U and F = multiplier · U, the gradient of S is (multiplier/stored) times F's. So for
+        updates that do not depend on the gradient's scale, lr(S) = stored · lr(U) and eps(S) = multiplier/stored ·
+        eps; for SGD, lr(S) = stored² · lr(U). Weight decay keeps its strength on F: decoupled, lr · decay is
+        unchanged; coupled, decay(S) = (multiplier/stored)² · decay. (u-μP, arXiv 2407.17465, sections 2.1 and 3.)
+
+        Args:
+            family: "adam" | "sgd" | "muon", see `optimizer_family`.
+            decoupled_decay: whether weight decay acts beside the gradient (AdamW) or inside it.
+        """
+        from lightning_unitscale.optim.scaled_step import StepScale
+
+        scales = {}
+        for name, parameter in self.parameters.items():
+            ratio = parameter.multiplier / parameter.stored if parameter.stored else 1.0
+            lr = self._lr_multiplier(parameter, family, ratio)
+            decay = (1 / lr if lr else 1.0) if decoupled_decay else ratio**2
+            scales[name] = StepScale(lr=lr, weight_decay=decay, eps=abs(ratio) if family == "adam" else 1.0)
+        return scales
+
+    def _lr_multiplier(self, parameter: ParameterPlan, family: str, ratio: float) -> float:
+        if parameter.lr_override is not None:
+            return parameter.lr_override
+        if self.scheme == "preserve":
+            return 1.0
+        if family == "muon":
+            return parameter.depth_lr / ratio
+        if self.lr_units == "standard":
+            own_step = family == "sgd" and parameter.role == "readout"  # under SGD the scheme's would be smaller still
+            function_lr = 1.0 if own_step else parameter.relative_lr * abs(parameter.multiplier)
+            return function_lr / ratio ** (2 if family == "sgd" else 1)
+        if family == "sgd":
+            return parameter.sgd_lr * parameter.stored**2
+        return parameter.unit_lr * parameter.stored
+
+    def summary(self, rows: int | None = None) -> str:
+        """The plan as a table; layers that repeat are one row with their count.
+
+        Args:
+            rows: at most so many rows (default: all).
+        """
+        from lightning_unitscale.engine.plan.summary import summarize
+
+        return summarize(self, rows)
+
+    # --- plain containers -------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers only: what a checkpoint holds."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """`to_dict` as text, made anew only when training has changed something: every `state_dict()` asks for it."""
+        filled = [(site.format, len(site.rms_after), len(site.operand_scales)) for site in self.sites]
+        now = (tuple(self.measured_at), len(self.gradient_cosine), self.loss_scale, filled)
+        if self._text is None or self._text[0] != now:
+            self._text = now, json.dumps(self.to_dict())
+        return self._text[1]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            UnitScalingError: the data is not a plan, or one of another version.
+        """
+        if not isinstance(data, Mapping) or "version" not in data or "parameters" not in data:
+            raise UnitScalingError("this is not a unit-scaling plan; pass what Plan.to_dict() returned.")
+        if data["version"] != PLAN_VERSION:
+            raise UnitScalingError(
+                f"the plan has version {data['version']}, this package reads version {PLAN_VERSION}; "
+                "load it with the package version that wrote it."
+            )
+        data = deepcopy(dict(data))
+        known = {f.name for f in fields(cls)} - {"parameters", "sites"}
+        try:
+            plan = cls(**{name: value for name, value in data.items() if name in known})
+            plan.parameters = {name: ParameterPlan(**value) for name, value in data["parameters"].items()}
+            plan.sites = [Site(**value) for value in data["sites"]]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UnitScalingError(
+                f"this is not a whole unit-scaling plan ({error}); pass what Plan.to_dict() returned."
+            ) from None
+        return plan
+
+    # --- the model it is for ----------------------------------------------------------------------------------
+
+    def bind(self, module: nn.Module) -> None:
+        """Remember the model the plan is in force on (weakly: a plan never keeps a model alive)."""
+        self._module = weakref.ref(module)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model.
+
+        Raises:
+            UnitScalingError: the plan is not in force on a model that still exists.
+        """
+        module = self._module() if self._module is not None else None
+        if module is None:
+            raise UnitScalingError("the plan is not in force on any model; apply it with unit_scale() first.")
+        return module
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by the names used in the plan.
+
+        Raises:
+            UnitScalingError: as for `model`.
+        """
+        named = dict(self.model.named_parameters())
+        return {name: named[name] for name in self.parameters if name in named}
+
+    def check_matches(self, module: nn.Module) -> None:
+        """
+        Raises:
+            UnitScalingError: the model has other parameters or shapes than the plan, naming the first few.
+        """
+        modules = {name for name, _ in module.named_modules()}
+        shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+        missing = sorted(set(self.parameters) - set(shapes))
+        added = sorted(set(shapes) - set(self.parameters))
+        changed = sorted(
+            f"{name} {parameter.shape} -> {shapes[name]}"
+            for name, parameter in self.parameters.items()
+            if name in shapes and shapes[name] != parameter.shape
+        )
+        gone = sorted({where for where, _, _ in self.frames} - modules)
+        problems = [
+            f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+            for what, names in (
+                ("missing", missing),
+                ("added", added),
+                ("other shape", changed),
+                ("missing module", gone),
+            )
+            if names
+        ]
+        if problems:
+            raise UnitScalingError(
+                "the plan does not match the model (" + "; ".join(problems) + "). "
+                "Build the model as it was when the plan was made, or prepare it anew."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": None}
+
+
+def plan_of(module: nn.Module) -> Plan | None:
+    """The plan in force on a model, if there is one."""
+    plan: Plan | None = module.__dict__.get(ATTRIBUTE)
+    if plan is not None:
+        plan.bind(module)  # a copied model brings a copied plan
+    return plan

@@ -1,0 +1,92 @@
+"""Experts that got no token in the recorded step take the rule of those that did.
+
+Siblings are parameters of one shape whose names differ in one number ("experts.3.w1.weight", "experts.5.w1.weight").
+Their modules ("experts.3" and "experts.5") are alike, so whatever the plan says of one holds for the other.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from lightning_unitscale.engine.plan.plan import ParameterPlan, Plan, Site
+
+
+def include_siblings(plan: Plan) -> None:
+    """Give every unused parameter the rule of a sibling that was used, in place."""
+    used = [parameter for parameter in plan.parameters.values() if parameter.role != "unused"]
+    count = 0
+    for name, parameter in plan.parameters.items():
+        model = next((other for other in used if _are_siblings(parameter, other)), None)
+        if parameter.role == "unused" and model is not None:
+            plan.parameters[name] = like(parameter, model)
+            _copy_sites(plan, _Renaming(model.name, name))
+            count += 1
+    if count:
+        plan.notes.append(f"{count} parameters got no data in the recorded step and take the rule of their siblings")
+
+
+def _are_siblings(one: ParameterPlan, other: ParameterPlan) -> bool:
+    if one.shape != other.shape:
+        return False
+    left, right = one.name.split("."), other.name.split(".")
+    differing = [(a, b) for a, b in zip(left, right, strict=False) if a != b]
+    return len(left) == len(right) and len(differing) == 1 and all(part.isdigit() for part in differing[0])
+
+
+def like(parameter: ParameterPlan, model: ParameterPlan) -> ParameterPlan:
+    """What the plan says of `model`, said of another parameter like it."""
+    copy = deepcopy(model)
+    copy.name, copy.aliases, copy.initial_rms = parameter.name, parameter.aliases, parameter.initial_rms
+    if copy.initial_factor not in (0.0, 1.0) and parameter.initial_rms:
+        copy.initial_factor = 1 / parameter.initial_rms
+    return copy
+
+
+class _Renaming:
+    """From one expert's names to its sibling's: both differ from each other in one number."""
+
+    def __init__(self, model: str, own: str) -> None:
+        self.parameters = model, own
+        left, right = model.split("."), own.split(".")
+        length = next(i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b) + 1
+        self.model, self.own = ".".join(left[:length]), ".".join(right[:length])
+
+    def of(self, name: str) -> str:
+        inside = name == self.model or name.startswith(f"{self.model}.")
+        return self.own + name.removeprefix(self.model) if inside else name
+
+
+def _copy_sites(plan: Plan, renaming: _Renaming) -> None:
+    model, own = renaming.parameters
+    for site in list(plan.sites):
+        into = [list(use) for use in site.fold_into if use[0] == model]
+        if model not in site.multipliers and not into:
+            continue
+        twin = _twin(plan, site, renaming.of(site.module))
+        if model in site.multipliers:
+            twin.params.append(own)
+            twin.multipliers[own] = site.multipliers[model]
+        twin.fold_into += [[own, op] for _, op in into]
+    for where, method, keys in list(plan.frames):
+        renamed = renaming.of(where)
+        if model in keys or renamed != where:
+            frame = next((frame for frame in plan.frames if frame[:2] == [renamed, method]), None)
+            if frame is None:
+                plan.frames.append([renamed, method, [own] if model in keys else []])
+            elif model in keys and own not in frame[2]:
+                frame[2].append(own)
+
+
+def _twin(plan: Plan, site: Site, module: str) -> Site:
+    """The sibling's site: a parameter-free one of a shared module is the same, any other is its own."""
+    if site.ordinal is not None and module == site.module:
+        return site
+    place = (module, site.method, site.op, site.ordinal, 0)
+    for known in plan.sites:
+        if (known.module, known.method, known.op, known.ordinal, known.calls) == place:
+            return known
+    twin = deepcopy(site)
+    twin.module, twin.calls, twin.params, twin.multipliers = module, 0, [], {}
+    twin.fold_into, twin.rms_before = [], {}
+    plan.sites.append(twin)
+    return twin

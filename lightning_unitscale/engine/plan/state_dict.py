@@ -1,0 +1,117 @@
+"""The plan inside a state dict, so that weights do not part from what they mean.
+
+The state dict of a prepared model that is a plain module as well, every factor being folded, is a plain one, with the
+plan as text in the state dict's `_metadata`, which `torch.save` keeps and a plain module does not look at.
+
+Where the stored weights alone are not the function, that is too weak. A prepared model with factors in its forward pass
+adds its plan to its state dict as a tensor of JSON bytes (a tensor goes through every saver), and stores each parameter
+with one more dimension, of size 1:
+
+    plain model      weight [64, 32]
+    state dict       weight [1, 64, 32], unit_scaling_plan [bytes]
+
+A plain module refuses both: the plan as an unexpected key, and, under `strict=False` or for a part of the weights, the
+shapes. Loading plain weights into a prepared model fails here. `loading` puts either kind of plan in force on a plain
+module before its weights are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+
+PLAN_KEY = "unit_scaling_plan"
+Carried = Tensor | str  # a plan inside a state dict
+
+
+def encode(plan: Plan) -> Tensor:
+    """The plan as a tensor of bytes."""
+    return torch.frombuffer(bytearray(plan.to_json().encode()), dtype=torch.uint8)
+
+
+def decode(carried: Carried) -> Plan:
+    """The plan that a state dict carries; the inverse of `encode` and `Plan.to_json`."""
+    return Plan.from_dict(json.loads(bytes(carried.tolist()) if isinstance(carried, Tensor) else carried))
+
+
+def carried_plans(state: Mapping[str, Any]) -> dict[str, Carried]:
+    """The plans in a state dict, by the name of the module whose they are ("" for the root)."""
+    metadata: Mapping[str, Mapping[str, Any]] = getattr(state, "_metadata", None) or {}
+    found: dict[str, Carried] = {name: local[PLAN_KEY] for name, local in metadata.items() if PLAN_KEY in local}
+    for key, value in state.items():
+        if key.endswith(PLAN_KEY) and key.removesuffix(PLAN_KEY)[-1:] in ("", ".") and isinstance(value, Tensor):
+            found[key.removesuffix(PLAN_KEY)[:-1]] = value
+    return found
+
+
+def add_marker(module: nn.Module, plan: Plan) -> None:
+    """Make the module's state dict carry the plan, and its loading ask for it where weights alone say too little."""
+    module.register_state_dict_post_hook(_mark)
+    if not plan.is_plain:
+        module.register_load_state_dict_pre_hook(_check)
+
+
+def remove_marker(module: nn.Module) -> None:
+    """Undo `add_marker`, on the module or on a copy of it."""
+    for hooks, ours in ((module._state_dict_hooks, _mark), (module._load_state_dict_pre_hooks, _check)):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) is ours:
+                del hooks[key]
+
+
+def _mark(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    plan = plan_of(module)
+    if plan is None:
+        return
+    if plan.is_plain:
+        metadata[PLAN_KEY] = plan.to_json()
+        return
+    for key, _ in _parameters_in(state, plan, prefix):
+        state[key] = state[key].unsqueeze(0)
+    state[prefix + PLAN_KEY] = encode(plan)
+
+
+def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    plan = plan_of(module)
+    if plan is None:
+        return
+    marker = state.pop(prefix + PLAN_KEY, None)
+    if marker is None:
+        raise UnitScalingError(
+            f"these are plain weights, but {type(module).__name__} has unit-scaling factors in its forward pass. Load "
+            "them before preparing the model, or call remove_unit_scaling() first."
+        )
+    same_text = torch.equal(marker.cpu(), encode(plan))  # as for a target network that follows at every step
+    stored = plan if same_text else decode(marker)
+    if _meaning(stored) != _meaning(plan):
+        raise UnitScalingError(
+            "these weights were stored under another unit-scaling plan than the one in force on "
+            f"{type(module).__name__} (storage {stored.storage!r} and {plan.storage!r}). Load them with "
+            "lightning_unitscale.load_checkpoint into a freshly built model."
+        )
+    for key, dimensions in _parameters_in(state, plan, prefix):
+        if state[key].dim() == dimensions + 1:
+            state[key] = state[key].squeeze(0)
+
+
+def _parameters_in(state: dict[str, Any], plan: Plan, prefix: str) -> Iterator[tuple[str, int]]:
+    """Key in the state dict and number of dimensions of each parameter, under each of its names."""
+    for name, parameter in plan.parameters.items():
+        for key in dict.fromkeys(prefix + alias for alias in (name, *parameter.aliases)):
+            if key in state:
+                yield key, len(parameter.shape)
+
+
+def _meaning(plan: Plan) -> dict[str, Any]:
+    """What of a plan decides what stored weights mean."""
+    return {
+        "stored": {name: parameter.stored for name, parameter in plan.parameters.items()},
+        "factors": {(site.name, *site.params): site.factors for site in plan.explicit_sites},
+    }

@@ -1,0 +1,80 @@
+"""The plan as a table for people: layers that repeat are one row."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from io import StringIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from lightning_unitscale.engine.plan.plan import Plan, Site
+
+_NUMBER = re.compile(r"(?<![^.:])\d+(?![^.:])")
+_WIDTH = 150
+
+
+def summarize(plan: Plan, rows: int | None = None) -> str:
+    """The plan as text, at most 150 columns wide; `rows` limits the number of site rows."""
+    groups: dict[tuple[str, ...], list[Site]] = {}
+    for site in plan.sites:
+        kept = "-" if site.multiplier == 1.0 else "weights" if site.folded else "forward"
+        remark = "; ".join(filter(None, (site.reason, site.format_reason)))
+        key = (_NUMBER.sub("*", site.name), site.role, f"{site.multiplier:.3g}", kept, site.format or "-", remark)
+        groups.setdefault(key, []).append(site)
+    table = Table(box=SIMPLE_HEAD)
+    casts = any(site.format or site.format_reason for site in plan.sites)
+    columns = ["site", "count", "role", "multiplier", "kept in", "format", "learning rate ×", "remark"]
+    for column in columns if casts else [column for column in columns if column != "format"]:
+        table.add_column(column, justify="right" if column in ("count", "multiplier", "learning rate ×") else "left")
+    lr = plan.lr_multipliers
+    for (name, role, multiplier, kept, format, remark), sites in list(groups.items())[:rows]:
+        rates = sorted({lr[key] for site in sites for key in site.params[:1] if key in lr})
+        rate = " … ".join(dict.fromkeys(f"{r:.3g}" for r in (rates[:1] + rates[-1:])))
+        table.add_row(name, str(len(sites)), role, multiplier, kept, *([format] if casts else []), rate, remark)
+    placed = {name for site in plan.sites for key in site.params for name in key.split("+")}
+    for reason, names in _by_reason(plan, placed).items():
+        table.add_row(
+            f"{names[0]}{' …' if len(names) > 1 else ''}",
+            str(len(names)),
+            "unused",
+            "",
+            "-",
+            *([""] if casts else []),
+            "",
+            reason,
+        )
+    text = StringIO()
+    console = Console(file=text, width=_WIDTH, color_system=None)
+    console.print(headline(plan))
+    console.print(table)
+    if rows is not None and len(groups) > rows:
+        console.print(f"… and {len(groups) - rows} more rows")
+    for note in plan.notes:
+        console.print(f"note: {note}")
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _by_reason(plan: Plan, placed: set[str]) -> dict[str, list[str]]:
+    """The parameters that no site uses."""
+    found: dict[str, list[str]] = {}
+    for parameter in plan.parameters.values():
+        if parameter.name not in placed:
+            found.setdefault(parameter.reason, []).append(parameter.name)
+    return found
+
+
+def headline(plan: Plan) -> str:
+    """The plan in one line."""
+    scaled = sum(not parameter.reason for parameter in plan.parameters.values())
+    alone = len(plan.parameters) - scaled
+    explicit = len(plan.explicit_sites)
+    where = "nothing stays in the forward pass" if not explicit else f"{explicit} sites stay in the forward pass"
+    formats = Counter(site.format for site in plan.cast_sites)
+    casts = "".join(f"; {format} at {count} sites" for format, count in formats.items())
+    return (
+        f"unit scaling: scheme={plan.scheme}, storage={plan.storage}, lr_units={plan.lr_units}; "
+        f"{scaled} parameters planned, {alone} left alone; {where}{casts}"
+    )

@@ -1,0 +1,298 @@
+"""Record one step of a model as a graph of torch calls.
+
+A `TorchFunctionMode` sees every torch call that ordinary Python makes, without graph capture and along any
+control flow. The frame of a call (which method of which module made it) is read off the Python stack.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_unitscale.ops.torch_functions import LAYER_NORMS, PASSTHROUGH, RANDOM, SHAPE_ONLY, is_in_place, short_name
+from lightning_unitscale.engine.record.trace import Call, Frame, ModuleSpan, ParameterFacts, Trace, Value
+from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops.attention import open_multi_head_attention
+
+MODULE_CALL = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
+_IN_PLACE_WITHOUT_RESULT = frozenset({"setitem", "set_data"})
+
+
+@contextmanager
+def recording(module: nn.Module) -> Iterator[Recorder]:
+    """Record every torch call made inside; `recorder.trace` is complete after `recorder.finish(output)`."""
+    recorder = Recorder(module)
+    handles = [
+        handle
+        for name, child in module.named_modules()
+        if not any(True for _ in child.parameters()) and not any(True for _ in child.children())
+        for handle in recorder.watch(name, child)
+    ]
+    try:
+        with recorder:
+            yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Recorder(TorchFunctionMode):
+    """Writes down each torch call made while it is entered.
+
+    Args:
+        module: the root of the model; parameters and frames are named from it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.trace = Trace(facts=parameter_facts(module))
+        self._module_names = {id(child): name for name, child in module.named_modules()}
+        self._values: Any = WeakTensorKeyDictionary()
+        self._value_count = 0
+        self._ordinals: dict[tuple[int, str], int] = {}
+        self._frames: dict[int, FrameType] = {}  # kept alive, so that their ids stay unique
+        for name, parameter in module.named_parameters():
+            self._add(parameter, None, parameters=(name,))
+        for buffer in module.buffers():
+            self._add(buffer, None, constant=True)
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward:
+            with self:
+                return open_multi_head_attention(*args, **kwargs)
+        name = short_name(function)
+        result = function(*args, **kwargs)
+        written = args[0] if result is None and name in _IN_PLACE_WITHOUT_RESULT else result
+        outputs = list(tensors_in(written))
+        unchanged = name in PASSTHROUGH and not is_in_place(function) and args and result is args[0]
+        if outputs and name != "grad" and not unchanged:
+            self._write(name, function, args, kwargs, outputs)
+        return result
+
+    def finish(self, output: Any, backwards: list[Tensor]) -> Trace:
+        """Mark the losses (what the step returned, or its "loss", and what backward was called on)."""
+        tensors = loss_tensors(output, backwards)
+        self.trace.losses = [self._values[tensor] for tensor in tensors if tensor in self._values]
+        self.trace.loss_numbers = [float(tensor.detach().double().sum()) for tensor in tensors]
+        self._frames.clear()
+        return self.trace
+
+    def watch(self, name: str, module: nn.Module) -> Iterator[Any]:
+        """Note when `module` (without parameters or children) runs, as one span of calls."""
+        started: list[int] = []
+
+        def before(_: nn.Module, args: Any) -> None:
+            started.append(len(self.trace.calls))
+
+        def after(_: nn.Module, args: Any, output: Any) -> None:
+            inputs = [self._values[tensor] for tensor in tensors_in(args) if tensor in self._values]
+            result = self._values.get(output) if isinstance(output, Tensor) else None
+            span = range(started.pop(), len(self.trace.calls))
+            self.trace.spans.append(ModuleSpan(name, inputs, result, span))
+
+        yield module.register_forward_pre_hook(before)
+        yield module.register_forward_hook(after)
+
+    def _write(
+        self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
+    ) -> None:
+        frame, ordinal = self._where(name, has_ordinal(args))
+        if any(isinstance(output, nn.Parameter) and output in self._values for output in outputs):
+            return  # a parameter that the step writes to (an average of others, say) stays itself
+        if name in SHAPE_ONLY:
+            args, kwargs = (), {}
+        inputs: list[Value] = []
+        call = Call(
+            index=len(self.trace.calls),
+            name=name,
+            function=function,
+            frame=frame,
+            ordinal=ordinal,
+            args=tuple(self._read(argument, inputs) for argument in args),
+            kwargs={key: self._read(argument, inputs) for key, argument in kwargs.items()},
+            inputs=inputs,
+        )
+        self.trace.calls.append(call)
+        for value in dict.fromkeys(inputs):
+            value.consumers.append(call)
+        constant = name not in RANDOM and all(value.constant for value in inputs)
+        parameters: tuple[str, ...] = ()
+        made_of = inputs[:1] if _selects(call) else inputs
+        if not constant and not _makes_activation(call) and all(v.constant or v.parameters for v in made_of):
+            parameters = tuple(sorted({parameter for value in inputs for parameter in value.parameters}))
+        expression = name not in PASSTHROUGH or any(value.expression for value in inputs)
+        in_place = args and isinstance(args[0], Tensor) and outputs[0] is args[0]
+        for tensor in outputs:
+            call.outputs.append(self._add(tensor, call, parameters, expression, constant))
+        if in_place and args[0]._base is not None and args[0]._base in self._values:
+            self._add(args[0]._base, call, parameters, expression, constant)
+        if name in MATMULS and not parameters:
+            self._measure(call, args, kwargs, outputs[0])
+        if frame is not None:
+            touched = self.trace.touched.setdefault(frame, [])
+            for value in inputs:
+                if value.parameters and value.key not in touched:
+                    touched.append(value.key)
+
+    def _measure(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        op = MATMULS[call.name]
+        values = op.operands(call.args, call.kwargs)
+        for label, tensor in op.operands(args, kwargs).items():
+            if isinstance(tensor, Tensor) and values[label].rms is None:
+                values[label].rms = rms(tensor)
+        call.output.rms = rms(output)
+
+    def _read(self, argument: Any, inputs: list[Value]) -> Any:
+        if isinstance(argument, Tensor):
+            value = self._values.get(argument)
+            if value is None:
+                value = self._add(argument, None)
+            inputs.append(value)
+            return value
+        if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
+            return tuple(self._read(item, inputs) for item in argument)
+        return argument
+
+    def _add(
+        self,
+        tensor: Tensor,
+        producer: Call | None,
+        parameters: tuple[str, ...] = (),
+        expression: bool = False,
+        constant: bool = False,
+    ) -> Value:
+        self._value_count += 1
+        value = Value(
+            index=self._value_count,
+            shape=tuple(tensor.shape),
+            is_float=tensor.is_floating_point() or tensor.is_complex(),
+            requires_grad=tensor.requires_grad,
+            producer=producer,
+            parameters=parameters,
+            expression=expression and bool(parameters),
+            constant=constant,
+            number=_number(tensor) if constant else None,
+        )
+        self._values[tensor] = value
+        return value
+
+    def _where(self, name: str, counts: bool) -> tuple[Frame | None, int]:
+        """The frame of the running torch call and its ordinal there; no frame for calls made by a hook."""
+        python_frame: FrameType | None = sys._getframe(3)
+        while python_frame is not None:
+            code = python_frame.f_code
+            if code in MODULE_CALL:
+                return None, 0
+            if code.co_argcount:
+                owner = python_frame.f_locals.get(code.co_varnames[0])
+                module = self._module_names.get(id(owner)) if isinstance(owner, nn.Module) else None
+                if module is not None and callable(getattr(type(owner), code.co_name, None)):
+                    self._frames[id(python_frame)] = python_frame
+                    key = (id(python_frame), name)
+                    ordinal = self._ordinals.get(key, 0)
+                    self._ordinals[key] = ordinal + counts
+                    return Frame(module, code.co_name), ordinal
+            python_frame = python_frame.f_back
+        return None, 0
+
+
+def loss_tensors(output: Any, backwards: list[Tensor]) -> list[Tensor]:
+    """What a step's backward passes start from: what backward was called on, and what the step returned."""
+    loss = output.get("loss") if isinstance(output, dict) else output
+    return [tensor for tensor in (*backwards, loss) if isinstance(tensor, Tensor)]
+
+
+def has_ordinal(args: tuple[Any, ...]) -> bool:
+    """Whether a call counts among the calls of its function in a frame: those on indices and masks do not."""
+    first = next(tensors_in(args), None)
+    return first is not None and (first.is_floating_point() or first.is_complex())
+
+
+def parameter_facts(module: nn.Module) -> dict[str, ParameterFacts]:
+    """What each parameter is like now, by its first name."""
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, Tensor] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+        parameters[id(parameter)] = parameter
+    return {
+        first: ParameterFacts(
+            shape=tuple(parameters[key].shape),
+            rms=rms(parameters[key]),
+            trainable=parameters[key].requires_grad,
+            is_constant=_is_constant(parameters[key]),
+            aliases=tuple(aliases),
+        )
+        for key, (first, *aliases) in names.items()
+    }
+
+
+def rms(tensor: Tensor) -> float:
+    """Root mean square of a tensor's elements; 0 for an empty one or one that is not of floating point."""
+    if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
+        return 0.0
+    with torch.no_grad():
+        return float(torch.linalg.vector_norm(tensor, dtype=_wide(tensor)) / tensor.numel() ** 0.5)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    if tensor.is_complex():
+        return torch.complex128 if tensor.dtype == torch.complex128 else torch.complex64
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _makes_activation(call: Call) -> bool:
+    """Whether a call on constants and parameters gives an activation rather than another weight.
+
+    A lookup does, and a layer on learned queries, and a product with a constant batch; a product inside a
+    parametrization does not.
+    """
+    if call.name.startswith("embedding") or call.name in LAYER_NORMS:
+        return True
+    if call.name not in MATMULS or (call.frame is not None and "parametrizations" in call.frame.module.split(".")):
+        return False
+    if "weight" in MATMULS[call.name].operands(call.args, call.kwargs):
+        return True
+    return any(value.constant and value.is_float and len(value.shape) > 1 for value in call.inputs)
+
+
+def _selects(call: Call) -> bool:
+    """Whether a call takes one slice of a tensor, at a place that the data choose: an expert's part of a 3-D weight."""
+    return call.name == "getitem" and all(not value.is_float and value.shape == () for value in call.inputs[1:])
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    if tensor.numel() == 0 or tensor.is_meta:
+        return False
+    flat = tensor.detach().reshape(-1)
+    return bool((flat == flat[0]).all())
+
+
+def _number(tensor: Tensor) -> float | None:
+    if tensor.numel() != 1 or tensor.is_meta or tensor.is_complex():
+        return None
+    return float(tensor.detach())
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from tensors_in(item)

@@ -1,0 +1,205 @@
+"""Casts in the forward pass: one `CastSite` for each use of a weight, or attention product, whose operands are cast.
+
+A site's scales are measured while it casts nothing (see `calibrate`); from then on it casts. A parameter is cast once
+as long as it does not change: through accumulated batches, and wherever one layer is called many times. A change is
+known by
+
+    its version           operations in place count it up
+    an optimizer's step   as many write to `parameter.data`, or from kernels of their own, which counts nothing
+    its gradient gone     after a backward pass: so look loops that write to `parameter.data` without an optimizer
+
+Weights computed from parameters are cast each time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lightning_unitscale.engine.plan.plan import Site, Use
+from lightning_unitscale.formats import FORMATS, OPERANDS, cast
+from lightning_unitscale.ops.cast_product import Scales, cast_product
+from lightning_unitscale.ops.matmul import Matmul, with_tensors
+from lightning_unitscale.ops.products import Products
+from lightning_unitscale.ops.round_trip import Rounded, RoundedGradient
+
+
+@dataclass
+class CastSite(ABC):
+    """The operand scales of one use.
+
+    Attributes:
+        format: a name in `FORMATS`.
+        used: whether it has cast anything yet, other than in compiled code.
+        scales: 0-dim float32 tensors by name; None as long as they have not been measured, and nothing is cast.
+    """
+
+    format: str
+    used: bool = field(default=False, kw_only=True)
+    scales: dict[str, Tensor] | None = field(default=None, kw_only=True)
+
+    def set_scales(self, scales: dict[str, float]) -> None:
+        """Take these powers of two, by operand; in place, so that compiled code sees them without being recompiled."""
+        numbers = self._numbers(scales)
+        if self.scales is None:
+            self.scales = {name: torch.tensor(number, dtype=torch.float32) for name, number in numbers.items()}
+        else:
+            for name, number in numbers.items():
+                self.scales[name].fill_(number)
+
+    @abstractmethod
+    def _numbers(self, scales: dict[str, float]) -> dict[str, float]:
+        """What `scales` holds, by name."""
+
+    def _scales_on(self, device: torch.device) -> dict[str, Tensor]:
+        assert self.scales is not None
+        if not torch.compiler.is_compiling():
+            self.used = True
+        if next(iter(self.scales.values())).device != device:
+            self.scales = {name: scale.to(device) for name, scale in self.scales.items()}
+        return self.scales
+
+
+@dataclass
+class WeightCast(CastSite):
+    """One use of a weight; callable as the product of its operands.
+
+    Attributes:
+        factor: unit scaling's own for this use.
+    """
+
+    factor: float = 1.0
+    _weight: _CachedCast | None = field(default=None, repr=False)
+
+    def set_scales(self, scales: dict[str, float]) -> None:
+        """Take these powers of two; see the base class."""
+        self._weight = None
+        super().set_scales(scales)
+
+    def _numbers(self, scales: dict[str, float]) -> dict[str, float]:
+        x, weight, gradient = (scales[operand] for operand in OPERANDS)
+        numbers = (x, weight, gradient, self.factor / x, 1 / x, 1 / weight, self.factor / gradient)
+        return dict(zip(Scales._fields, numbers, strict=True))
+
+    def __call__(self, x: Tensor, weight: Tensor, products: Products) -> Tensor:
+        """The product of the cast operands times the factor; see `ops.cast_product`."""
+        scales, kept = Scales(**self._scales_on(x.device)), self._kept(weight)
+        narrow = None if kept is None else kept.narrow
+        y = cast_product(x, weight, products, FORMATS[self.format], scales, narrow)
+        if kept is not None and y.requires_grad and not kept.spent:
+            y.register_hook(kept.spend)
+        return y
+
+    def _kept(self, weight: Tensor) -> _CachedCast | None:
+        """The cast weight, if it is worth keeping: of a parameter or a view of one, while training in eager mode."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _leaf(weight).is_leaf:
+            return None
+        if self._weight is None or not self._weight.holds(weight):
+            assert self.scales is not None
+            with torch.no_grad():
+                narrow = cast(weight, FORMATS[self.format].weight, self.scales["weight"])
+            self._weight = _CachedCast(narrow, _state(weight))
+        return self._weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weight": None}
+
+
+class AttentionCast(CastSite):
+    """One of attention's own products, of which no operand is a weight.
+
+    torch has no attention in FP8 and no batched FP8 product with one scale a tensor: the operands are cast and upcast
+    again, then the model's own function runs. The numbers are those of a product in the format, at no gain in speed.
+    What happens inside one function (the probabilities inside `F.scaled_dot_product_attention`) stays as it is.
+    """
+
+    def _numbers(self, scales: dict[str, float]) -> dict[str, float]:
+        return scales
+
+    def rounded(
+        self, op: Matmul, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with its operands rounded to the format."""
+        format, operands = FORMATS[self.format], op.multiplicands(args, kwargs)
+        scales = self._scales_on(next(iter(operands.values())).device)
+        rounded = [
+            (operand, Rounded.apply(operand, format.dtype(label), scales[label]))  # type: ignore[no-untyped-call]
+            for label, operand in operands.items()
+        ]
+        return with_tensors(args, kwargs, lambda tensor: next((new for old, new in rounded if old is tensor), tensor))
+
+    def rounded_gradient(self, result: Tensor) -> Tensor:
+        """The result of the call; the gradient that comes back to it is rounded."""
+        scale = self._scales_on(result.device)["gradient"]
+        y: Tensor = RoundedGradient.apply(result, FORMATS[self.format].gradient, scale)  # type: ignore[no-untyped-call]
+        return y
+
+
+@dataclass
+class _CachedCast:
+    """A cast weight.
+
+    Attributes:
+        source: what it was cast from, see `_state`.
+        spent: a backward pass has come back to it.
+    """
+
+    narrow: Tensor
+    source: tuple[Any, ...]
+    spent: bool = False
+
+    def spend(self, gradient: Tensor) -> None:
+        self.spent = True
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether the weight still is what was cast."""
+        leaf = _leaf(weight)
+        if self.spent and leaf.requires_grad and leaf.grad is None:
+            return False
+        return self.source == _state(weight)
+
+
+def _leaf(weight: Tensor) -> Tensor:
+    """The tensor that the weight is a view of."""
+    return weight if weight._base is None else weight._base
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    """What differs once a weight has changed: where it lies, its layout, its version and the steps taken."""
+    return (
+        *(weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device),
+        *(weight._version, _count_steps()[0]),
+    )
+
+
+@cache
+def _count_steps() -> list[int]:
+    """How many steps all optimizers have taken, counted from the first call on."""
+    steps = [0]
+
+    def count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return steps
+
+
+def cast_sites(sites: list[Site]) -> dict[Use, CastSite]:
+    """The cast sites of a plan, with the scales that it has."""
+    found: dict[Use, CastSite] = {}
+    for site in sites:
+        if site.format is not None:
+            if site.params:
+                found[site.use] = WeightCast(site.format, site.factors.get(site.params[0], 1.0))
+            else:
+                found[site.use] = AttentionCast(site.format)
+            if site.operand_scales:
+                found[site.use].set_scales(site.operand_scales)
+    return found

@@ -1,0 +1,361 @@
+"""The explicit factors and casts of a plan at work, while the model runs.
+
+They are applied by a `TorchFunctionMode` that is entered by `ScopedForward`, a small object in place of
+`module.forward` (or another method) on the modules concerned, and on no others. What belongs to a parameter is found
+by the parameter itself, followed through views and casts, so it holds in any number of calls; a parameter-free factor
+by its frame and by how-manieth call of its function it is there.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType, MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_unitscale.errors import UncastableError, UnitScalingError
+from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
+from lightning_unitscale.ops.torch_functions import functions_by_name, is_in_place
+from lightning_unitscale.engine.runtime.observer import Product, observers_inside, tell_observers
+from lightning_unitscale.engine.plan.plan import EVERY_CALL, Site, Use
+from lightning_unitscale.engine.record.recorder import MODULE_CALL, has_ordinal
+from lightning_unitscale.ops import MATMULS, Matmul
+from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
+
+# Functions whose backward pass reads their input alone: their output can be multiplied in place.
+_OUTPUT_IS_FREE = frozenset({"silu", "gelu", "mish"})
+_MULTI_HEAD = "multi_head_attention_forward"
+
+
+class Rules:
+    """The explicit factors of one plan, shared by all its scopes.
+
+    Attributes:
+        factors: by (parameter key, function name).
+        casts: the uses whose operands are cast, by the same.
+        followed: names of the functions through which parameters are followed.
+        free: names of the functions with parameter-free sites.
+        met: uses and names of parameter-free sites whose factor was applied, while somebody asks; None otherwise.
+    """
+
+    def __init__(
+        self, factors: dict[Use, float], casts: dict[Use, CastSite], followed: list[str], free: list[str]
+    ) -> None:
+        self.met: Met | None = None
+        self.factors, self.casts, self.followed, self.free = factors, casts, frozenset(followed), frozenset(free)
+        self.ops = frozenset(op for _, op in (*factors, *casts))
+        self._find_functions()
+
+    def _find_functions(self) -> None:
+        names = self.followed | self.free | self.ops | {_MULTI_HEAD}
+        known = functions_by_name()
+        unknown = sorted(names - known.keys())
+        if unknown:
+            raise UnitScalingError(f"no torch function is called {', '.join(unknown)}: torch is another version?")
+        self.watched: dict[Any, str] = {function: name for name in names for function in known[name]}
+        self.in_place = frozenset(function for function in self.watched if is_in_place(function))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("watched", "in_place")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._find_functions()
+
+
+class Met(set[Any]):
+    """A set that copies of the rules share: a rehearsal runs on copies of all that modules hold."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Met:
+        return self
+
+
+class ScopedForward:
+    """Stands in for `module.<method>`: opens a frame, in which the factors of the plan are applied.
+
+    Survives `copy.deepcopy` (the copy runs the copy's weights) and `pickle`.
+    """
+
+    def __init__(self, module: nn.Module, method: str, rules: Rules) -> None:
+        self.module, self.method, self.rules = module, method, rules
+        self.replaced = module.__dict__.get(method)
+        self.touched: list[tuple[nn.Module, str, str]] = []
+        self.sites: dict[tuple[str, int], Site] = {}
+        self.most_calls: dict[str, int] = {}
+        self.output_factor = 1.0
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return (
+            self.replaced
+            if self.replaced is not None
+            else MethodType(getattr(type(self.module), self.method), self.module)
+        )
+
+    @property
+    def name(self) -> str:
+        """As it is called in messages."""
+        return f"{type(self.module).__name__}.{self.method}"
+
+    @property
+    def __name__(self) -> str:
+        return self.method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method in a frame, inside the interceptor of the plan."""
+        interceptor = _current(self.rules)
+        if interceptor is not None:
+            return interceptor.run(self, args, kwargs)
+        interceptor = Interceptor(self.rules)
+        _running().append(interceptor)
+        try:
+            with interceptor, observers_inside():
+                return interceptor.run(self, args, kwargs)
+        finally:
+            _running().pop()
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run what the scope stands in for."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+
+
+class _OpenFrame:
+    """One running scope: how often each counted function has been called in it."""
+
+    def __init__(self, scope: ScopedForward) -> None:
+        self.scope = scope
+        self.counts: dict[str, int] = {}
+
+
+class Interceptor(TorchFunctionMode):
+    """Applies the rules while the outermost scope runs."""
+
+    def __init__(self, rules: Rules) -> None:
+        super().__init__()
+        self.rules = rules
+        self.frames: list[_OpenFrame] = []
+        self.parameters: list[tuple[Tensor, str]] = []  # those of the open frames
+        self.derived: list[tuple[Tensor, str]] = []  # what was made of them, until the outermost scope ends
+        self.keys: dict[int, str] = {}  # both by id, for eager mode
+
+    def run(self, scope: ScopedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the scope's method in a frame of its own."""
+        outside = len(self.parameters)
+        for owner, attribute, key in scope.touched:
+            self._track(self.parameters, getattr(owner, attribute), key)
+        self.frames.append(_OpenFrame(scope))
+        try:
+            output = scope.call(args, kwargs)
+        finally:
+            self.frames.pop()
+            del self.parameters[outside:]
+        return output if scope.output_factor == 1.0 else output * scope.output_factor
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is Tensor.unflatten:  # the compiler can't follow the super() in it
+            function = torch.unflatten
+        name = self.rules.watched.get(function)
+        if name is None:
+            return function(*args, **kwargs)
+        if name == _MULTI_HEAD:
+            if function is not F.multi_head_attention_forward:
+                return function(*args, **kwargs)
+            with self:
+                return open_multi_head_attention(*args, **kwargs)
+        if name in self.rules.free:
+            site = self._site(name, args)
+            if site is not None:
+                return self._run_site(site, name, function, args, kwargs)
+        result = self._run(name, function, args, kwargs)
+        if name in self.rules.followed:
+            self._follow(args, kwargs, result)
+        return result
+
+    def _run(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The call with the factors of its parameters."""
+        if name not in self.rules.ops:
+            return function(*args, **kwargs)
+        op = MATMULS.get(name)
+        if op is None:
+            scaled = tuple(self._scaled(argument, name) for argument in args)
+            return function(*scaled, **{key: self._scaled(argument, name) for key, argument in kwargs.items()})
+        if self.rules.casts and (casting := self._casting(op, args, kwargs)):
+            site, x, weight = casting
+            bias = next((v for k, v in op.operands(args, kwargs).items() if k in op.bias_labels), None)
+            try:
+                return op.cast(args, kwargs, x, weight, site, self._factor(bias, name))
+            except UncastableError as error:
+                raise UnitScalingError(
+                    f"{self.frames[-1].scope.name}: the operands of {name} were cast in the recorded step, and those "
+                    f"of this call can't be ({error}). Leave its weight out: overrides={{name: {{'format': None}}}}."
+                ) from None
+        factors = {}
+        for label, operand in op.operands(args, kwargs).items():
+            factor = self._factor(operand, name)
+            if factor != 1.0:
+                factors[label] = factor
+        return op.scaled(function, args, kwargs, factors) if factors else function(*args, **kwargs)
+
+    def _casting(self, op: Matmul, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[WeightCast, Any, Any] | None:
+        """The site that this call is, its activation and its weight, if its operands are to be cast."""
+        operands = op.cast_operands(args, kwargs, lambda operand: self._key(operand) is not None)
+        if operands is None:
+            return None
+        key = self._key(operands[1])
+        site = self.rules.casts.get((key, op.name)) if key is not None else None
+        return (site, *operands) if isinstance(site, WeightCast) and site.scales is not None else None
+
+    def _run_site(
+        self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The call as the parameter-free site that it is, with its operands cast if they are to be."""
+        if site.format is None:
+            return self._run_with_factor(site, name, function, args, kwargs)
+        op, cast = MATMULS[name], self.rules.casts.get(site.use)
+        if isinstance(cast, AttentionCast) and cast.scales is not None:
+            result = self._run_with_factor(site, name, function, *cast.rounded(op, args, kwargs))
+            result = cast.rounded_gradient(result)
+        else:
+            result = self._run_with_factor(site, name, function, args, kwargs)
+        tell_observers(site.use, Product(function, args, kwargs, op.multiplicands(args, kwargs), result))
+        return result
+
+    def _run_with_factor(
+        self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self.rules.met is not None:
+            self.rules.met.add(site.name)
+        a, in_place = site.factors[""], function in self.rules.in_place
+        if a == 1.0:
+            return self._run(name, function, args, kwargs)
+        if site.role == "attention":
+            if site.op == DotProductAttention.name:
+                return DotProductAttention.scaled_logits(function, args, kwargs, a)
+            if site.op == "baddbmm":
+                return function(*args, **{**kwargs, "alpha": kwargs.get("alpha", 1) * a})
+            at = site.operand
+            if at is not None:
+                return function(*args[:at], args[at] * a, *args[at + 1 :], **kwargs)
+        if site.role == "residual":
+            left, right = args[:2]
+            if site.operand == 1:
+                return left.add_(right, alpha=a) if in_place else torch.add(left, right, alpha=a)
+            return left.mul_(a).add_(right) if in_place else torch.add(right, left, alpha=a)
+        result = self._run(name, function, args, kwargs)
+        return result.mul_(a) if in_place or name in _OUTPUT_IS_FREE else result * a
+
+    def _scaled(self, argument: Any, name: str) -> Any:
+        if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
+            return type(argument)([self._scaled(item, name) for item in argument])
+        factor = self._factor(argument, name)
+        return argument if factor == 1.0 else argument * factor
+
+    def _factor(self, operand: Any, name: str) -> float:
+        if not isinstance(operand, Tensor):
+            return 1.0
+        key = self._key(operand)
+        if key is None or (key, name) not in self.rules.factors:
+            return 1.0
+        if self.rules.met is not None:
+            self.rules.met.add((key, name))
+        return self.rules.factors[key, name]
+
+    def _key(self, tensor: Tensor) -> str | None:
+        if not torch.compiler.is_compiling():
+            return self.keys.get(id(tensor))
+        for known, key in self.parameters:  # a traced tensor has no id
+            if known is tensor:
+                return key
+        for known, key in self.derived:
+            if known is tensor:
+                return key
+        return None
+
+    def _track(self, known: list[tuple[Tensor, str]], tensor: Tensor, key: str) -> None:
+        known.append((tensor, key))
+        if not torch.compiler.is_compiling():
+            self.keys[id(tensor)] = key
+
+    def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        names: list[str] = []
+        for argument in (*args, *kwargs.values()):
+            for item in argument if isinstance(argument, (list, tuple)) else (argument,):
+                key = self._key(item) if isinstance(item, Tensor) else None
+                if key is not None:
+                    names.extend(name for name in key.split("+") if name not in names)
+        if names:
+            for output in result if isinstance(result, (list, tuple)) else (result,):
+                if isinstance(output, Tensor) and self._key(output) is None:
+                    self._track(self.derived, output, "+".join(sorted(names)))
+
+    def _site(self, name: str, args: tuple[Any, ...]) -> Site | None:
+        """The parameter-free site that this call is, by its place in the open frame."""
+        frame = self.frames[-1]
+        if not has_ordinal(args) or (not torch.compiler.is_compiling() and _called_by_hook()):
+            return None
+        ordinal = frame.counts.get(name, 0)
+        frame.counts[name] = ordinal + 1
+        if ordinal >= frame.scope.most_calls.get(name, ordinal + 1):
+            raise UnitScalingError(
+                f"{frame.scope.name}: {name} was called {frame.scope.most_calls[name]} times in the recorded step and "
+                "is called more often now, so its scaled calls cannot be told apart. The model takes another path "
+                "here than in the recorded step; list the module in skip, or record a step that takes both paths."
+            )
+        site = frame.scope.sites.get((name, EVERY_CALL)) or frame.scope.sites.get((name, ordinal))
+        if site is not None and site.last_dim is not None and site.operand is not None:
+            found = args[site.operand].shape[-1]
+            if found != site.last_dim:
+                raise UnitScalingError(
+                    f"{site.name}: the recorded operand had a last dimension of {site.last_dim}, this one has {found}. "
+                    "The model takes another path here than in the recorded step; list the module in skip, or "
+                    "record a step that takes both paths."
+                )
+        return site
+
+
+def _called_by_hook() -> bool:
+    """Whether a module hook inside the open frame's method, not the method itself, made the running torch call."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None:
+        if frame.f_code is _SCOPE_CALL:
+            return False
+        if frame.f_code in MODULE_CALL:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_SCOPE_CALL = ScopedForward.call.__code__
+
+
+# Interceptors that are entered, innermost last. One list for each thread, as modes are: checkpointed layers are run
+# again in autograd's thread. The compiler traces one function at a time and can't trace a thread's own list.
+_TRACED: list[Interceptor] = []
+_EAGER = threading.local()
+
+
+def _running() -> list[Interceptor]:
+    if torch.compiler.is_compiling():
+        return _TRACED
+    if not hasattr(_EAGER, "interceptors"):
+        _EAGER.interceptors = []
+    running: list[Interceptor] = _EAGER.interceptors
+    return running
+
+
+def _current(rules: Rules) -> Interceptor | None:
+    for interceptor in _running():
+        if interceptor.rules is rules:
+            return interceptor
+    return None

@@ -1,0 +1,183 @@
+"""Watch the operands of every matmul that has a parameter, and the gradient of its output, while a model trains.
+
+Of products without a parameter, those are seen that a plan in force casts: they are known by their place in the code,
+which the interceptor finds.
+
+An `OperandObserver` is a function mode: it works on any module, scaled or not, changes nothing, and costs nothing while
+it is not entered. On a prepared model it sees the model's own calls, before factors and casts (`engine.runtime.interceptor`
+enters it again inside its interceptor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_unitscale.ops.torch_functions import LAYER_NORMS, RANDOM, SHAPE_ONLY, short_name
+from lightning_unitscale.engine.plan.plan import Use
+from lightning_unitscale.engine.record.recorder import tensors_in
+from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
+from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops.attention import open_multi_head_attention
+
+_ENTERED: list[OperandObserver] = []
+
+
+@dataclass(frozen=True)
+class Product:
+    """One call of a matmul-like function, as the model made it.
+
+    Attributes:
+        operands: what is multiplied, by name.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    operands: dict[str, Tensor]
+    result: Tensor
+
+
+def entered_observers() -> list[OperandObserver]:
+    """The observers that are entered, innermost last; in any thread, as checkpointed layers run again in autograd's."""
+    return _ENTERED
+
+
+def observers_inside() -> AbstractContextManager[Any]:
+    """Enters the entered observers again, so that they come before a mode entered since."""
+    if torch.compiler.is_compiling() or not _ENTERED:
+        return nullcontext()
+    stack = ExitStack()
+    for observer in list(_ENTERED):
+        stack.enter_context(observer)
+    return stack
+
+
+def tell_observers(use: Use, product: Product) -> None:
+    """Show the entered observers a product that they can't tell from others."""
+    if not torch.compiler.is_compiling():
+        for observer in dict.fromkeys(_ENTERED):
+            observer.see(use, product)
+
+
+class OperandObserver(TorchFunctionMode):
+    """Accumulates statistics of operands ("x", "weight", …) and "gradient" by use, while it is entered.
+
+    Args:
+        module: the model; parameters are named from it.
+        accumulator: makes the accumulator of a use's operand; None for an operand that is of no interest.
+
+    Attributes:
+        found: accumulators by use and operand.
+    """
+
+    def __init__(self, module: nn.Module, accumulator: Callable[[Use, str], Accumulator | None]) -> None:
+        super().__init__()
+        self.accumulator = accumulator
+        self.found: dict[Use, dict[str, Accumulator]] = {}
+        self._keys: Any = WeakTensorKeyDictionary()
+        for name, parameter in module.named_parameters():
+            self._keys[parameter] = name
+        self._constants: Any = WeakTensorKeyDictionary()
+        self._module = module
+        self._inside = False
+
+    def __enter__(self) -> OperandObserver:
+        for buffer in self._module.buffers():  # only now: a rehearsed step has buffers of its own
+            self._constants[buffer] = True
+        _ENTERED.append(self)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        _ENTERED.pop()
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._inside:  # what an interceptor made of a call that was already seen
+            return function(*args, **kwargs)
+        if function is F.multi_head_attention_forward:
+            with self:
+                return open_multi_head_attention(*args, **kwargs)
+        self._inside = True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._inside = False
+        name = short_name(function)
+        if name in MATMULS:
+            self._observe(function, args, kwargs, result)
+        self._follow(name, args, kwargs, result)
+        return result
+
+    def _observe(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        name = short_name(function)
+        product = MATMULS[name].cast_operands(args, kwargs, lambda tensor: tensor in self._keys)
+        if product is None or not isinstance(result, Tensor):
+            return
+        x, weight = product
+        self.see((self._keys[weight], name), Product(function, args, kwargs, {"x": x, "weight": weight}, result))
+
+    def see(self, use: Use, product: Product) -> None:
+        """Count one product in."""
+        for operand, tensor in product.operands.items():
+            self._add(use, operand, tensor)
+        if product.result.requires_grad and self._wanted(use, "gradient") is not None:
+            product.result.register_hook(lambda gradient: self._add(use, "gradient", gradient))
+
+    def _wanted(self, use: Use, operand: str) -> Accumulator | None:
+        known = self.found.setdefault(use, {})
+        if operand not in known:
+            new = self.accumulator(use, operand)
+            if new is None:
+                return None
+            known[operand] = new
+        return known[operand]
+
+    def _add(self, use: Use, operand: str, tensor: Tensor) -> None:
+        accumulator = self._wanted(use, operand)
+        if accumulator is not None:
+            accumulator.add(tensor)
+
+    def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """What is made of parameters and constants alone goes by the parameters' names, as the recorder has it."""
+        inputs = [] if name in SHAPE_ONLY else list(tensors_in((*args, *kwargs.values())))
+        if name == "getitem" and all(not index.is_floating_point() and index.dim() == 0 for index in inputs[1:]):
+            inputs = inputs[:1]  # the slice that the data chose, as the recorder has it
+        constants = [tensor for tensor in inputs if tensor in self._constants]
+        weights = [tensor for tensor in inputs if tensor in self._keys]
+        if name in RANDOM or len(constants) + len(weights) < len(inputs):
+            return
+        if weights and _makes_activation(name, args, kwargs, constants):
+            return
+        names = sorted({name for tensor in weights for name in self._keys[tensor].split("+")})
+        for tensor in tensors_in(result):
+            if tensor not in self._keys and tensor not in self._constants:
+                if names:
+                    self._keys[tensor] = "+".join(names)
+                else:
+                    self._constants[tensor] = True
+
+
+def _makes_activation(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], constants: list[Tensor]) -> bool:
+    """Whether a call on weights and constants makes an activation, as the recorder has it."""
+    if name.startswith("embedding") or name in LAYER_NORMS:
+        return True
+    if name not in MATMULS:
+        return False
+    if "weight" in MATMULS[name].operands(args, kwargs):
+        return True
+    return any(tensor.is_floating_point() and tensor.dim() > 1 for tensor in constants)

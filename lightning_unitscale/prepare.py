@@ -1,0 +1,200 @@
+"""From an untouched model to a prepared one: record → plan → fold → apply → verify, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from math import isfinite
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from lightning_unitscale.errors import NoLossError, UnitScalingError
+from lightning_unitscale.engine.runtime.install import install, rescale_parameters, restore_parameters, uninstall
+from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
+from lightning_unitscale.engine.plan.fold import folded_copy
+from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
+from lightning_unitscale.engine.plan.state_dict import add_marker, remove_marker
+from lightning_unitscale.engine.plan.rename import plan_around
+from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
+from lightning_unitscale.engine.record.recorder import loss_tensors, recording
+from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
+from lightning_unitscale.engine.record.trace import Trace
+from lightning_unitscale.engine.trained import refuse_trained
+from lightning_unitscale.engine.checks.verify import verify
+from lightning_unitscale.engine.checks.verify_casts import verify_casts
+from lightning_unitscale.options import Options
+from lightning_unitscale.schemes import SCHEMES
+
+Step = Callable[[Rehearsal], Any]  # runs one step's forward pass and returns its loss, or a dict with it
+
+
+def prepare(
+    module: nn.Module,
+    step: Step,
+    options: Options,
+    trainer: pl.Trainer | None = None,
+    agree: Callable[[dict[str, Any]], dict[str, Any]] = lambda plan: plan,
+) -> Plan:
+    """Record one step of the model and put its plan in force, in place.
+
+    Args:
+        module: the untouched model, or, under `preserve`, one whose weights alone are the function.
+        step: runs one step's forward pass on real data and returns the loss.
+        trainer: the Lightning trainer, if there is one, whose loggers and optimizers the step must not reach.
+        agree: makes all processes use one process's plan (data-dependent routing may show each another model).
+
+    Raises:
+        UnitScalingError: see `unit_scale`.
+    """
+    current = plan_of(module)
+    if current is not None and options.scheme == "preserve" and current.is_plain:
+        forget(module)
+    elif current is not None:
+        raise UnitScalingError(
+            f"{type(module).__name__} is already unit-scaled; call remove_unit_scaling() first to prepare it anew."
+        )
+    trace = record(module, step, trainer)
+    plan = SCHEMES[options.scheme](module, trace, options)
+    _refuse_nothing(module, trace, plan)
+    if options.scheme != "preserve":
+        refuse_trained(module, trace, plan)
+    plan = Plan.from_dict(agree(plan.to_dict()))
+    check_device(module, plan)
+    rescale_parameters(module, plan)
+    put_in_force(module, plan)
+    if options.verify:
+        verify(module, plan, trace, lambda: record(module, step, trainer))
+    return plan
+
+
+def measure_operands(module: nn.Module, step: Step, options: Options, trainer: pl.Trainer | None = None) -> None:
+    """Measure the operand scales of a prepared module on one step, forward and backward, that leaves no trace.
+
+    In a Trainer this is not needed: scales are measured while it trains.
+
+    Warns:
+        of sites that cast nothing, as an operand of theirs is all 0 in this step (behind zero-initialised weights) or
+        they were not called, until they are measured again.
+    """
+    plan = plan_of(module)
+    assert plan is not None
+    if not plan.cast_sites:
+        return
+    calibration = Calibration(module, plan, options.recalibrate)
+    rehearsed_gradients(module, step, trainer, observer=calibration.observe(0))
+    calibration.finish()
+    if options.verify:
+        for use, problem in verify_casts(module, plan, step, trainer).items():
+            fall_back(module, plan, use, problem)
+    unknown = [site.name for site in plan.cast_sites if not site.operand_scales]
+    if unknown:
+        warnings.warn(
+            f"unit scaling: {len(unknown)} sites stay in the compute dtype, as an operand of theirs was all 0 or not "
+            f"seen in this step: {', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}. Inside `recalibrating` "
+            "they are measured again as the model trains.",
+            stacklevel=3,
+        )
+
+
+def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None) -> Trace:
+    """Run the step without leaving a trace in the model, and return what it did.
+
+    Raises:
+        NoLossError: there is none.
+        UnitScalingError: the loss is not one number, or not finite.
+    """
+    with rehearsal(module, trainer) as rehearsed, recording(module) as recorder, torch.enable_grad():
+        output = step(rehearsed)
+        trace = recorder.finish(output, rehearsed.losses)
+        backwards = bool(rehearsed.losses)
+    if not trace.loss_numbers:
+        raise NoLossError(
+            f"the rehearsed step of {type(module).__name__} gave no loss: return a tensor or a dict with 'loss', "
+            "or call backward()."
+        )
+    shapes = [tuple(loss.shape) for loss in loss_tensors(output, []) if loss.numel() != 1]
+    if shapes and not backwards:
+        raise UnitScalingError(
+            f"the rehearsed step of {type(module).__name__} returned a tensor of shape {shapes[0]} where its loss, one "
+            "number, is wanted."
+        )
+    if not all(isfinite(number) for number in trace.loss_numbers):
+        raise UnitScalingError(
+            f"the loss of the rehearsed step of {type(module).__name__} is {trace.loss_numbers[0]}: the first batch or "
+            "the initial weights hold NaN or infinity, or the loss overflows. Mend that first; nothing was changed."
+        )
+    return trace
+
+
+def put_in_force(module: nn.Module, plan: Plan) -> None:
+    """Install the plan on a model whose weights already are what it stores.
+
+    Raises:
+        UnitScalingError: the plan is of another model.
+    """
+    plan.check_matches(module)
+    install(module, plan)
+    module.__dict__[ATTRIBUTE] = plan
+    add_marker(module, plan)
+    plan.bind(module)
+
+
+def adopt(module: nn.Module) -> Plan | None:
+    """The plan in force on the module; one on the part that has all its parameters is made a plan of the whole.
+
+    A network with a plan, given its weights on its own, may be trained inside a LightningModule.
+    """
+    plan = plan_of(module)
+    if plan is not None:
+        return plan
+    for name, child in module.named_modules():
+        inner = plan_of(child)
+        if inner is None:
+            continue
+        plan = plan_around(inner, name)
+        try:
+            plan.check_matches(module)
+        except UnitScalingError:
+            continue
+        forget(child)
+        put_in_force(module, plan)
+        return plan
+    return None
+
+
+def remove(module: nn.Module) -> None:
+    """Make a prepared model plain; see `remove_unit_scaling`."""
+    plan = plan_of(module)
+    if plan is None:
+        raise UnitScalingError(f"{type(module).__name__} is not unit-scaled; there is nothing to remove.")
+    folded = folded_copy(plan)
+    left = folded.explicit_sites
+    if left:
+        sites = ", ".join(
+            f"{site.name} ({site.role}; {site.reason or 'two factors for one weight'})" for site in left[:3]
+        )
+        raise UnitScalingError(
+            f"{len(left)} factors cannot be moved into weights: {sites}{' …' if len(left) > 3 else ''}. "
+            "The model was left as it was; keep unit scaling in place, or untie the weights named."
+        )
+    restore_parameters(module, plan, folded)
+    forget(module)
+
+
+def forget(module: nn.Module) -> None:
+    """Take the plan off, weights as they are."""
+    uninstall(module)
+    remove_marker(module)
+    module.__dict__.pop(ATTRIBUTE, None)
+
+
+def _refuse_nothing(module: nn.Module, trace: Trace, plan: Plan) -> None:
+    if not any(site.params for site in plan.sites) or all(p.reason for p in plan.parameters.values()):
+        reasons = "; ".join(sorted({p.reason for p in plan.parameters.values() if p.reason})) or "it has no parameters"
+        raise UnitScalingError(
+            f"nothing in {type(module).__name__} can be scaled ({reasons}; {len(trace.calls)} torch calls were seen). "
+            "Check that the step runs the model, and that skip does not cover all of it."
+        )
