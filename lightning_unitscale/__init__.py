@@ -3,10 +3,10 @@
 >>> Trainer(callbacks=[UnitScaling()])  # or Trainer(strategy="unitscale")
 """
 
-from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.callback import UnitScaling
 from lightning_unitscale.checkpoint import load_checkpoint
 from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.loading import wrap_load_state_dict
 from lightning_unitscale.monitor import ScaleMonitor
 from lightning_unitscale.optim.scaled_step import scale_learning_rates

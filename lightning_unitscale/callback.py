@@ -8,11 +8,11 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.lifecycle import TrainerScaling
 from lightning_unitscale.options import RECALIBRATE, Options
 from lightning_unitscale.strategy import UnitScalingMixin
-from lightning_unitscale.lifecycle import TrainerScaling
 
 
 class UnitScaling(Callback):

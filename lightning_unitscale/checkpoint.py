@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, carried_plans, decode
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, carried_plans, decode
+from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.prepare import forget, put_in_force
 
 

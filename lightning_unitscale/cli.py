@@ -23,9 +23,8 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.cookbook.config import register, shipped
-from lightning_unitscale.errors import InputError
+from lightning_unitscale.errors import InputError, UnitScalingError
 
 Task = Callable[[DictConfig], Any]
 

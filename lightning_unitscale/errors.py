@@ -1,4 +1,18 @@
-"""The error that means: what was asked for can't be done, and here is what to change."""
+"""Every exception of the package; a message names what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class UnitScalingError(Exception):
+    """Something about the model, the options or a checkpoint makes unit scaling impossible."""
+
+
+class NoLossError(UnitScalingError):
+    """The rehearsed step returned no loss and called no backward."""
+
+
+class UncastableError(Exception):
+    """Why the operands of a call can't be cast to a narrow format."""
 
 
 class InputError(Exception):

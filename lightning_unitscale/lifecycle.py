@@ -30,19 +30,19 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.checkpoint import as_plain_data, plan_in, prepare_for_loading
-from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
-from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
-from lightning_unitscale.engine.plan.plan import Plan, plan_of
-from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
-from lightning_unitscale.engine.plan.summary import headline
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
+from lightning_unitscale.engine.plan.summary import headline
+from lightning_unitscale.engine.runtime.install import rescale_parameters
+from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
-from lightning_unitscale.optim.scaled_step import ScaledStep, scale_learning_rates
 from lightning_unitscale.optim.families import FAMILIES, optimizer_family
+from lightning_unitscale.optim.scaled_step import ScaledStep, scale_learning_rates
 from lightning_unitscale.options import Options
+from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
 
 LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay is below 1e-3
 SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)

@@ -25,12 +25,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.engine.runtime.install import rules_in_force
-from lightning_unitscale.engine.plan.state_dict import carried_plans, decode
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
-from lightning_unitscale.prepare import forget, put_in_force
+from lightning_unitscale.engine.plan.state_dict import carried_plans, decode
+from lightning_unitscale.engine.runtime.install import rules_in_force
 from lightning_unitscale.engine.trained import remember_trained, rescaled
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.prepare import forget, put_in_force
 
 _OURS = "_puts_plans_in_force"
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
-from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
+from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
 
 TARGET = 8  # the exponent that the largest gradient gets

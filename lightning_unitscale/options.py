@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from math import isfinite
 from typing import Any
 
+from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import FORMATS
 
 SCHEMES = ("umup", "preserve")
@@ -20,17 +21,6 @@ ROLES = (
 OVERRIDE_KEYS = ("role", "multiplier", "lr_multiplier", "format", "attention_format", "skip")
 # Early, while everything changes; then rarely
 RECALIBRATE = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
-
-
-class UnitScalingError(Exception):
-    """Something about the model, the options or a checkpoint makes unit scaling impossible.
-
-    The message names what was wrong, where, and what to do.
-    """
-
-
-class NoLossError(UnitScalingError):
-    """The rehearsed step returned no loss and called no backward."""
 
 
 def _choose(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -11,20 +11,20 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from lightning_unitscale.errors import NoLossError, UnitScalingError
-from lightning_unitscale.engine.runtime.install import install, rescale_parameters, restore_parameters, uninstall
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
-from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
-from lightning_unitscale.engine.plan.state_dict import add_marker, remove_marker
-from lightning_unitscale.engine.plan.rename import plan_around
+from lightning_unitscale.engine.checks.verify import verify
+from lightning_unitscale.engine.checks.verify_casts import verify_casts
+from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
+from lightning_unitscale.engine.plan.rename import plan_around
+from lightning_unitscale.engine.plan.state_dict import add_marker, remove_marker
 from lightning_unitscale.engine.record.recorder import loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.record.trace import Trace
+from lightning_unitscale.engine.runtime.install import install, rescale_parameters, restore_parameters, uninstall
 from lightning_unitscale.engine.trained import refuse_trained
-from lightning_unitscale.engine.checks.verify import verify
-from lightning_unitscale.engine.checks.verify_casts import verify_casts
+from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes import SCHEMES
 

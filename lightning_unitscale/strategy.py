@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.options import Options
 from lightning_unitscale.lifecycle import TrainerScaling
+from lightning_unitscale.options import Options
 
 
 class _BatchEnd(pl.Callback):

@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_unitscale.engine.checks.calibration import Calibration
 from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.prepare import measure_operands, prepare, remove
 from lightning_unitscale.options import RECALIBRATE, Options
+from lightning_unitscale.prepare import measure_operands, prepare, remove
 
 
 def unit_scale(

@@ -43,11 +43,11 @@ from lightning_unitscale.cookbook.continuation import BestCheckpoint, RandomNumb
 from lightning_unitscale.cookbook.data import IGNORED
 from lightning_unitscale.cookbook.data.examples import Batch
 from lightning_unitscale.cookbook.data.token_text import TokenText
-from lightning_unitscale.errors import InputError
 from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
 from lightning_unitscale.cookbook.pretrained import BYTES, CAUSAL_LM, Pretrained, load_pretrained
-from lightning_unitscale.report import write_report
 from lightning_unitscale.cookbook.tasks import LanguageModeling
+from lightning_unitscale.errors import InputError
+from lightning_unitscale.monitor.page import write_report
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The student

@@ -19,9 +19,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
+from lightning_unitscale.cookbook.pretrained import load_pretrained
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import SUFFIX, check_output, export
-from lightning_unitscale.cookbook.pretrained import load_pretrained
 
 DTYPES = {
     "float32": torch.float32,

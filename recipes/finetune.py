@@ -31,7 +31,6 @@ from omegaconf import DictConfig, OmegaConf
 from pretrain import Progress, train_base
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor
 
-from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale import UnitScaling, remove_unit_scaling
 from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
@@ -39,9 +38,6 @@ from lightning_unitscale.cookbook.continuation import BestCheckpoint, RandomNumb
 from lightning_unitscale.cookbook.data.batches import ImageBatch, PairBatch, TextBatch
 from lightning_unitscale.cookbook.data.examples import Examples, split_by
 from lightning_unitscale.cookbook.data.token_text import TokenText
-from lightning_unitscale.engine.plan.rename import plan_around
-from lightning_unitscale.prepare import forget, put_in_force
-from lightning_unitscale.errors import InputError
 from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
 from lightning_unitscale.cookbook.pretrained import (
     BYTES,
@@ -51,8 +47,11 @@ from lightning_unitscale.cookbook.pretrained import (
     load_tokenizer,
     new_model,
 )
-from lightning_unitscale.report import write_report
 from lightning_unitscale.cookbook.tasks import FineTuning
+from lightning_unitscale.engine.plan.rename import plan_around
+from lightning_unitscale.errors import InputError, UnitScalingError
+from lightning_unitscale.monitor.page import write_report
+from lightning_unitscale.prepare import forget, put_in_force
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run

@@ -34,8 +34,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.data.batches import language_model_batch
-from lightning_unitscale.errors import InputError
-from lightning_unitscale.export import example_inputs, logits_of, to_plain
 from lightning_unitscale.cookbook.inference import (
     PredictionWriter,
     check_prompts,
@@ -46,7 +44,6 @@ from lightning_unitscale.cookbook.inference import (
     read_rows,
     rows_done,
 )
-from lightning_unitscale.export.fp8_weights import WEIGHT_FORMATS, narrow_weights, stored_bytes
 from lightning_unitscale.cookbook.pretrained import (
     CAUSAL_LM,
     TASK_HEADS,
@@ -56,6 +53,9 @@ from lightning_unitscale.cookbook.pretrained import (
     load_pretrained,
 )
 from lightning_unitscale.cookbook.tasks import FineTuning, LanguageModeling
+from lightning_unitscale.errors import InputError
+from lightning_unitscale.export import example_inputs, logits_of, to_plain
+from lightning_unitscale.export.fp8_weights import WEIGHT_FORMATS, narrow_weights, stored_bytes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run

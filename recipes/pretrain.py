@@ -35,11 +35,11 @@ from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.continuation import RandomNumbers
 from lightning_unitscale.cookbook.data import BOS, IGNORED, ByteText, decode, encode
-from lightning_unitscale.errors import InputError
 from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
-from lightning_unitscale.monitor import Record, measure
-from lightning_unitscale.report import write_report
 from lightning_unitscale.cookbook.schedule import warm_up_and_decay
+from lightning_unitscale.errors import InputError
+from lightning_unitscale.monitor import Record, measure
+from lightning_unitscale.monitor.page import write_report
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model: any causal language model of transformers, and an ordinary LightningModule around it

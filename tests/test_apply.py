@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_unitscale import Plan, UnitScalingError, unit_scale
-from lightning_unitscale.engine.runtime.interceptor import ScopedForward
 from lightning_unitscale.engine.plan.plan import plan_of
+from lightning_unitscale.engine.runtime.interceptor import ScopedForward
 
 STORAGES = ("folded", "unit")
 NAMES = (

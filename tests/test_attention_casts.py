@@ -16,12 +16,12 @@ from training import assert_same_state, batches, build, fit, trainer
 from zoo_modules import WIDTH, Attention, EinsumAttention, OperatorAttention, causal_mask, split_heads
 
 from lightning_unitscale import ScaleMonitor, UnitScaling, UnitScalingError, load_checkpoint, recalibrating, unit_scale
-from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.plan.plan import Plan, Site, plan_of
+from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.formats import cast
 from lightning_unitscale.monitor import Record
-from lightning_unitscale.ops import round_trip
 from lightning_unitscale.monitor.charts import exponent_chart
+from lightning_unitscale.ops import round_trip
 
 ALL = {"*": {"attention_format": "fp8"}}
 SDPA = "scaled_dot_product_attention"

@@ -15,7 +15,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from lightning_unitscale import cli, config, unit_scale
+from lightning_unitscale import cli, unit_scale
+from lightning_unitscale.cookbook import config
 
 SMALL = ["model.width=64", "model.head_width=32", "model.depth=1", "task.sequence_length=16", "batch_size=2"]
 SHORT = ["rounds=2", "warm_up=1", "preparations=1"]

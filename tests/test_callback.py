@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from training import STEPS, Language, assert_same_state, batches, build, fit, trainer
 from zoo import LIGHTNING_CASES, Batch, loader, next_token_batch
 
-from lightning_unitscale import UnitScaling, trainer_scaling, unit_scale
+from lightning_unitscale import UnitScaling, lifecycle, unit_scale
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.optim.scaled_step import scale_learning_rates
 from lightning_unitscale.strategy import UnitScalingStrategy
@@ -65,13 +65,13 @@ class Seen(pl.Callback):
 def preparations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Grows by one for each model that is prepared."""
     prepared: list[Any] = []
-    original = trainer_scaling.prepare
+    original = lifecycle.prepare
 
     def counted(module: Any, *args: Any, **kwargs: Any) -> Any:
         prepared.append(module)
         return original(module, *args, **kwargs)
 
-    monkeypatch.setattr(trainer_scaling, "prepare", counted)
+    monkeypatch.setattr(lifecycle, "prepare", counted)
     return prepared
 
 

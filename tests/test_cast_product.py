@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_unitscale import UnitScalingError, unit_scale
-from lightning_unitscale.ops.torch_functions import short_name
 from lightning_unitscale.formats import FORMATS, OPERANDS, Format, cast
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.cast_product import Scales, cast_product
 from lightning_unitscale.ops.multiply import Cast, multiply
 from lightning_unitscale.ops.products import MatrixProducts
+from lightning_unitscale.ops.torch_functions import short_name
 
 SCALES = {"x": 2.0, "weight": 16.0, "gradient": 1024.0}
 FACTOR = 0.75

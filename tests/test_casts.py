@@ -35,9 +35,9 @@ from lightning_unitscale import (
     unit_scale,
 )
 from lightning_unitscale.engine import calibrate
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import entered_observers
-from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.formats import FORMATS, cast
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.products import MatrixProducts

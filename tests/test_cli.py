@@ -12,7 +12,8 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from lightning_unitscale import ScaleMonitor, UnitScaling, cli, config
+from lightning_unitscale import ScaleMonitor, UnitScaling, cli
+from lightning_unitscale.cookbook import config
 from lightning_unitscale.errors import InputError
 
 CONF = config.shipped("conf")

@@ -18,8 +18,9 @@ from recipe_runs import run_recipe
 from torch.distributions import Categorical, kl_divergence
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_unitscale import config, unit_scale
+from lightning_unitscale import unit_scale
 from lightning_unitscale.checkpoint import plan_in
+from lightning_unitscale.cookbook import config
 from lightning_unitscale.cookbook.interrupt import LastCheckpoint
 from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
 

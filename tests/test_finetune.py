@@ -47,10 +47,10 @@ from lightning_unitscale.cookbook.data.examples import Examples, Labelled, Pair,
 from lightning_unitscale.cookbook.data.labelled_files import labelled_file, paired_file
 from lightning_unitscale.cookbook.data.standard_library import python_sources, source_snippets, split_names
 from lightning_unitscale.cookbook.data.token_text import TokenText
-from lightning_unitscale.errors import InputError
 from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
 from lightning_unitscale.cookbook.tasks.classification import MajorityAccuracy
 from lightning_unitscale.cookbook.tasks.fine_tuning import freeze_parameters
+from lightning_unitscale.errors import InputError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(1))

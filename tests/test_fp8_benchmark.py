@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from recipe_runs import run_recipe
 
-from lightning_unitscale import config
+from lightning_unitscale.cookbook import config
 from lightning_unitscale.engine.runtime.install import casts_in_force
 
 SMALL = ["device=cpu", "linears=[[64,32,48]]", "blocks=[[64,16]]", "rounds=2", "warm_up=1"]

@@ -21,10 +21,9 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_unitscale import UnitScaling, config
+from lightning_unitscale import UnitScaling
+from lightning_unitscale.cookbook import config
 from lightning_unitscale.cookbook.data import ByteText, text_files
-from lightning_unitscale.errors import InputError
-from lightning_unitscale.export import export
 from lightning_unitscale.cookbook.inference import (
     PredictionWriter,
     check_prompts,
@@ -35,6 +34,8 @@ from lightning_unitscale.cookbook.inference import (
     rows_done,
 )
 from lightning_unitscale.cookbook.pretrained import Pretrained, load_pretrained
+from lightning_unitscale.errors import InputError
+from lightning_unitscale.export import export
 
 PROMPTS = ["The class", "An", "import statement; ", "x", "def function(a, b):", "yield", "0", "Python"]
 KINDS: dict[str, tuple[str, dict[str, Any] | None]] = {

@@ -15,12 +15,12 @@ from prepared import adamw, build, gradients, prepared, train
 from torch import Tensor, nn
 
 from lightning_unitscale import UnitScalingError, remove_unit_scaling, scale_learning_rates, unit_scale
-from lightning_unitscale.engine.runtime.interceptor import ScopedForward
-from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
-from lightning_unitscale.engine.plan.plan import plan_of
-from lightning_unitscale.prepare import forget, record
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.checks.verify import operand_share, worst_operands
+from lightning_unitscale.engine.plan.plan import plan_of
+from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
+from lightning_unitscale.engine.runtime.interceptor import ScopedForward
+from lightning_unitscale.prepare import forget, record
 
 EVERY_CASE = zoo.CASES | zoo.UNSEEN
 STORAGES = ("folded", "unit")

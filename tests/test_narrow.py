@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from lightning_unitscale import UnitScalingError, unit_scale
+from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import export, logits_of, to_plain
-from lightning_unitscale.formats import cast
 from lightning_unitscale.export.fp8_weights import FP8_FILE, load_narrow, narrow_weights, save_narrow, stored_bytes
-from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
+from lightning_unitscale.formats import cast
 
 SPEECH = {
     "hidden_size": 32,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from lightning_unitscale.ops.torch_functions import short_name
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.linear import ScaledProduct, scaled_linear
+from lightning_unitscale.ops.torch_functions import short_name
 from lightning_unitscale.schemes.umup import gaussian_rms
 
 sizes = st.integers(1, 5)

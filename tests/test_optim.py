@@ -26,8 +26,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import lr_scheduler as schedules
 
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.optim.scaled_step import ScaledStep, StepScale, scale_learning_rates
 from lightning_unitscale.optim.families import optimizer_family
+from lightning_unitscale.optim.scaled_step import ScaledStep, StepScale, scale_learning_rates
 
 STEPS = 6
 

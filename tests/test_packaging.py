@@ -57,7 +57,8 @@ def test_wheel_contents(wheel_tree: Path) -> None:
 
 COMMAND_LINE = """
 import sys
-from lightning_unitscale import cli, config
+from lightning_unitscale import cli
+from lightning_unitscale.cookbook import config
 
 print(config.shipped("conf"), config.shipped("recipes"))
 sys.argv = ["unitscale", "--help"]

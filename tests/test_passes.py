@@ -13,7 +13,8 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from torch import nn
 
-from lightning_unitscale import cli, config, unit_scale
+from lightning_unitscale import cli, unit_scale
+from lightning_unitscale.cookbook import config
 
 SIZE = 64
 SQUARE = SIZE * SIZE

@@ -28,10 +28,10 @@ from transformers import (
 
 from lightning_unitscale import UnitScaling, remove_unit_scaling
 from lightning_unitscale.cookbook.data import BOS, decode, encode
-from lightning_unitscale.engine.plan.rename import plan_around, plan_inside
-from lightning_unitscale.engine.plan.plan import plan_of
-from lightning_unitscale.errors import InputError
 from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
+from lightning_unitscale.engine.plan.plan import plan_of
+from lightning_unitscale.engine.plan.rename import plan_around, plan_inside
+from lightning_unitscale.errors import InputError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = {"model_type": "llama", "vocab_size": 257, "bos_token_id": BOS, "eos_token_id": None, **SMALL}

@@ -19,7 +19,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_unitscale import UnitScaling, cli, config
+from lightning_unitscale import UnitScaling, cli
+from lightning_unitscale.cookbook import config
 from lightning_unitscale.cookbook.data import (
     BOS,
     IGNORED,
@@ -31,8 +32,8 @@ from lightning_unitscale.cookbook.data import (
     python_topics,
     text_files,
 )
-from lightning_unitscale.errors import InputError
 from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
+from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor import Record
 
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from lightning_unitscale import cli
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor import Record, measure
-from lightning_unitscale.report import render_report, write_report
 from lightning_unitscale.monitor.charts import drift_chart, exponent_chart, short_names
+from lightning_unitscale.monitor.page import render_report, write_report
 
 PNG = b"\x89PNG"
 

@@ -15,7 +15,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_unitscale import cli, config
+from lightning_unitscale import cli
+from lightning_unitscale.cookbook import config
 
 FEW = ["sweep.widths=[32]", "sweep.umup=[0]", "sweep.standard=[-8]", "trainer.max_steps=2"]
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from lightning_unitscale.options import RECALIBRATE
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 
 
 def shipped(folder: str) -> Path:

@@ -28,13 +28,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.checkpoint import plan_in, prepare_for_loading, read_checkpoint
 from lightning_unitscale.cookbook.data import BOS, VOCABULARY
-from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, encode
-from lightning_unitscale.engine.plan.rename import plan_inside
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
-from lightning_unitscale.errors import InputError
+from lightning_unitscale.engine.plan.rename import plan_inside
+from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, encode
+from lightning_unitscale.errors import InputError, UnitScalingError
 from lightning_unitscale.export.fp8_weights import FP8_FILE, load_narrow
 
 BYTES = "bytes"  # the name of `byte_tokenizer()` where a path could stand

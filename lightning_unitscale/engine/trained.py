@@ -13,9 +13,9 @@ from math import prod
 
 from torch import nn
 
-from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.record.trace import Trace
+from lightning_unitscale.errors import UnitScalingError
 
 ATTRIBUTE = "_unit_scaling_trained"  # of a module given trained weights whose plan is not in force
 

@@ -26,8 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export.examples import DYNAMIC, Logits, example_inputs, logits_of
-from lightning_unitscale.export.plain import check_same, relative_difference, to_plain
 from lightning_unitscale.export.fp8_weights import load_narrow, narrow_weights, save_narrow
+from lightning_unitscale.export.plain import check_same, relative_difference, to_plain
 
 Inputs = dict[str, Tensor]
 Run = Callable[[Inputs], Tensor]

@@ -31,11 +31,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
-from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import Plan, Site, plan_of
 from lightning_unitscale.engine.record.recorder import rms
-from lightning_unitscale.errors import InputError
+from lightning_unitscale.errors import InputError, UnitScalingError
 from lightning_unitscale.formats import FORMATS, cast, exponent
 
 WEIGHT_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.engine.runtime.install import restore_parameters
+from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import EVERY_CALL, Plan, Site, plan_of
-from lightning_unitscale.prepare import forget, put_in_force, record
-from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.record.trace import Call, Value
+from lightning_unitscale.engine.runtime.install import restore_parameters
+from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.export.replay import NotScalableError, scaled_parameters
 from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.prepare import forget, put_in_force, record
 
 Forward = Callable[[nn.Module], Tensor]
 

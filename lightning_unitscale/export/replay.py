@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unitscale.ops.torch_functions import is_in_place
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.record.trace import Call, Value
+from lightning_unitscale.ops.torch_functions import is_in_place
 
 
 class NotScalableError(Exception):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.plan.plan import Plan, Use, plan_of
+from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator, Statistics
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.formats import FORMATS, OPERANDS, kind

@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor import Measurement, Record
-from lightning_unitscale.monitor.scale_monitor import FILE
 from lightning_unitscale.monitor.charts import HEADINGS, Curve, drift_chart, exponent_chart, loss_chart, short_names
+from lightning_unitscale.monitor.scale_monitor import FILE
 
 WORST = 15  # rows
 BAD_SNR = 20.0  # dB; healthy casts to e4m3 have 31, to e5m2 25

@@ -18,14 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_unitscale.errors import UncastableError
 from lightning_unitscale.ops.products import Products
 
 Shape = tuple[int, ...]
 Casting = Callable[[Tensor, Tensor, Products], Tensor]  # the product of x and a weight with both cast
-
-
-class UncastableError(Exception):
-    """Why the operands of a call can't be cast to a narrow format."""
 
 
 class Matmul(ABC):

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_unitscale.errors import UncastableError
-from lightning_unitscale.ops.torch_functions import RECURRENT
 from lightning_unitscale.ops.matmul import Casting, Matmul, Shape, add_bias, argument, present
 from lightning_unitscale.ops.products import ConvolutionProducts, Products
+from lightning_unitscale.ops.torch_functions import RECURRENT
 
 
 class Convolution(Matmul):

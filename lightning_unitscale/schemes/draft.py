@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.engine.analysis.attention import attention_products
 from lightning_unitscale.engine.analysis.castable import reason_not_to_cast
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, ParameterPlan, Plan, Site
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
+from lightning_unitscale.engine.plan.plan import EVERY_CALL, ParameterPlan, Plan, Site
 from lightning_unitscale.engine.record.trace import Call, Frame, Trace, Value
+from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.options import Options
 

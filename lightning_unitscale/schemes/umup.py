@@ -47,17 +47,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unitscale.engine.analysis.activations import Activation
-from lightning_unitscale.engine.plan.fold import resolve
 from lightning_unitscale.engine.analysis.graph import Source
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, ParameterPlan, Plan, Site
 from lightning_unitscale.engine.analysis.residuals import Residual, Stream
 from lightning_unitscale.engine.analysis.roles import WEIGHT_ROLES, Use
 from lightning_unitscale.engine.analysis.structure import Sum
+from lightning_unitscale.engine.plan.copies import include_copies
+from lightning_unitscale.engine.plan.fold import resolve
+from lightning_unitscale.engine.plan.plan import EVERY_CALL, ParameterPlan, Plan, Site
+from lightning_unitscale.engine.plan.siblings import include_siblings
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.options import Options
-from lightning_unitscale.engine.plan.copies import include_copies
 from lightning_unitscale.schemes.draft import Draft, geometric_mean, parameter_free_site
-from lightning_unitscale.engine.plan.siblings import include_siblings
 
 RESIDUAL_MULTIPLIER = 1.0  # r
 ATTENTION_RATIO = 1.0  # ρ

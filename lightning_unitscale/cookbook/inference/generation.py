@@ -18,8 +18,8 @@ from transformers import (
     TextStreamer,
 )
 
-from lightning_unitscale.errors import InputError
 from lightning_unitscale.cookbook.pretrained import context_length
+from lightning_unitscale.errors import InputError
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # without a meaning where nothing is drawn
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from lightning_unitscale.cookbook.data.examples import Batch
-from lightning_unitscale.errors import InputError
 from lightning_unitscale.cookbook.pretrained import load_tokenizer, new_model, with_adapter
 from lightning_unitscale.cookbook.schedule import warm_up_and_decay
+from lightning_unitscale.errors import InputError
 
 
 class FineTuning(pl.LightningModule):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_unitscale.ops.torch_functions import ACTIVATIONS, ELEMENTWISE, PASSTHROUGH
 from lightning_unitscale.engine.analysis.graph import Graph
 from lightning_unitscale.engine.record.trace import Call, ModuleSpan, Value
+from lightning_unitscale.ops.torch_functions import ACTIVATIONS, ELEMENTWISE, PASSTHROUGH
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lightning_unitscale.ops.torch_functions import PASSTHROUGH, SOFTMAX
 from lightning_unitscale.engine.analysis.graph import Graph, number_of
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops.torch_functions import PASSTHROUGH, SOFTMAX
 
 _LOGITS_PASS = PASSTHROUGH | {"masked_fill", "where", "clamp", "tanh", "maximum", "minimum"}
 _PROBABILITIES_PASS = PASSTHROUGH | {"mul", "div", "masked_fill", "where"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_unitscale.errors import UncastableError
 from lightning_unitscale.engine.record.trace import Call, Value
+from lightning_unitscale.errors import UncastableError
 from lightning_unitscale.formats import FORMATS
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.multiply import padded

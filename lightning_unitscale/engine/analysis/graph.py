@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from lightning_unitscale.ops.torch_functions import ACCUMULATES, HOMOGENEOUS, JOINS, NORMALIZERS, NORMS, PASSTHROUGH
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops.torch_functions import ACCUMULATES, HOMOGENEOUS, JOINS, NORMALIZERS, NORMS, PASSTHROUGH
 
 _REDUCED_PASS = PASSTHROUGH | {"add", "clamp", "clamp_min", "reciprocal", "mul", "div", "rdiv", "maximum", "square"}
 

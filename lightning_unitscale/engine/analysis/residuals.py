@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lightning_unitscale.engine.analysis.attention import Logits
-from lightning_unitscale.ops.torch_functions import ACTIVATIONS, PASSTHROUGH
 from lightning_unitscale.engine.analysis.graph import Graph
 from lightning_unitscale.engine.record.trace import Call, Value
+from lightning_unitscale.ops.torch_functions import ACTIVATIONS, PASSTHROUGH
 
 Addition = tuple[tuple[Call, ...], list[Value]]  # its calls, the last of which gives the sum, and its terms
 

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lightning_unitscale.ops.torch_functions import JOINS, PASSTHROUGH
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops.torch_functions import JOINS, PASSTHROUGH
 
 WEIGHT_ROLES = frozenset({"hidden", "readout", "embedding", "position", "token"})
 _TOKEN_CALLS = JOINS | {"where", "setitem", "index_put", "masked_scatter", "copy"}

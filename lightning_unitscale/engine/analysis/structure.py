@@ -11,7 +11,6 @@ from functools import cached_property
 
 from lightning_unitscale.engine.analysis.activations import Activation, find_activations
 from lightning_unitscale.engine.analysis.attention import Attention, Logits, contraction, find_logits
-from lightning_unitscale.ops.torch_functions import HOMOGENEOUS, PASSTHROUGH
 from lightning_unitscale.engine.analysis.graph import Graph, Source
 from lightning_unitscale.engine.analysis.residuals import (
     Addition,
@@ -24,6 +23,7 @@ from lightning_unitscale.engine.analysis.residuals import (
 )
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops.torch_functions import HOMOGENEOUS, PASSTHROUGH
 
 _SCALAR_CALLS = PASSTHROUGH | {"mul", "div", "neg"}
 

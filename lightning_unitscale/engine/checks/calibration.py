@@ -20,11 +20,11 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.engine.plan.plan import Plan, Site, Use
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import OperandObserver
-from lightning_unitscale.engine.plan.plan import Plan, Site, Use
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator, Statistics, add_over_processes
+from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import FORMATS, exponent, kind, supports
 
 MOST_ERROR = 0.15

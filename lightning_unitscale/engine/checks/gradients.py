@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from lightning_unitscale.engine.runtime.install import casts_in_force
-from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.record.recorder import loss_tensors
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
+from lightning_unitscale.engine.runtime.install import casts_in_force
+from lightning_unitscale.engine.runtime.observer import OperandObserver
 
 SAMPLES = 65_536  # elements of a gradient that are kept: enough to compare two, little beside the model
 

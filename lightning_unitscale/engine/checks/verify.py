@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.engine.runtime.install import watching_factors
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, Plan, Site
 from lightning_unitscale.engine.analysis.structure import Structure
+from lightning_unitscale.engine.plan.plan import EVERY_CALL, Plan, Site
 from lightning_unitscale.engine.record.trace import Trace, Value
+from lightning_unitscale.engine.runtime.install import watching_factors
+from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.ops import MATMULS
 
 LOW_SHARE = 0.75

@@ -23,18 +23,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_unitscale.engine.runtime.install import casts_in_force
-from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
-from lightning_unitscale.ops.torch_functions import short_name
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
-from lightning_unitscale.engine.runtime.observer import OperandObserver, Product
 from lightning_unitscale.engine.plan.plan import Plan, Use
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
+from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
+from lightning_unitscale.engine.runtime.install import casts_in_force
+from lightning_unitscale.engine.runtime.observer import OperandObserver, Product
 from lightning_unitscale.formats import FORMATS
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import DotProductAttention
 from lightning_unitscale.ops.matmul import with_tensors
 from lightning_unitscale.ops.round_trip import round_trip
+from lightning_unitscale.ops.torch_functions import short_name
 
 LOW_COSINE = 0.98
 _ROUNDING = 1e-5  # of the largest RMS: gradients that are 0 but for rounding, as those of an attention key's bias

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.errors import UnitScalingError
 
 PLAN_KEY = "unit_scaling_plan"
 Carried = Tensor | str  # a plan inside a state dict

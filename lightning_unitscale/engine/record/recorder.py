@@ -18,10 +18,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.ops.torch_functions import LAYER_NORMS, PASSTHROUGH, RANDOM, SHAPE_ONLY, is_in_place, short_name
 from lightning_unitscale.engine.record.trace import Call, Frame, ModuleSpan, ParameterFacts, Trace, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import open_multi_head_attention
+from lightning_unitscale.ops.torch_functions import (
+    LAYER_NORMS,
+    PASSTHROUGH,
+    RANDOM,
+    SHAPE_ONLY,
+    is_in_place,
+    short_name,
+)
 
 MODULE_CALL = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
 _IN_PLACE_WITHOUT_RESULT = frozenset({"setitem", "set_data"})

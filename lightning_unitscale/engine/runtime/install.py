@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lightning_unitscale.engine.plan.plan import EVERY_CALL, Plan, Site, Use
 from lightning_unitscale.engine.runtime.casts import CastSite, WeightCast, cast_sites
 from lightning_unitscale.engine.runtime.interceptor import Met, Rules, ScopedForward
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, Plan, Site, Use
 
 STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 

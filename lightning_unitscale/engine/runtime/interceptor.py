@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_unitscale.errors import UncastableError, UnitScalingError
-from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
-from lightning_unitscale.ops.torch_functions import functions_by_name, is_in_place
-from lightning_unitscale.engine.runtime.observer import Product, observers_inside, tell_observers
 from lightning_unitscale.engine.plan.plan import EVERY_CALL, Site, Use
 from lightning_unitscale.engine.record.recorder import MODULE_CALL, has_ordinal
+from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
+from lightning_unitscale.engine.runtime.observer import Product, observers_inside, tell_observers
+from lightning_unitscale.errors import UncastableError, UnitScalingError
 from lightning_unitscale.ops import MATMULS, Matmul
 from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
+from lightning_unitscale.ops.torch_functions import functions_by_name, is_in_place
 
 # Functions whose backward pass reads their input alone: their output can be multiplied in place.
 _OUTPUT_IS_FREE = frozenset({"silu", "gelu", "mish"})

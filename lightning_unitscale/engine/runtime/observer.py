@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.ops.torch_functions import LAYER_NORMS, RANDOM, SHAPE_ONLY, short_name
 from lightning_unitscale.engine.plan.plan import Use
 from lightning_unitscale.engine.record.recorder import tensors_in
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import open_multi_head_attention
+from lightning_unitscale.ops.torch_functions import LAYER_NORMS, RANDOM, SHAPE_ONLY, short_name
 
 _ENTERED: list[OperandObserver] = []
 
