@@ -72,7 +72,7 @@ class UnitScaling(Callback):
         verify: bool = True,
         optimizer_family: str | None = None,
     ) -> None:
-        self._scaling = TrainerScaling(
+        self.unit_scaling = TrainerScaling(
             Options(
                 scheme=scheme,
                 format=format,
@@ -92,7 +92,7 @@ class UnitScaling(Callback):
     @property
     def plan(self) -> Plan | None:
         """The plan in force, from the first training step on."""
-        return self._scaling.plan
+        return self.unit_scaling.plan
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Connect to the Trainer's strategy."""
@@ -100,34 +100,34 @@ class UnitScaling(Callback):
             raise UnitScalingError("the Trainer has more than one UnitScaling callback; keep one of them.")
         strategy = trainer.strategy
         if not isinstance(strategy, UnitScalingMixin):
-            self._scaling.wrap(strategy)
-        elif strategy.unit_scaling is not self._scaling:
-            ours, theirs = self._scaling, strategy.unit_scaling
+            self.unit_scaling.wrap(strategy)
+        elif strategy.unit_scaling is not self.unit_scaling:
+            ours, theirs = self.unit_scaling, strategy.unit_scaling
             if theirs.settings not in (ours.settings, (Options(), None)):
                 raise UnitScalingError(
                     "the UnitScaling callback and the strategy were given different options; give them to one of the "
                     "two."
                 )
             theirs.options, theirs.optimizer_family = ours.settings
-            self._scaling = theirs
-        self._scaling.before_run(pl_module)
+            self.unit_scaling = theirs
+        self.unit_scaling.before_run(pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After a measured step: cast operands with the scales that were found."""
-        self._scaling.after_train_batch(pl_module, batch, batch_idx)
+        self.unit_scaling.after_train_batch(pl_module, batch, batch_idx)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the plan beside the weights."""
-        self._scaling.before_saving(pl_module, checkpoint)
+        self.unit_scaling.before_saving(pl_module, checkpoint)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Undo what `setup` did; the model keeps its plan."""
-        self._scaling.after_run()
+        self.unit_scaling.after_run()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Undo what `setup` did: Lightning does not call `teardown` after an exception."""
-        self._scaling.release()
+        self.unit_scaling.release()

@@ -1,9 +1,10 @@
 """Checkpoints that can't be misread.
 
-A model in which every factor is folded is a plain model and its state dict a plain state dict; the plan beside it in
-a Lightning checkpoint (key "unit_scaling_plan") only carries the learning-rate multipliers on. Where factors stay in
-the forward pass, the state dict itself holds the plan and can't be loaded into a plain module, nor plain weights where
-factors are in force; see `engine.plan.state_dict`.
+A model in which every factor is folded is a plain model and its state dict a plain state dict; the plan beside it, in
+a Lightning checkpoint (key "unit_scaling_plan") and in the state dict's metadata, carries the learning-rate multipliers
+on and says that these weights need no preparing. Where factors stay in the forward pass, the state dict itself holds
+the plan and can't be loaded into a plain module, nor plain weights where factors are in force; see
+`engine.plan.state_dict`, and `loading` for what `load_state_dict` does with it.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
-from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, decode
+from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, carried_plans, decode
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.prepare import forget, put_in_force
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> Plan | None:
     """The plan in a Lightning checkpoint or in a state dict, if there is one."""
-    if isinstance(checkpoint.get(PLAN_KEY), Tensor):
-        return decode(checkpoint[PLAN_KEY])
+    carried = carried_plans(checkpoint).get("")
+    if carried is not None:
+        return decode(carried)
     if PLAN_KEY in checkpoint:
         return Plan.from_dict(checkpoint[PLAN_KEY])
     state = checkpoint.get("state_dict")

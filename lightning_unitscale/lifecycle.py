@@ -42,7 +42,7 @@ from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_los
 from lightning_unitscale.optim.families import FAMILIES, optimizer_family
 from lightning_unitscale.optim.scaled_step import ScaledStep, scale_learning_rates
 from lightning_unitscale.options import Options
-from lightning_unitscale.prepare import Step, prepare, put_in_force
+from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
 
 LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay is below 1e-3
 SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)
@@ -133,7 +133,7 @@ class TrainerScaling:
         """Prepare the model if it is not, and give every optimizer its multipliers."""
         module = strategy.lightning_module
         assert module is not None
-        plan = plan_of(module)
+        plan = self._plan_to_go_on_with(module)
         if plan is None:
             if self.options.scheme != "preserve":
                 for optimizer in strategy.optimizers:
@@ -160,8 +160,9 @@ class TrainerScaling:
             rank_zero_info(headline(plan))
             if not plan.is_plain:
                 rank_zero_info(
-                    "unit scaling: checkpoints of this model carry the plan. Load them with the callback and ckpt_path "
-                    "or with lightning_unitscale.load_checkpoint; load_from_checkpoint refuses them."
+                    "unit scaling: the weights in checkpoints of this model are its function only together with the "
+                    "plan beside them. Where lightning_unitscale is imported it is put in force as they are loaded; "
+                    "elsewhere they are refused."
                 )
             for average in _averages(module.trainer):
                 rescale_parameters(average, plan)
@@ -254,14 +255,30 @@ class TrainerScaling:
                 "strategy."
             ) from None
 
-    def _check_options(self, plan: Plan) -> None:
+    def _plan_to_go_on_with(self, module: pl.LightningModule) -> Plan | None:
+        """The plan in force, unless its weights alone are the function and `preserve` is to keep that."""
+        models = [module, *_averages(module.trainer)]
+        plan, *_ = [adopt(model) for model in models]
+        if plan is None or plan is self.plan or not self._other_options(plan):
+            return plan
+        if self.options.scheme != "preserve" or not plan.is_plain:
+            return plan
+        for model in models:
+            if plan_of(model) is not None:
+                forget(model)
+        return None
+
+    def _other_options(self, plan: Plan) -> dict[str, tuple[Any, Any]]:
+        """The options under which the plan was made and ours, where they differ."""
         theirs, ours = as_plain_data(plan.options), as_plain_data(self.options.to_dict())
-        for name in _OF_THE_PLAN:
-            if theirs.get(name, ours[name]) != ours[name]:
-                raise UnitScalingError(
-                    f"the model (or its checkpoint) was prepared with {name}={theirs[name]!r}, but UnitScaling has "
-                    f"{name}={ours[name]!r}. Use the same, or start from an unprepared model."
-                )
+        return {name: (theirs[name], ours[name]) for name in _OF_THE_PLAN if theirs.get(name, ours[name]) != ours[name]}
+
+    def _check_options(self, plan: Plan) -> None:
+        for name, (theirs, ours) in self._other_options(plan).items():
+            raise UnitScalingError(
+                f"the model (or its checkpoint) was prepared with {name}={theirs!r}, but UnitScaling has "
+                f"{name}={ours!r}. Use the same, or start from an unprepared model."
+            )
 
     def before_loading(self, strategy: Strategy, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Put the checkpoint's plan in force before its weights are loaded.

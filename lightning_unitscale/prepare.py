@@ -13,10 +13,12 @@ from torch import nn
 
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
+from lightning_unitscale.engine.checks.trained_weights import refuse_trained
 from lightning_unitscale.engine.checks.verify import verify
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
+from lightning_unitscale.engine.plan.rename import plan_around
 from lightning_unitscale.engine.plan.state_dict import add_marker, remove_marker
 from lightning_unitscale.engine.record.recorder import loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
@@ -39,7 +41,7 @@ def prepare(
     """Record one step of the model and put its plan in force, in place.
 
     Args:
-        module: the untouched model.
+        module: the untouched model, or, under `preserve`, one whose weights alone are the function.
         step: runs one step's forward pass on real data and returns the loss.
         trainer: the Lightning trainer, if there is one, whose loggers and optimizers the step must not reach.
         agree: makes all processes use one process's plan (data-dependent routing may show each another model).
@@ -47,13 +49,18 @@ def prepare(
     Raises:
         UnitScalingError: see `unit_scale`.
     """
-    if plan_of(module) is not None:
+    current = plan_of(module)
+    if current is not None and options.scheme == "preserve" and current.is_plain:
+        forget(module)
+    elif current is not None:
         raise UnitScalingError(
             f"{type(module).__name__} is already unit-scaled; call remove_unit_scaling() first to prepare it anew."
         )
     trace = record(module, step, trainer)
     plan = SCHEMES[options.scheme](module, trace, options)
     _refuse_nothing(module, trace, plan)
+    if options.scheme != "preserve":
+        refuse_trained(module, trace, plan)
     plan = Plan.from_dict(agree(plan.to_dict()))
     check_device(module, plan)
     rescale_parameters(module, plan)
@@ -131,9 +138,31 @@ def put_in_force(module: nn.Module, plan: Plan) -> None:
     plan.check_matches(module)
     install(module, plan)
     module.__dict__[ATTRIBUTE] = plan
-    if not plan.is_plain:
-        add_marker(module)
+    add_marker(module, plan)
     plan.bind(module)
+
+
+def adopt(module: nn.Module) -> Plan | None:
+    """The plan in force on the module; one on the part that has all its parameters is made a plan of the whole.
+
+    A network with a plan, given its weights on its own, may be trained inside a LightningModule.
+    """
+    plan = plan_of(module)
+    if plan is not None:
+        return plan
+    for name, child in module.named_modules():
+        inner = plan_of(child)
+        if inner is None:
+            continue
+        plan = plan_around(inner, name)
+        try:
+            plan.check_matches(module)
+        except UnitScalingError:
+            continue
+        forget(child)
+        put_in_force(module, plan)
+        return plan
+    return None
 
 
 def remove(module: nn.Module) -> None:

@@ -41,14 +41,15 @@ class UnitScalingMixin(Strategy):
         options = {f.name: kwargs.pop(f.name) for f in fields(Options) if f.name in kwargs}
         family = kwargs.pop("optimizer_family", None)
         self.unit_scaling = TrainerScaling(Options(**options), family)
+        self._callbacks: list[pl.Callback] = []  # the Trainer's, during a run in this process
         super().__init__(*args, **kwargs)
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         self.unit_scaling.before_run(self.lightning_module)
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.insert(0, _BatchEnd(self.unit_scaling))  # before callbacks that save
+        self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._callbacks.insert(0, _BatchEnd(self.unit_scaling))  # before callbacks that save
         super().setup(trainer)
 
     @override
@@ -80,9 +81,8 @@ class UnitScalingMixin(Strategy):
     @override
     def teardown(self) -> None:
         self.unit_scaling.release()
-        assert self.lightning_module is not None
-        callbacks = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
-        callbacks[:] = [callback for callback in callbacks if not isinstance(callback, _BatchEnd)]
+        self._callbacks[:] = [callback for callback in self._callbacks if not isinstance(callback, _BatchEnd)]
+        self._callbacks = []
         super().teardown()
         self.unit_scaling.after_run()
 
@@ -108,7 +108,7 @@ class UnitScalingStrategy(UnitScalingMixin, SingleDeviceStrategy):
 
 
 class UnitScalingDDPStrategy(UnitScalingMixin, DDPStrategy):
-    """`Trainer(strategy="unitscale_ddp")`: DistributedDataParallel."""
+    """`Trainer(strategy="unitscale_ddp")`: DistributedDataParallel; also "unitscale_ddp_spawn" and "…_fork"."""
 
     strategy_name = "unitscale_ddp"
 
@@ -118,3 +118,9 @@ def register_strategies() -> None:
     for strategy in (UnitScalingStrategy, UnitScalingDDPStrategy):
         if strategy.strategy_name not in StrategyRegistry:
             StrategyRegistry.register(strategy.strategy_name, strategy, description=strategy.__doc__ or "")
+    for start_method in ("spawn", "fork"):  # as Lightning's own ddp_spawn and ddp_fork
+        name = f"{UnitScalingDDPStrategy.strategy_name}_{start_method}"
+        if name not in StrategyRegistry:
+            StrategyRegistry.register(
+                name, UnitScalingDDPStrategy, description=f"{name}: DDP", start_method=start_method
+            )

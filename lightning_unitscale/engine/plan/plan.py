@@ -9,6 +9,7 @@ Moving a constant between the two changes neither the function nor, with the mat
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
@@ -172,6 +173,7 @@ class Plan:
     def __post_init__(self) -> None:
         self._module: weakref.ref[nn.Module] | None = None
         self.schedule_followed = False  # whether anything asks which steps are to be measured
+        self._text: tuple[Any, str] | None = None  # what was true of the plan when the text was made, and the text
 
     # --- what it says -----------------------------------------------------------------------------------------
 
@@ -264,6 +266,14 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only: what a checkpoint holds."""
         return asdict(self)
+
+    def to_json(self) -> str:
+        """`to_dict` as text, made anew only when training has changed something: every `state_dict()` asks for it."""
+        filled = [(site.format, len(site.rms_after), len(site.operand_scales)) for site in self.sites]
+        now = (tuple(self.measured_at), len(self.gradient_cosine), self.loss_scale, filled)
+        if self._text is None or self._text[0] != now:
+            self._text = now, json.dumps(self.to_dict())
+        return self._text[1]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:

@@ -1,19 +1,24 @@
-"""The plan inside a state dict, where the stored weights alone are not the function.
+"""The plan inside a state dict, so that weights do not part from what they mean.
 
-A prepared model with factors in its forward pass adds its plan to its state dict, as a tensor of JSON bytes (a tensor
-goes through every saver), and stores each parameter with one more dimension, of size 1:
+The state dict of a prepared model that is a plain module as well, every factor being folded, is a plain one, with the
+plan as text in the state dict's `_metadata`, which `torch.save` keeps and a plain module does not look at.
+
+Where the stored weights alone are not the function, that is too weak. A prepared model with factors in its forward pass
+adds its plan to its state dict as a tensor of JSON bytes (a tensor goes through every saver), and stores each parameter
+with one more dimension, of size 1:
 
     plain model      weight [64, 32]
     state dict       weight [1, 64, 32], unit_scaling_plan [bytes]
 
 A plain module refuses both: the plan as an unexpected key, and, under `strict=False` or for a part of the weights, the
-shapes. Loading plain weights into a prepared model fails here.
+shapes. Loading plain weights into a prepared model fails here. `loading` puts either kind of plan in force on a plain
+module before its weights are loaded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,22 +28,34 @@ from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.errors import UnitScalingError
 
 PLAN_KEY = "unit_scaling_plan"
+Carried = Tensor | str  # a plan inside a state dict
 
 
 def encode(plan: Plan) -> Tensor:
     """The plan as a tensor of bytes."""
-    return torch.tensor(list(json.dumps(plan.to_dict()).encode()), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(plan.to_json().encode()), dtype=torch.uint8)
 
 
-def decode(marker: Tensor) -> Plan:
-    """The inverse of `encode`."""
-    return Plan.from_dict(json.loads(bytes(marker.tolist())))
+def decode(carried: Carried) -> Plan:
+    """The plan that a state dict carries; the inverse of `encode` and `Plan.to_json`."""
+    return Plan.from_dict(json.loads(bytes(carried.tolist()) if isinstance(carried, Tensor) else carried))
 
 
-def add_marker(module: nn.Module) -> None:
-    """Make the module's state dict carry the plan, and its loading ask for it."""
+def carried_plans(state: Mapping[str, Any]) -> dict[str, Carried]:
+    """The plans in a state dict, by the name of the module whose they are ("" for the root)."""
+    metadata: Mapping[str, Mapping[str, Any]] = getattr(state, "_metadata", None) or {}
+    found: dict[str, Carried] = {name: local[PLAN_KEY] for name, local in metadata.items() if PLAN_KEY in local}
+    for key, value in state.items():
+        if key.endswith(PLAN_KEY) and key.removesuffix(PLAN_KEY)[-1:] in ("", ".") and isinstance(value, Tensor):
+            found[key.removesuffix(PLAN_KEY)[:-1]] = value
+    return found
+
+
+def add_marker(module: nn.Module, plan: Plan) -> None:
+    """Make the module's state dict carry the plan, and its loading ask for it where weights alone say too little."""
     module.register_state_dict_post_hook(_mark)
-    module.register_load_state_dict_pre_hook(_check)
+    if not plan.is_plain:
+        module.register_load_state_dict_pre_hook(_check)
 
 
 def remove_marker(module: nn.Module) -> None:
@@ -52,6 +69,9 @@ def remove_marker(module: nn.Module) -> None:
 def _mark(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     plan = plan_of(module)
     if plan is None:
+        return
+    if plan.is_plain:
+        metadata[PLAN_KEY] = plan.to_json()
         return
     for key, _ in _parameters_in(state, plan, prefix):
         state[key] = state[key].unsqueeze(0)
@@ -68,7 +88,8 @@ def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
             f"these are plain weights, but {type(module).__name__} has unit-scaling factors in its forward pass. Load "
             "them before preparing the model, or call remove_unit_scaling() first."
         )
-    stored = decode(marker)
+    same_text = torch.equal(marker.cpu(), encode(plan))  # as for a target network that follows at every step
+    stored = plan if same_text else decode(marker)
     if _meaning(stored) != _meaning(plan):
         raise UnitScalingError(
             "these weights were stored under another unit-scaling plan than the one in force on "
