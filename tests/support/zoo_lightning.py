@@ -6,7 +6,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo_modules import CLASSES, WIDTH, language_model
+
+from support.zoo_modules import CLASSES, WIDTH, language_model
 
 Batch = dict[str, Tensor]
 

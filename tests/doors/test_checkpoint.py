@@ -11,16 +11,16 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from training import ByStep, Language, assert_same_state, batches, build, fit, trainer
-from zoo import next_token_batch
-from zoo_modules import TiedLanguageModel
+from support.training import ByStep, Language, assert_same_state, batches, build, fit, trainer
+from support.zoo import next_token_batch
+from support.zoo_modules import TiedLanguageModel
 
 from lightning_unitscale import UnitScaling, UnitScalingError, load_checkpoint, remove_unit_scaling, unit_scale
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.strategy import UnitScalingStrategy
 
 STORAGES = ("folded", "unit")
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 PER_EPOCH = 4
 
 
@@ -135,7 +135,7 @@ class Blocker:
         if name.split(".")[0] == "lightning_unitscale":
             raise ImportError("blocked")
 sys.meta_path.insert(0, Blocker())
-from training import Language, batches, trainer
+from support.training import Language, batches, trainer
 for path, loss in json.loads(sys.argv[1]).items():
     module = Language.load_from_checkpoint(path, weights_only=True)
     (logged,) = trainer("/tmp").validate(module, batches(2, first=70), verbose=False)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from recipe_runs import run_recipe
+from support.recipe_runs import run_recipe
 
 from lightning_unitscale.cookbook import config
 from lightning_unitscale.engine.runtime.install import casts_in_force

@@ -14,16 +14,16 @@ import peft
 import pytest
 import pytorch_lightning as pl
 import torch
-import zoo
-from prepared import build as zoo_build
-from prepared import compiled_losses, gradients, prepared
 from pytorch_lightning.callbacks import EMAWeightAveraging
+from support import zoo
+from support.prepared import build as zoo_build
+from support.prepared import compiled_losses, gradients, prepared
+from support.training import ByStep, Language, assert_same_state, batches, build, fit, trainer
+from support.zoo import Batch, next_token_batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from training import ByStep, Language, assert_same_state, batches, build, fit, trainer
-from zoo import Batch, next_token_batch
 
 from lightning_unitscale import (
     UnitScaling,

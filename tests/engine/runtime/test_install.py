@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
-from prepared import adamw, build, gradients, prepared, train
+from support import zoo
+from support.prepared import adamw, build, gradients, prepared, train
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
-from prepared import adamw, build, prepared, train
+from support import zoo
+from support.prepared import adamw, build, prepared, train
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,

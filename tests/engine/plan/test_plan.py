@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
-from prepared import build, prepared
+from support import zoo
+from support.prepared import build, prepared
 from torch import nn
 
 from lightning_unitscale import Plan, UnitScalingError, remove_unit_scaling, scale_learning_rates, unit_scale

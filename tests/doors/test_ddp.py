@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from support.training import Language, trainer
+from support.zoo import Batch, default_dtype, next_token_batch
+from support.zoo_modules import LoopExperts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from training import Language, trainer
-from zoo import Batch, default_dtype, next_token_batch
-from zoo_modules import LoopExperts
 
 from lightning_unitscale import ScaleMonitor, UnitScaling
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.strategy import UnitScalingDDPStrategy
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 ROWS, STEPS = 8, 6
 
 
@@ -129,7 +129,7 @@ def in_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         port = str(free.getsockname()[1])
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     common = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    code = "import sys; from test_ddp import one_of_two; one_of_two(sys.argv[1])"
+    code = "import sys; from doors.test_ddp import one_of_two; one_of_two(sys.argv[1])"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(folder)],

@@ -10,7 +10,7 @@ import gfloat.formats
 import numpy as np
 import pytest
 import torch
-import zoo
+from support import zoo
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-import tables
 import torch
-import zoo
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from support import tables, zoo
+from support.training import Language, assert_same_state, batches, build, fit, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
-from training import Language, assert_same_state, batches, build, fit, trainer
 
 from lightning_unitscale import ScaleMonitor, UnitScaling, UnitScalingError, unit_scale
 from lightning_unitscale.engine.runtime.observer import entered_observers

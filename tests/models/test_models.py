@@ -8,10 +8,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
-import roles
 import torch
-import zoo
-from prepared import adamw, build, gradients, prepared, train
+from support import roles, zoo
+from support.prepared import adamw, build, gradients, prepared, train
 from torch import Tensor, nn
 
 from lightning_unitscale import UnitScalingError, remove_unit_scaling, scale_learning_rates, unit_scale

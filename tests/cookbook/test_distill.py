@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import pytorch_lightning as pl
 import torch
-from recipe_runs import run_recipe
+from support.recipe_runs import run_recipe
 from torch.distributions import Categorical, kl_divergence
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-import roles
 import torch
-import zoo
+from support import roles, zoo
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from zoo import Batch, next_token_batch
-from zoo_modules import VOCAB, WIDTH, Block, FeedForward, merge_heads, split_heads
+
+from support.zoo import Batch, next_token_batch
+from support.zoo_modules import VOCAB, WIDTH, Block, FeedForward, merge_heads, split_heads
 
 STEPS = 20
 KNOWN: dict[str, Any] = {"enable_checkpointing": False, "max_epochs": 1000}

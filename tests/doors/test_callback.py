@@ -20,11 +20,11 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.callbacks.weight_averaging import EMAWeightAveraging
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.tuner import Tuner
+from support.training import STEPS, Language, assert_same_state, batches, build, fit, trainer
+from support.zoo import LIGHTNING_CASES, Batch, loader, next_token_batch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
-from training import STEPS, Language, assert_same_state, batches, build, fit, trainer
-from zoo import LIGHTNING_CASES, Batch, loader, next_token_batch
 
 from lightning_unitscale import UnitScaling, lifecycle, unit_scale
 from lightning_unitscale.engine.plan.plan import plan_of

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_runs import run_recipe
+from support.recipe_runs import run_recipe
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,

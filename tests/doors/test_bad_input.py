@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from support.training import Language, assert_same_state, batches, build, fit, trainer
+from support.zoo import Batch, next_token_batch
 from torch import Tensor, nn
-from training import Language, assert_same_state, batches, build, fit, trainer
-from zoo import Batch, next_token_batch
 
 from lightning_unitscale import UnitScaling, UnitScalingError, load_checkpoint, scale_learning_rates, unit_scale
 from lightning_unitscale.engine.plan.plan import plan_of

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
-from prepared import build as zoo_build
-from prepared import compiled_losses, gradients, prepared
+from support import zoo
+from support.prepared import build as zoo_build
+from support.prepared import compiled_losses, gradients, prepared
+from support.training import assert_same_state, batches, build, fit, trainer
+from support.zoo_modules import WIDTH, Attention, EinsumAttention, OperatorAttention, causal_mask, split_heads
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from training import assert_same_state, batches, build, fit, trainer
-from zoo_modules import WIDTH, Attention, EinsumAttention, OperatorAttention, causal_mask, split_heads
 
 from lightning_unitscale import ScaleMonitor, UnitScaling, UnitScalingError, load_checkpoint, recalibrating, unit_scale
 from lightning_unitscale.engine.plan.plan import Plan, Site, plan_of

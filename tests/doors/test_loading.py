@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from support.training import Language, assert_same_state, batches, build, fit, trainer
+from support.zoo import Batch, next_token_batch
+from support.zoo_modules import VOCAB
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
-from training import Language, assert_same_state, batches, build, fit, trainer
-from zoo import Batch, next_token_batch
-from zoo_modules import VOCAB
 
 from lightning_unitscale import UnitScaling, UnitScalingError, load_checkpoint, remove_unit_scaling, unit_scale
 from lightning_unitscale.engine.plan.plan import Plan, plan_of

@@ -24,11 +24,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import zoo_lightning
-import zoo_modules as own
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+
+from support import zoo_lightning
+from support import zoo_modules as own
 
 Batch = dict[str, Tensor]
 

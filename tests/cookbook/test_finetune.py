@@ -19,8 +19,8 @@ import pytorch_lightning as pl
 import torch
 import transformers
 from peft import PeftModel
-from recipe_runs import run_recipe
 from sklearn.dummy import DummyClassifier
+from support.recipe_runs import run_recipe
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -314,7 +314,7 @@ KINDS = {
 GO_ON = """
 import json, sys
 from pathlib import Path
-from recipe_runs import run_recipe
+from support.recipe_runs import run_recipe
 for folder, arguments in json.loads(sys.argv[1]):
     run_recipe("finetune", Path(folder), *arguments)
 """
@@ -337,7 +337,7 @@ def halves(llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
         [sys.executable, "-c", GO_ON, json.dumps(going_on)],
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parent.parent,
     )
     assert process.returncode == 0, process.stderr
     return folders

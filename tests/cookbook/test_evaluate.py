@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipe_runs import run_recipe
+from support.recipe_runs import run_recipe
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,

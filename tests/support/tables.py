@@ -1,4 +1,4 @@
-"""Print the README's tables: of models, `python tests/tables.py [names…]`, and of casts, `… tables.py casts [names…]`.
+"""Print the README's tables: `PYTHONPATH=tests python -m support.tables [casts] [names…]`, of models or of casts.
 
 Models: for each of the zoo, whether it trains under each scheme and storage, what stays explicit when folded, how far
 the two storages' losses differ over 40 AdamW steps, and the share of matmul operands and outputs whose RMS lies within
@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-import zoo
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -24,6 +23,7 @@ from torch import nn
 from lightning_unitscale import Plan, UnitScalingError, scale_learning_rates, unit_scale
 from lightning_unitscale.formats import FORMATS, exponent
 from lightning_unitscale.monitor import Record, measure
+from support import zoo
 
 STEPS = 40
 CASTS = ("plain", "plain × 2^k", "umup", "umup × 2^k")

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-import zoo
 from torch import Tensor, nn
 
 from lightning_unitscale import Plan, unit_scale
 from lightning_unitscale.engine.runtime.install import casts_in_force
+from support import zoo
 
 
 def build(case: zoo.Case) -> nn.Module:
