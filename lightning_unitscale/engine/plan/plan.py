@@ -14,15 +14,13 @@ import weakref
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from lightning_unitscale.engine.plan.step_scales import FAMILIES, StepScale
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import OPERANDS
-
-if TYPE_CHECKING:
-    from lightning_unitscale.optim.scaled_step import StepScale
 
 PLAN_VERSION = 1
 EVERY_CALL = -1  # ordinal of a site that stands for all calls of its function in its frame
@@ -215,41 +213,17 @@ class Plan:
         return not self.explicit_sites
 
     def step_scales(self, family: str, *, decoupled_decay: bool) -> dict[str, StepScale]:
-        """Factors on each parameter's learning rate, weight decay and eps.
-
-        With S = stored · U and F = multiplier · U, the gradient of S is (multiplier/stored) times F's. So for
-        updates that do not depend on the gradient's scale, lr(S) = stored · lr(U) and eps(S) = multiplier/stored ·
-        eps; for SGD, lr(S) = stored² · lr(U). Weight decay keeps its strength on F: decoupled, lr · decay is
-        unchanged; coupled, decay(S) = (multiplier/stored)² · decay. (u-μP, arXiv 2407.17465, sections 2.1 and 3.)
+        """Factors on each parameter's learning rate, weight decay and eps; see `engine.plan.step_scales`.
 
         Args:
             family: "adam" | "sgd" | "muon", see `optimizer_family`.
             decoupled_decay: whether weight decay acts beside the gradient (AdamW) or inside it.
         """
-        from lightning_unitscale.optim.scaled_step import StepScale
-
-        scales = {}
-        for name, parameter in self.parameters.items():
-            ratio = parameter.multiplier / parameter.stored if parameter.stored else 1.0
-            lr = self._lr_multiplier(parameter, family, ratio)
-            decay = (1 / lr if lr else 1.0) if decoupled_decay else ratio**2
-            scales[name] = StepScale(lr=lr, weight_decay=decay, eps=abs(ratio) if family == "adam" else 1.0)
-        return scales
-
-    def _lr_multiplier(self, parameter: ParameterPlan, family: str, ratio: float) -> float:
-        if parameter.lr_override is not None:
-            return parameter.lr_override
-        if self.scheme == "preserve":
-            return 1.0
-        if family == "muon":
-            return parameter.depth_lr / ratio
-        if self.lr_units == "standard":
-            own_step = family == "sgd" and parameter.role == "readout"  # under SGD the scheme's would be smaller still
-            function_lr = 1.0 if own_step else parameter.relative_lr * abs(parameter.multiplier)
-            return function_lr / ratio ** (2 if family == "sgd" else 1)
-        if family == "sgd":
-            return parameter.sgd_lr * parameter.stored**2
-        return parameter.unit_lr * parameter.stored
+        rule = FAMILIES[family]
+        return {
+            name: rule.step_scale(parameter, self.lr_units, decoupled_decay=decoupled_decay)
+            for name, parameter in self.parameters.items()
+        }
 
     def summary(self, rows: int | None = None) -> str:
         """The plan as a table; layers that repeat are one row with their count.
