@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from math import isfinite
 from typing import Any
@@ -113,3 +113,7 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only, so that a checkpoint with it loads under `weights_only=True`."""
         return {**asdict(self), "skip": list(self.skip), "recalibrate": list(self.recalibrate)}
+
+
+# The options that decide what a plan says; the others say when to look, or whether to check.
+PLAN_OPTIONS = tuple(option.name for option in fields(Options) if option.name not in ("recalibrate", "verify"))
