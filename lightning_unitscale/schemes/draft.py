@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
-from math import exp, log
 from typing import Any
 
 from torch import nn
@@ -14,6 +13,7 @@ from lightning_unitscale.engine.analysis.attention import attention_products
 from lightning_unitscale.engine.analysis.castable import reason_not_to_cast
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
+from lightning_unitscale.engine.plan.factors import Factor, averaged
 from lightning_unitscale.engine.plan.plan import EVERY_CALL, ParameterPlan, Plan, Site
 from lightning_unitscale.engine.record.trace import Call, Frame, Trace, Value
 from lightning_unitscale.errors import UnitScalingError
@@ -73,12 +73,12 @@ class Draft:
             return "its frame is loss code"
         return ""
 
-    def plan(self, multipliers: dict[tuple[int, str], float], free_sites: list[Site]) -> Plan:
-        """The plan with these multipliers by (call index, key) and these parameter-free sites."""
+    def plan(self, factors: Mapping[tuple[int, str], Sequence[Factor]], free_sites: list[Site]) -> Plan:
+        """The plan with these factors by (call index, key) and these parameter-free sites."""
         options = self.options
         plan = Plan(options.scheme, options.storage, options.lr_units, options=options.to_dict())
         plan.parameters = {name: self._parameter(name) for name in self.trace.facts}
-        plan.sites = [*self._parameter_sites(multipliers), *free_sites]
+        plan.sites = [*self._parameter_sites(factors), *free_sites]
         named = {(site.module, site.method, site.op, site.ordinal) for site in free_sites}
         plan.sites += [
             site
@@ -124,12 +124,13 @@ class Draft:
             lr_override=self.overrides.get(name, {}).get("lr_multiplier"),
         )
 
-    def _parameter_sites(self, multipliers: dict[tuple[int, str], float]) -> list[Site]:
+    def _parameter_sites(self, factors: Mapping[tuple[int, str], Sequence[Factor]]) -> list[Site]:
         """One site for each set of parameters that some function takes together."""
         sites: dict[tuple[str, ...], Site] = {}
-        by_use: dict[tuple[str, str], list[float]] = {}
-        for use in self.uses.values():
-            by_use[use.id] = [multipliers.get((call.index, use.key), 1.0) for call in use.calls]
+        by_use = {
+            use.id: averaged([factors.get((call.index, use.key), ()) for call in use.calls])
+            for use in self.uses.values()
+        }
         for call in self.trace.calls:
             keys = [v.key for v in dict.fromkeys(call.inputs) if v.parameters and (v.key, call.name) in self.uses]
             if not keys or call.outputs[0].parameters or call.outputs[0].constant:
@@ -143,9 +144,9 @@ class Draft:
             main = self.uses[self._main_key(call, keys), call.name]
             keys = [main.key, *(key for key in keys if key != main.key)]
             site = Site(frame.module, frame.method, call.name, main.role, params=keys)
-            site.multipliers = {key: geometric_mean(by_use[key, call.name]) for key in keys}
-            site.multiplier = site.multipliers[main.key]
-            site.rms_before = _operand_rms(call)
+            for key in keys:
+                site.set_factors(key, by_use[key, call.name])
+            site.rms_before = operand_rms(call)
             if all(self.is_alone(key) for key in keys):
                 site.reason = self.alone[next(n for n in main.key.split("+") if n in self.alone)]
             self._cast(site, call)
@@ -241,7 +242,7 @@ class Draft:
             else:
                 sites[key] = Site(*key[:3], "product", ordinal=key[3], reason="product of two activations")
                 sites[key].calls_in_frame = self.calls_in_frame(*key[:3])
-                sites[key].rms_before = _operand_rms(call)
+                sites[key].rms_before = operand_rms(call)
         return list(sites.values())
 
     def calls_in_frame(self, module: str, method: str, op: str) -> int:
@@ -265,25 +266,8 @@ class Draft:
         return [[f.module, f.method, []] for f in sorted(frames, key=str) if (f.module, f.method) not in known]
 
 
-def parameter_free_site(call: Call, role: str, multiplier: float, operand: Value | None = None) -> Site:
-    """A site known by its frame and by how-manieth call of its function it is there; `operand` takes the factor."""
-    assert call.frame is not None
-    site = Site(call.frame.module, call.frame.method, call.name, role, multiplier=multiplier, ordinal=call.ordinal)
-    if operand is not None:
-        site.operand = next((i for i, argument in enumerate(call.args) if argument is operand), None)
-    site.rms_before = _operand_rms(call) if call.name in MATMULS else {}
-    return site
-
-
-def geometric_mean(numbers: Iterable[float]) -> float:
-    """Of the multipliers that one use has in its several calls; exact when they are all equal."""
-    numbers = list(numbers)
-    if len(set(numbers)) == 1:
-        return numbers[0]
-    return exp(sum(log(number) for number in numbers) / len(numbers))
-
-
-def _operand_rms(call: Call) -> dict[str, float]:
+def operand_rms(call: Call) -> dict[str, float]:
+    """RMS of the operands and of the output of a matmul-like call, as recorded."""
     if call.name not in MATMULS:
         return {}
     operands = MATMULS[call.name].operands(call.args, call.kwargs)

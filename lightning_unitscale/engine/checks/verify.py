@@ -1,8 +1,8 @@
 """The gate: before the first optimizer step, check that the plan does what it says.
 
-For `preserve` the rehearsed loss must equal the untouched model's bit for bit. For the other schemes every explicit
-factor must have been applied somewhere in the step, and the operands of every matmul with a parameter are measured
-under the plan, as they are in unit storage:
+Where the scheme changes nothing (`preserve`), the rehearsed loss must equal the untouched model's bit for bit. For the
+other schemes every explicit factor must have been applied somewhere in the step, and the operands of every matmul with
+a parameter are measured under the plan, as they are in unit storage:
 
     x: RMS · (constants of activations folded into the weight)        weight: RMS / stored
 
@@ -37,7 +37,7 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
         rehearse: takes the same step again on the prepared model.
 
     Raises:
-        UnitScalingError: `preserve` changed the loss, or a factor of the plan was not applied.
+        UnitScalingError: a scheme that changes nothing changed the loss, or a factor of the plan was not applied.
     """
     with watching_factors(module) as met:
         after = rehearse()
@@ -48,12 +48,12 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
             f"step: {', '.join(missed[:3])}{' …' if len(missed) > 3 else ''}. Their weights are made or used where "
             "they cannot be followed; list them in skip and start from a newly built model."
         )
-    if plan.scheme == "preserve":
+    if not plan.changes_training:
         if after.loss_numbers != before.loss_numbers:
             raise UnitScalingError(
                 f"{type(module).__name__}: the same step gave the loss {before.loss_numbers} and then "
-                f"{after.loss_numbers}, though scheme='preserve' changes nothing. The step depends on something the "
-                "rehearsal cannot put back (a file, a global, a data iterator); pass verify=False if that is meant."
+                f"{after.loss_numbers}, though scheme={plan.scheme!r} changes nothing. The step depends on something "
+                "the rehearsal cannot put back (a file, a global, a data iterator); pass verify=False if that is meant."
             )
         return
     _measure(plan, after)
