@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.plan import FramePlan, Plan
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 
 
 def plan_inside(plan: Plan, child: str) -> Plan:
@@ -32,7 +33,7 @@ def plan_inside(plan: Plan, child: str) -> Plan:
     kept = Plan.from_dict(plan.to_dict())
     explicit = [site.name for site in plan.explicit_sites]
     kept.sites = [site for site in kept.sites if is_inside(site.module) or site.name in explicit]
-    kept.frames = [frame for frame in kept.frames if is_inside(frame[0])]
+    kept.frames = [frame for frame in kept.frames if is_inside(frame.module)]
     return _renamed(kept, inner)
 
 
@@ -42,8 +43,8 @@ def plan_around(plan: Plan, child: str) -> Plan:
 
 
 def _renamed(plan: Plan, rename: Callable[[str], str]) -> Plan:
-    def key(name: str) -> str:  # "" is the output of a parameter-free site, "a+b" an expression of two parameters
-        return "+".join(sorted(map(rename, name.split("+")))) if name else ""
+    def renamed_key(key: str) -> ParameterKey:
+        return ParameterKey(key).renamed(rename)
 
     renamed = Plan.from_dict(plan.to_dict())
     renamed.parameters = {}
@@ -53,9 +54,9 @@ def _renamed(plan: Plan, rename: Callable[[str], str]) -> Plan:
         renamed.parameters[parameter.name] = parameter
     for site in renamed.sites:
         site.module = rename(site.module)
-        site.params = [key(name) for name in site.params]
-        site.multipliers = {key(name): value for name, value in site.multipliers.items()}
-        site.factors = {key(name): value for name, value in site.factors.items()}
-        site.fold_into = [[key(name), op] for name, op in site.fold_into]
-    renamed.frames = [[rename(where), method, [key(name) for name in keys]] for where, method, keys in plan.frames]
+        site.params = [renamed_key(key) for key in site.params]
+        site.multipliers = {renamed_key(key): value for key, value in site.multipliers.items()}
+        site.factors = {renamed_key(key): value for key, value in site.factors.items()}
+        site.fold_into = [UseId(renamed_key(key), op) for key, op in site.fold_into]
+    renamed.frames = [FramePlan(rename(f.module), f.method, list(map(renamed_key, f.keys))) for f in plan.frames]
     return renamed
