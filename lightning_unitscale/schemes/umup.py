@@ -56,8 +56,10 @@ from lightning_unitscale.engine.analysis.roles import WEIGHT_ROLES, Use, primary
 from lightning_unitscale.engine.analysis.structure import Sum
 from lightning_unitscale.engine.plan.copies import include_copies
 from lightning_unitscale.engine.plan.fold import resolve
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, ParameterPlan, Plan, Site
+from lightning_unitscale.engine.plan.plan import ParameterPlan, Plan, Site
 from lightning_unitscale.engine.plan.siblings import include_siblings
+from lightning_unitscale.engine.record.keys import UseId
+from lightning_unitscale.engine.record.places import EVERY_CALL, Place
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.options import STORAGES, Options
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft, geometric_mean, parameter_free_site
@@ -73,26 +75,26 @@ _DENSITY = torch.exp(-0.5 * _GRID**2) / sqrt(2 * torch.pi)
 
 def umup(module: nn.Module, trace: Trace, options: Options) -> Plan:
     """The plan of u-μP for a recorded step."""
-    left_alone: dict[str, str] = {}
+    homeless: dict[str, str] = {}
     while True:
-        planner = _Planner(module, trace, options, left_alone)
+        planner = _Planner(module, trace, options, homeless)
         plan = planner.plan()
-        homeless = planner.homeless(plan)
-        if not homeless:
+        found = planner.homeless(plan)
+        if not found:
             return plan
-        left_alone |= dict.fromkeys(homeless, f"it has two factors, one of them {IN_FUNCTION}")
+        homeless |= dict.fromkeys(found, f"it has two factors, one of them {IN_FUNCTION}")
 
 
 class _Planner:
     """Collects multipliers by (call index, parameter key) and parameter-free sites, then writes the plan."""
 
-    def __init__(self, module: nn.Module, trace: Trace, options: Options, left_alone: Mapping[str, str]) -> None:
+    def __init__(self, module: nn.Module, trace: Trace, options: Options, homeless: Mapping[str, str]) -> None:
         self.module, self.trace, self.options = module, trace, options
-        self.draft = Draft(module, trace, options, left_alone)
+        self.draft = Draft(module, trace, options, homeless)
         self.structure = self.draft.structure
         self.multipliers: dict[tuple[int, str], float] = {}
         self.depth: dict[int, float] = {}
-        self.free: dict[tuple[Any, ...], list[tuple[Site, list[Call]]]] = defaultdict(list)
+        self.free: dict[Place, list[tuple[Site, list[Call]]]] = defaultdict(list)
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
@@ -123,22 +125,22 @@ class _Planner:
     # --- weights ----------------------------------------------------------------------------------------------
 
     def _multiplier(self, use: Use, call: Call, value: Value) -> float:
-        if not self.options.weights or self.draft.is_alone(use.key):
+        if not self.options.weights or self.draft.is_left_alone(use.key):
             return 1.0
         drawn = (value.rms or 1.0) if use.is_expression else 1.0  # an expression keeps the scale it has
         if use.role == "hidden":
-            return 1 / (sqrt(use.fan_in) * self._own_constant_of_input(call) * drawn)
+            return 1 / (sqrt(use.fan_in) * self._model_constant_of_input(call) * drawn)
         if use.role == "readout":
-            own = self._own_constant_of_input(call) * self.structure.own_constant_after(call.output)
+            constant = self._model_constant_of_input(call) * self.structure.model_constant_after(call.output)
             is_tied = any(self.draft.roles[name] != use.role for name in use.parameters)
-            return (READOUT_RATE if is_tied else 1.0) / use.fan_in / own / drawn
+            return (READOUT_RATE if is_tied else 1.0) / use.fan_in / constant / drawn
         if use.role in ("embedding", "position") and call.name.startswith("embedding"):
-            return 1 / self.structure.own_constant_after(call.output)
+            return 1 / self.structure.model_constant_after(call.output)
         return 1.0
 
-    def _own_constant_of_input(self, call: Call) -> float:
+    def _model_constant_of_input(self, call: Call) -> float:
         moving = [v for v in call.inputs if v.is_float and not v.parameters]
-        return self.structure.own_constant(moving[0]) if len(moving) == 1 else 1.0
+        return self.structure.model_constant(moving[0]) if len(moving) == 1 else 1.0
 
     def _initial_value_and_step(self, parameter: ParameterPlan) -> None:
         facts = self.trace.facts[parameter.name]
@@ -211,8 +213,8 @@ class _Planner:
         scaled = [p for p in plan.parameters.values() if p.name not in self.zeros and p.initial_rms and not p.reason]
         rates = [p.relative_lr / p.unit_lr for p in scaled if p.role == "hidden"]
         for parameter in (p for p in scaled if p.role == "readout"):
-            own = 1 / abs(parameter.multiplier)
-            parameter.relative_lr = geometric_mean(rates) * parameter.unit_lr if rates else own
+            untouched = 1 / abs(parameter.multiplier)
+            parameter.relative_lr = geometric_mean(rates) * parameter.unit_lr if rates else untouched
 
     # --- pushing a factor back to where a tensor is made --------------------------------------------------------
 
@@ -222,7 +224,7 @@ class _Planner:
         found = []
         for source in sources:
             uses = self._uses_at(source.value, passed | end)
-            if not uses or any(self.draft.is_alone(key) for _, key in uses):
+            if not uses or any(self.draft.is_left_alone(key) for _, key in uses):
                 return None
             if not source.value.parameters and not self.structure.only_feeds(source.value, passed, end):
                 return None
@@ -235,7 +237,7 @@ class _Planner:
         call = value.producer
         if call is None:
             return []
-        uses = [(call.index, v.key) for v in dict.fromkeys(call.inputs) if v.parameters]
+        uses: list[tuple[int, str]] = [(call.index, v.key) for v in dict.fromkeys(call.inputs) if v.parameters]
         if call in self.structure.gains and call.name == "add":  # a norm's bias comes after its gain
             above = next((v for v in call.inputs if not v.parameters), None)
             uses += self._uses_at(above, consumers) if above is not None else []
@@ -245,9 +247,9 @@ class _Planner:
         for source, uses in pushes:
             producer = source.value.producer
             absorbed = producer is not None and producer.name.startswith("embedding")
-            own = source.own if absorb and not absorbed else 1.0
+            constant = source.model_constant if absorb and not absorbed else 1.0
             for use in uses:
-                self.multipliers[use] = self.multipliers.get(use, 1.0) * factor / own
+                self.multipliers[use] = self.multipliers.get(use, 1.0) * factor / constant
 
     # --- residual streams and sums ------------------------------------------------------------------------------
 
@@ -277,8 +279,8 @@ class _Planner:
         if reason := self.draft.no_place(call):
             self.notes.append(f"the residual addition {_at(call)} was left alone: {reason}")
             return
-        own = max((source.own for source in self.structure.sources(value)[0]), default=1.0)
-        site = parameter_free_site(call, "residual", factor / own, value)
+        constant = max((source.model_constant for source in self.structure.sources(value)[0]), default=1.0)
+        site = parameter_free_site(call, "residual", factor / constant, value)
         site.reason = "the branch does not end in a matmul or norm of its own"
         self._add_free(site, [])
 
@@ -313,7 +315,7 @@ class _Planner:
     def _attention_factors(self) -> None:
         for attention in self.structure.attentions:
             call = attention.call
-            factor = ATTENTION_MULTIPLIER / attention.head_dim / attention.own
+            factor = ATTENTION_MULTIPLIER / attention.head_dim / attention.model_constant
             sides = (self._can_push(side, {call.index}) for side in (attention.query, attention.key))
             pushes = next(filter(None, sides), [])
             if reason := self.draft.no_place(call):
@@ -325,7 +327,7 @@ class _Planner:
             site = parameter_free_site(call, "attention", factor, attention.query)
             site.last_dim = attention.head_dim if attention.query.shape[-1] == attention.head_dim else None
             into = [use for _, uses in pushes for use in uses]
-            site.fold_into = [[key, self.trace.calls[index].name] for index, key in into]
+            site.fold_into = [UseId(key, self.trace.calls[index].name) for index, key in into]
             if not into:
                 site.reason = "query and key come out of one weight, or are shared"
             self._add_free(site, [self.trace.calls[index] for index, _ in into])
@@ -337,10 +339,10 @@ class _Planner:
                 continue
             targets = self.structure.targets(activation.output)
             weights = [(call, value.key) for call in targets or [] for value in self.structure.weights_of(call)]
-            if not weights or any(self.draft.is_alone(key) for _, key in weights):
+            if not weights or any(self.draft.is_left_alone(key) for _, key in weights):
                 site.multiplier, site.reason = 1.0, "its output does not go into scaled matmuls alone"
             else:
-                site.fold_into = [list(use) for use in dict.fromkeys((key, call.name) for call, key in weights)]
+                site.fold_into = list(dict.fromkeys(UseId(key, call.name) for call, key in weights))
             self._add_free(site, targets or [])
 
     def _activation_site(self, activation: Activation) -> Site | None:
@@ -365,7 +367,7 @@ class _Planner:
         A tied readout in a fused linear and cross-entropy, say, whose weight stores the factor of the embedding.
         """
         for use in self.draft.uses.values():
-            if not use.in_function or self.draft.is_alone(use.key):
+            if not use.in_function or self.draft.is_left_alone(use.key):
                 continue
             main = primary_use([other for other in self.draft.uses.values() if other.key == use.key])
             stored = geometric_mean(self.multipliers[call.index, use.key] for call in main.calls)
@@ -389,7 +391,7 @@ class _Planner:
             return False
         site = parameter_free_site(maker, "operand", factor)
         site.reason = "of a matmul inside a hand-written autograd.Function"
-        if self._place(site) in self.free or not self.structure.only_feeds(maker.output, passed, {call.index}):
+        if site.place in self.free or not self.structure.only_feeds(maker.output, passed, {call.index}):
             return False
         self._add_free(site, [])
         return True
@@ -401,7 +403,7 @@ class _Planner:
             resolve(plan, storage)
             for site in plan.sites:
                 for key, factor in site.factors.items():
-                    use = self.draft.uses.get((key, site.op))
+                    use = self.draft.uses.get(UseId(key, site.op))
                     if factor != 1.0 and use is not None and use.in_function:
                         found.update(use.parameters)
         resolve(plan, self.options.storage)
@@ -412,11 +414,7 @@ class _Planner:
     def _add_free(self, site: Site, targets: list[Call]) -> None:
         if self.draft.is_skipped(site.module):
             site.multiplier, site.fold_into, site.reason = 1.0, [], "skipped by the options"
-        self.free[self._place(site)].append((site, targets))
-
-    @staticmethod
-    def _place(site: Site) -> tuple[Any, ...]:
-        return site.module, site.method, site.op, site.ordinal
+        self.free[site.place].append((site, targets))
 
     def _free_sites(self) -> list[Site]:
         """One site for each place in the code; its calls must agree on where the factor can be folded."""
@@ -430,7 +428,7 @@ class _Planner:
                 first.reason = first.reason or "not all its calls go into scaled matmuls alone"
             else:
                 first.multiplier = geometric_mean(site.multiplier for site, _ in entries)
-                first.fold_into = [list(u) for u in dict.fromkeys(tuple(u) for s, _ in entries for u in s.fold_into)]
+                first.fold_into = list(dict.fromkeys(use for site, _ in entries for use in site.fold_into))
                 if any(not site.fold_into for site, _ in entries):
                     first.fold_into = []
             sites.append(first)
@@ -442,39 +440,38 @@ class _Planner:
 
         A loop over the experts that got a token makes another number of calls on the next batch.
         """
-        for (module, method, op), calls in self.draft.counted_calls.items():
-            known = [key for key in self.free if key[:3] == (module, method, op)]
-            entries = [entry for key in known for entry in self.free[key]]
+        for loop, calls in self.draft.counted_calls.items():
+            known = [place for place in self.free if place.at_every_call == loop]
+            entries = [entry for place in known for entry in self.free[place]]
             for site, _ in entries:
-                site.calls_in_frame = self.draft.calls_in_frame(module, method, op)
+                site.calls_in_frame = self.draft.calls_in_frame(loop)
             alike = {(site.role, site.multiplier, site.operand, site.last_dim) for site, _ in entries}
             if len(entries) == len(calls) and len(alike) == 1:
-                for key in known:
-                    del self.free[key]
+                for place in known:
+                    del self.free[place]
                 for site, _ in entries:
                     site.ordinal = EVERY_CALL
-                self.free[module, method, op, EVERY_CALL] = entries
+                self.free[loop] = entries
 
     def _drop_inconsistent_folds(self, sites: list[Site]) -> None:
         """A weight can take a neighbour's factor only if all calls of the weight have it."""
         changed = True
         while changed:
             changed = False
-            products: dict[tuple[int, tuple[str, str]], float] = defaultdict(lambda: 1.0)
-            folding = {(s.module, s.method, s.op, s.ordinal): s for s in sites if s.fold_into}
-            for identity, site in folding.items():
-                for _, targets in self.free[identity]:
+            products: dict[tuple[int, UseId], float] = defaultdict(lambda: 1.0)
+            folding = {site.place: site for site in sites if site.fold_into}
+            for place, site in folding.items():
+                for _, targets in self.free[place]:
                     for call in targets:
-                        for key, op in map(tuple, site.fold_into):
-                            if op == call.name and any(v.key == key for v in call.inputs):
-                                products[call.index, (key, op)] *= site.multiplier
+                        for use in site.fold_into:
+                            if use.op == call.name and any(v.key == use.key for v in call.inputs):
+                                products[call.index, use] *= site.multiplier
             for site in folding.values():
-                for key, op in map(tuple, site.fold_into):
-                    calls = self.draft.uses[key, op].calls
-                    found = [products[call.index, (key, op)] for call in calls]
+                for use in site.fold_into:
+                    found = [products[call.index, use] for call in self.draft.uses[use].calls]
                     if not all(isclose(a, found[0], rel_tol=1e-9) for a in found):
                         site.fold_into, changed = [], True
-                        site.reason = f"{key} is also called on other inputs"
+                        site.reason = f"{use.key} is also called on other inputs"
                         break
 
 
