@@ -11,28 +11,23 @@ from collections.abc import Iterable
 from math import isclose
 
 from lightning_unitscale.engine.plan.factors import Factor, averaged
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, Site
+from lightning_unitscale.engine.plan.plan import Site
+from lightning_unitscale.engine.record.keys import UseId
+from lightning_unitscale.engine.record.places import EVERY_CALL, Place
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.schemes.draft import SKIPPED, Draft, operand_rms
-
-Place = tuple[str, str, str, int | None]
 
 
 def parameter_free_site(call: Call, role: str, factors: list[Factor], operand: Value | None = None) -> Site:
     """A site known by its frame and by which call of its function it is there; `operand` takes the factor."""
     assert call.frame is not None
-    site = Site(call.frame.module, call.frame.method, call.name, role, ordinal=call.ordinal)
+    site = Site(*call.place[:3], role, ordinal=call.ordinal)
     site.set_factors("", factors)
     if operand is not None:
         site.operand = next((i for i, argument in enumerate(call.args) if argument is operand), None)
     site.rms_before = operand_rms(call) if call.name in MATMULS else {}
     return site
-
-
-def place_of(site: Site) -> Place:
-    """What a parameter-free site is known by."""
-    return site.module, site.method, site.op, site.ordinal
 
 
 class FreeSites:
@@ -43,13 +38,13 @@ class FreeSites:
         self.entries: dict[Place, list[tuple[Site, list[Call]]]] = defaultdict(list)
 
     def __contains__(self, site: Site) -> bool:
-        return place_of(site) in self.entries
+        return site.place in self.entries
 
     def add(self, site: Site, targets: Iterable[Call] = ()) -> None:
         """One call of a site, and the matmuls whose weights take its factor when it is folded."""
         if self.draft.is_skipped(site.module):
             site.leave_alone(SKIPPED)
-        self.entries[place_of(site)].append((site, list(targets)))
+        self.entries[site.place].append((site, list(targets)))
 
     def sites(self) -> list[Site]:
         """One site for each place."""
@@ -66,7 +61,7 @@ class FreeSites:
             first.leave_alone(first.reason or "not all its calls go into scaled matmuls alone")
             return first
         first.set_factors("", averaged([site.causes[""] for site, _ in entries]))
-        first.fold_into = [list(use) for use in dict.fromkeys(tuple(u) for s, _ in entries for u in s.fold_into)]
+        first.fold_into = list(dict.fromkeys(use for site, _ in entries for use in site.fold_into))
         if any(not site.fold_into for site, _ in entries):
             first.fold_into = []
         return first
@@ -76,41 +71,41 @@ class FreeSites:
 
         A loop over the experts that got a token makes another number of calls on the next batch.
         """
-        for (module, method, op), calls in self.draft.counted_calls.items():
-            known = [key for key in self.entries if key[:3] == (module, method, op)]
-            entries = [entry for key in known for entry in self.entries[key]]
+        for loop, calls in self.draft.counted_calls.items():
+            known = [place for place in self.entries if place.at_every_call == loop]
+            entries = [entry for place in known for entry in self.entries[place]]
             for site, _ in entries:
-                site.calls_in_frame = self.draft.calls_in_frame(module, method, op)
+                site.calls_in_frame = self.draft.calls_in_frame(loop)
             alike = {(site.role, site.multiplier, site.operand, site.last_dim) for site, _ in entries}
             if len(entries) == len(calls) and len(alike) == 1:
-                for key in known:
-                    del self.entries[key]
+                for place in known:
+                    del self.entries[place]
                 for site, _ in entries:
                     site.ordinal = EVERY_CALL
-                self.entries[module, method, op, EVERY_CALL] = entries
+                self.entries[loop] = entries
 
     def _drop_inconsistent_folds(self, sites: list[Site]) -> None:
         """A weight can take a neighbour's factor only if all calls of the weight have it."""
         changed = True
         while changed:
             changed = False
-            folding = {place_of(site): site for site in sites if site.fold_into}
+            folding = {site.place: site for site in sites if site.fold_into}
             products = self._folded_products(folding)
             for site in folding.values():
-                for key, op in map(tuple, site.fold_into):
-                    found = [products[call.index, (key, op)] for call in self.draft.uses[key, op].calls]
+                for use in site.fold_into:
+                    found = [products[call.index, use] for call in self.draft.uses[use].calls]
                     if not all(isclose(a, found[0], rel_tol=1e-9) for a in found):
                         site.fold_into, changed = [], True
-                        site.reason = f"{key} is also called on other inputs"
+                        site.reason = f"{use.key} is also called on other inputs"
                         break
 
-    def _folded_products(self, folding: dict[Place, Site]) -> dict[tuple[int, tuple[str, str]], float]:
+    def _folded_products(self, folding: dict[Place, Site]) -> dict[tuple[int, UseId], float]:
         """By (call index, use), the product of all factors that fold into the use at this call."""
-        products: dict[tuple[int, tuple[str, str]], float] = defaultdict(lambda: 1.0)
+        products: dict[tuple[int, UseId], float] = defaultdict(lambda: 1.0)
         for place, site in folding.items():
             for _, targets in self.entries[place]:
                 for call in targets:
-                    for key, op in map(tuple, site.fold_into):
-                        if op == call.name and any(v.key == key for v in call.inputs):
-                            products[call.index, (key, op)] *= site.multiplier
+                    for use in site.fold_into:
+                        if use.op == call.name and any(v.key == use.key for v in call.inputs):
+                            products[call.index, use] *= site.multiplier
         return products

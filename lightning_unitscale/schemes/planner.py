@@ -30,6 +30,7 @@ from lightning_unitscale.engine.plan.factors import Factor, geometric_mean, prod
 from lightning_unitscale.engine.plan.fold import resolve
 from lightning_unitscale.engine.plan.plan import ParameterPlan, Plan, Site
 from lightning_unitscale.engine.plan.siblings import include_siblings
+from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.options import STORAGES, Options
 from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_rms
@@ -50,24 +51,24 @@ def make_plan(scheme: Scheme, module: nn.Module, trace: Trace, options: Options)
         plan.changes_training = False
         resolve(plan, options.storage)
         return plan
-    left_alone: dict[str, str] = {}
+    homeless: dict[str, str] = {}
     while True:
-        planner = Planner(scheme, module, trace, options, left_alone)
+        planner = Planner(scheme, module, trace, options, homeless)
         plan = planner.plan()
-        homeless = planner.homeless(plan)
-        if not homeless:
+        found = planner.homeless(plan)
+        if not found:
             return plan
-        left_alone |= dict.fromkeys(homeless, f"it has two factors, one of them {IN_FUNCTION}")
+        homeless |= dict.fromkeys(found, f"it has two factors, one of them {IN_FUNCTION}")
 
 
 class Planner:
     """Collects factors by (call index, parameter key) and parameter-free sites, then writes the plan."""
 
     def __init__(
-        self, scheme: Scheme, module: nn.Module, trace: Trace, options: Options, left_alone: Mapping[str, str]
+        self, scheme: Scheme, module: nn.Module, trace: Trace, options: Options, homeless: Mapping[str, str]
     ) -> None:
         self.scheme, self.module, self.trace, self.options = scheme, module, trace, options
-        self.draft = Draft(module, trace, options, left_alone)
+        self.draft = Draft(module, trace, options, homeless)
         self.structure = self.draft.structure
         self.factors: dict[tuple[int, str], list[Factor]] = {}
         self.free = FreeSites(self.draft)
@@ -103,7 +104,7 @@ class Planner:
     # --- weights ----------------------------------------------------------------------------------------------
 
     def _weight_factors(self, use: Use, call: Call, value: Value) -> list[Factor]:
-        if not self.options.weights or self.draft.is_alone(use.key):
+        if not self.options.weights or self.draft.is_left_alone(use.key):
             return []
         factors = list(self.scheme.weight(self._weight(use)))
         if use.role in ("hidden", "readout"):
@@ -111,7 +112,7 @@ class Planner:
             if use.is_expression:  # which keeps the scale it has
                 factors += _inverse(value.rms or 1.0, "RMS of the expression that the weight is", "the recorded step")
         if use.role == "readout" or (use.role in ("embedding", "position") and call.name.startswith("embedding")):
-            after = self.structure.own_constant_after(call.output)
+            after = self.structure.model_constant_after(call.output)
             factors += _inverse(after, "a constant on its output", MODEL)
         return factors
 
@@ -122,7 +123,7 @@ class Planner:
 
     def _model_constant_of_input(self, call: Call) -> float:
         moving = [v for v in call.inputs if v.is_float and not v.parameters]
-        return self.structure.own_constant(moving[0]) if len(moving) == 1 else 1.0
+        return self.structure.model_constant(moving[0]) if len(moving) == 1 else 1.0
 
     def _multiplier_overrides(self, plan: Plan) -> None:
         for name, override in self.draft.overrides.items():
@@ -245,7 +246,7 @@ class Planner:
         if reason := self.draft.no_place(call):
             self.notes.append(f"the residual addition {_at(call)} was left alone: {reason}")
             return
-        own = max((source.own for source in self.structure.sources(value)[0]), default=1.0)
+        own = max((source.model_constant for source in self.structure.sources(value)[0]), default=1.0)
         site = parameter_free_site(
             call, "residual", [*factors, *_inverse(own, "a constant on the branch", MODEL)], value
         )
@@ -285,7 +286,7 @@ class Planner:
             call, rule = attention.call, self.scheme.attention(attention.head_dim)
             if rule is None:
                 continue
-            factors = [*rule, *_inverse(attention.own, "its constant on the logits", MODEL)]
+            factors = [*rule, *_inverse(attention.model_constant, "its constant on the logits", MODEL)]
             sides = (pushes(self.draft, side, {call.index}) for side in (attention.query, attention.key))
             found = next(filter(None, sides), [])
             if reason := self.draft.no_place(call):
@@ -297,7 +298,7 @@ class Planner:
             site = parameter_free_site(call, "attention", factors, attention.query)
             site.last_dim = attention.head_dim if attention.query.shape[-1] == attention.head_dim else None
             into = [use for push in found for use in push.uses]
-            site.fold_into = [[key, self.trace.calls[index].name] for index, key in into]
+            site.fold_into = [UseId(key, self.trace.calls[index].name) for index, key in into]
             if not into:
                 site.reason = "query and key come out of one weight, or are shared"
             self.free.add(site, (self.trace.calls[index] for index, _ in into))
@@ -309,10 +310,10 @@ class Planner:
                 continue
             targets = self.structure.targets(activation.output)
             weights = [(call, value.key) for call in targets or [] for value in self.structure.weights_of(call)]
-            if not weights or any(self.draft.is_alone(key) for _, key in weights):
+            if not weights or any(self.draft.is_left_alone(key) for _, key in weights):
                 site.leave_alone("its output does not go into scaled matmuls alone")
             else:
-                site.fold_into = [list(use) for use in dict.fromkeys((key, call.name) for call, key in weights)]
+                site.fold_into = list(dict.fromkeys(UseId(key, call.name) for call, key in weights))
             self.free.add(site, targets or [])
 
     def _activation_site(self, activation: Activation) -> Site | None:
@@ -335,7 +336,7 @@ class Planner:
         A tied readout in a fused linear and cross-entropy, say, whose weight stores the factor of the embedding.
         """
         for use in self.draft.uses.values():
-            if not use.in_function or self.draft.is_alone(use.key):
+            if not use.in_function or self.draft.is_left_alone(use.key):
                 continue
             main = primary_use([other for other in self.draft.uses.values() if other.key == use.key])
             stored = self.factors[main.calls[0].index, use.key]
@@ -373,7 +374,7 @@ class Planner:
             resolve(plan, storage)
             for site in plan.sites:
                 for key, factor in site.factors.items():
-                    use = self.draft.uses.get((key, site.op))
+                    use = self.draft.uses.get(UseId(key, site.op))
                     if factor != 1.0 and use is not None and use.in_function:
                         found.update(use.parameters)
         resolve(plan, self.options.storage)

@@ -10,10 +10,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from lightning_unitscale.engine.analysis.graph import Source
+from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.engine.record.trace import Value
 from lightning_unitscale.schemes.draft import Draft
 
-CallUse = tuple[int, str]  # index of a call, and the key of a parameter that it uses
+CallUse = tuple[int, ParameterKey]  # index of a call, and the key of a parameter that it uses
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Push:
         """What the model itself multiplies by between the source and the tensor; a lookup's own is absorbed already."""
         producer = self.source.value.producer
         absorbed = producer is not None and producer.name.startswith("embedding")
-        return 1.0 if absorbed else self.source.own
+        return 1.0 if absorbed else self.source.model_constant
 
 
 def pushes(draft: Draft, value: Value, end: Collection[int]) -> list[Push]:
@@ -37,7 +38,7 @@ def pushes(draft: Draft, value: Value, end: Collection[int]) -> list[Push]:
     found = []
     for source in sources:
         uses = _uses_at(draft, source.value, {*passed, *end})
-        if not uses or any(draft.is_alone(key) for _, key in uses):
+        if not uses or any(draft.is_left_alone(key) for _, key in uses):
             return []
         if not source.value.parameters and not draft.structure.only_feeds(source.value, passed, set(end)):
             return []

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from lightning_unitscale.engine.plan.plan import Plan, Site
-from lightning_unitscale.engine.plan.rename import renamed_key, renamed_site
+from lightning_unitscale.engine.plan.rename import renamed_site
 from lightning_unitscale.engine.plan.siblings import like
+from lightning_unitscale.engine.record.places import Frame
 
 
 def include_copies(plan: Plan, module: nn.Module) -> None:
@@ -81,14 +82,11 @@ def _replace(plan: Plan, original: str, copy: str) -> None:
         twin.calls = 0
         plan.sites.append(twin)
     for where, method, keys in list(plan.frames):
-        own = [new for key in keys if (new := renamed_key(key, renamed)) != key]
-        if own or renamed(where) != where:
-            frame = next((frame for frame in plan.frames if frame[:2] == [renamed(where), method]), None)
-            if frame is None:
-                frame = [renamed(where), method, []]
-                plan.frames.append(frame)
-            frame[2].extend(key for key in own if key not in frame[2])
+        copied = [key.renamed(renamed) for key in keys if key.renamed(renamed) != key]
+        if copied or renamed(where) != where:
+            known = plan.frame_plan(Frame(renamed(where), method)).keys
+            known.extend(key for key in copied if key not in known)
 
 
 def _is_of(site: Site, module: str) -> bool:
-    return _inside(site.module, module) or any(_inside(key, module) for use in site.params for key in use.split("+"))
+    return _inside(site.module, module) or any(_inside(name, module) for key in site.params for name in key.names)

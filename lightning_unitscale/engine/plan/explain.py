@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.engine.plan.fold import primary_use_of
 from lightning_unitscale.engine.plan.plan import ParameterPlan, Plan, Site
+from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.errors import UnitScalingError
 
 
@@ -66,7 +67,7 @@ def quantities(plan: Plan, name: str) -> list[Quantity]:
     ]
     for site in plan.sites:
         for key, factor in site.factors.items():
-            if factor != 1.0 and name in key.split("+"):
+            if factor != 1.0 and name in ParameterKey(key).names:
                 found.append(
                     Quantity("forward pass ×", factor, [Factor(factor, f"left of its multiplier at {site.name}")])
                 )
@@ -78,7 +79,7 @@ def folded_into(plan: Plan, key: str, op: str) -> list[Factor]:
     return [
         Factor(factor.value, f"{factor.cause}; of the {site.role} {site.name}, folded", factor.source)
         for site in plan.sites
-        if [key, op] in site.fold_into
+        if (key, op) in site.fold_into
         for factor in site.causes.get("", [])
     ]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 
-from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.plan import FramePlan, Plan, Site
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 
 Rename = Callable[[str], str]
 
@@ -39,7 +40,7 @@ def plan_inside(plan: Plan, child: str) -> Plan:
     kept = Plan.from_dict(plan.to_dict())
     explicit = [site.name for site in plan.explicit_sites]
     kept.sites = [site for site in kept.sites if is_inside(site.module) or site.name in explicit]
-    kept.frames = [frame for frame in kept.frames if is_inside(frame[0])]
+    kept.frames = [frame for frame in kept.frames if is_inside(frame.module)]
     return _renamed(kept, inner)
 
 
@@ -57,23 +58,22 @@ def _renamed(plan: Plan, rename: Rename) -> Plan:
         renamed.parameters[copy.name] = copy
     renamed.sites = [renamed_site(site, rename) for site in plan.sites]
     renamed.frames = [
-        [rename(where), method, [renamed_key(k, rename) for k in keys]] for where, method, keys in plan.frames
+        FramePlan(rename(f.module), f.method, [key.renamed(rename) for key in f.keys]) for f in plan.frames
     ]
     return renamed
 
 
-def renamed_key(key: str, rename: Rename) -> str:
-    """A parameter key whose names are others; "" is the output of a parameter-free site."""
-    return "+".join(sorted(map(rename, key.split("+")))) if key else ""
-
-
 def renamed_site(site: Site, rename: Rename) -> Site:
     """A copy of a site whose module and parameters have other names."""
+
+    def key(name: str) -> ParameterKey:
+        return ParameterKey(name).renamed(rename)
+
     copy = deepcopy(site)
     copy.module = rename(site.module)
-    copy.params = [renamed_key(key, rename) for key in site.params]
-    copy.multipliers = {renamed_key(key, rename): value for key, value in site.multipliers.items()}
-    copy.causes = {renamed_key(key, rename): list(factors) for key, factors in site.causes.items()}
-    copy.factors = {renamed_key(key, rename): value for key, value in site.factors.items()}
-    copy.fold_into = [[renamed_key(key, rename), op] for key, op in site.fold_into]
+    copy.params = [key(name) for name in site.params]
+    copy.multipliers = {key(name): value for name, value in site.multipliers.items()}
+    copy.causes = {key(name): list(factors) for name, factors in site.causes.items()}
+    copy.factors = {key(name): value for name, value in site.factors.items()}
+    copy.fold_into = [UseId(key(name), op) for name, op in site.fold_into]
     return copy

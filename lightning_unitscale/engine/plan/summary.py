@@ -44,7 +44,7 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
         rates = sorted({lr[key] for site in sites for key in site.params[:1] if key in lr})
         rate = " … ".join(dict.fromkeys(f"{r:.3g}" for r in (rates[:1] + rates[-1:])))
         table.add_row(name, str(len(sites)), role, multiplier, kept, *([format] if casts else []), rate, remark)
-    placed = {name for site in plan.sites for key in site.params for name in key.split("+")}
+    placed = {name for site in plan.sites for key in site.params for name in key.names}
     for reason, names in _by_reason(plan, placed).items():
         table.add_row(
             f"{names[0]}{' …' if len(names) > 1 else ''}",
@@ -86,12 +86,12 @@ def _by_reason(plan: Plan, placed: set[str]) -> dict[str, list[str]]:
 def headline(plan: Plan) -> str:
     """The plan in one line."""
     scaled = sum(not parameter.reason for parameter in plan.parameters.values())
-    alone = len(plan.parameters) - scaled
+    left_alone = len(plan.parameters) - scaled
     explicit = len(plan.explicit_sites)
     where = "nothing stays in the forward pass" if not explicit else f"{explicit} sites stay in the forward pass"
     formats = Counter(site.format for site in plan.cast_sites)
     casts = "".join(f"; {format} at {count} sites" for format, count in formats.items())
     return (
         f"unit scaling: scheme={plan.scheme}, storage={plan.storage}, lr_units={plan.lr_units}; "
-        f"{scaled} parameters planned, {alone} left alone; {where}{casts}"
+        f"{scaled} parameters planned, {left_alone} left alone; {where}{casts}"
     )
