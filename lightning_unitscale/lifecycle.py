@@ -49,6 +49,7 @@ from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps, scale_learning_rates
 from lightning_unitscale.options import PLAN_OPTIONS, Options
 from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
+from lightning_unitscale.schemes import find
 from lightning_unitscale.wrapped_methods import WrappedMethods
 
 
@@ -63,10 +64,11 @@ class Lifecycle:
         plan: the plan in force, from the first training step on; None before.
 
     Raises:
-        UnitScalingError: there is no such family.
+        UnitScalingError: there is no such scheme or family.
     """
 
     def __init__(self, options: Options, optimizer_family: str | None = None) -> None:
+        find(options.scheme)
         check_family(optimizer_family, "optimizer_family")
         self.options = options
         self.optimizer_family = optimizer_family
@@ -84,8 +86,8 @@ class Lifecycle:
         return self.options, self.optimizer_family
 
     @property
-    def _changes_function(self) -> bool:
-        return self.options.scheme != "preserve"
+    def _changes_training(self) -> bool:
+        return find(self.options.scheme).changes_training
 
     # --- before and after a run -------------------------------------------------------------------------------
 
@@ -158,13 +160,13 @@ class Lifecycle:
     def _plan_in_force(self, module: pl.LightningModule) -> Plan | None:
         """The model's plan; None if it is to be prepared.
 
-        Where the function is to be kept, a plan whose weights alone are the function gives way to one of our own.
+        Where training is to stay as it was, a plan whose weights alone are the function gives way to one of our own.
         """
         models = [module, *_averages(module.trainer)]
         plan, *_ = [adopt(model) for model in models]
         if plan is None or plan is self.plan:
             return plan
-        if not self._changes_function and plan.is_plain and self._other_options(plan):
+        if not self._changes_training and plan.is_plain and self._other_options(plan):
             for model in models:
                 if plan_of(model) is not None:
                     forget(model)
@@ -174,7 +176,7 @@ class Lifecycle:
 
     def _prepare(self, strategy: Strategy, module: pl.LightningModule, step: Step, batch_idx: int) -> Plan | None:
         """Rehearse the step and put its plan in force on the model and its averages; None if the step has no loss."""
-        if self._changes_function:
+        if self._changes_training:
             for optimizer in strategy.optimizers:
                 self._family(optimizer)  # is known, before anything is changed
         try:
@@ -297,7 +299,7 @@ class Lifecycle:
         if module.trainer.state.fn == TrainerFn.FITTING:
             if plan is not None:
                 self._check_options(plan)
-            elif self._changes_function and _is_of_a_run(checkpoint):
+            elif self._changes_training and _is_of_a_run(checkpoint):
                 raise UnitScalingError(
                     f"the checkpoint (step {checkpoint['global_step']}) was trained without unit scaling, and "
                     f"scheme={self.options.scheme!r} would change its weights and learning rates. Go on with "

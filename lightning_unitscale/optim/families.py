@@ -54,7 +54,7 @@ class SGD(Family):
 
     Under `lr_units="standard"` a readout keeps the user's own rate, as the scheme's would be smaller still.
 
-    Source: u-μP (arXiv 2407.17465), section 2.1; `sgd_lr` is μP's rule for SGD (arXiv 2203.03466, table 3).
+    Source: u-μP (arXiv 2407.17465), section 2.1; `sgd_lr` is μP's rule for SGD (arXiv 2203.03466, table 8).
     """
 
     name = "sgd"
