@@ -9,11 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [f"lightning_unitscale/{room}" for room in ("engine", "schemes", "ops", "optim")]
-DOCUMENTS = [
-    "README.md",
-    *(f".github/{name}.md" for name in ("CONTRIBUTING", "CHANGELOG")),
-    *(f"{folder}/README.md" for folder in (*ROOMS, "recipes", "conf", "tests")),
-]
+EXPECTED = {".github/CONTRIBUTING.md", ".github/CHANGELOG.md", *(f"{room}/README.md" for room in ROOMS)}
+EXPECTED |= {"README.md", "conf/README.md", "recipes/README.md", "tests/README.md"}
+FOUND = {str(file.relative_to(ROOT)) for file in (ROOT / "lightning_unitscale").rglob("*.md")}
 
 
 def anchors(document: Path) -> set[str]:
@@ -22,7 +20,7 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", sorted(EXPECTED | FOUND))
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     assert path.is_file()
