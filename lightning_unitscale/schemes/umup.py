@@ -59,6 +59,7 @@ from lightning_unitscale.engine.plan.fold import resolve
 from lightning_unitscale.engine.plan.plan import EVERY_CALL, ParameterPlan, Plan, Site
 from lightning_unitscale.engine.plan.siblings import include_siblings
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
+from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.options import STORAGES, Options
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft, geometric_mean, parameter_free_site
 
@@ -132,7 +133,7 @@ class _Planner:
             own = self._own_constant_of_input(call) * self.structure.own_constant_after(call.output)
             is_tied = any(self.draft.roles[name] != use.role for name in use.parameters)
             return (READOUT_RATE if is_tied else 1.0) / use.fan_in / own / drawn
-        if use.role in ("embedding", "position") and call.name.startswith("embedding"):
+        if use.role in ("embedding", "position") and is_lookup(call.name):
             return 1 / self.structure.own_constant_after(call.output)
         return 1.0
 
@@ -244,7 +245,7 @@ class _Planner:
     def _push(self, pushes: list[tuple[Source, list[tuple[int, str]]]], factor: float, absorb: bool) -> None:
         for source, uses in pushes:
             producer = source.value.producer
-            absorbed = producer is not None and producer.name.startswith("embedding")
+            absorbed = producer is not None and is_lookup(producer.name)
             own = source.own if absorb and not absorbed else 1.0
             for use in uses:
                 self.multipliers[use] = self.multipliers.get(use, 1.0) * factor / own
@@ -499,9 +500,7 @@ def _call_rms(call: Call) -> float:
         return gaussian_rms(torch.sigmoid)
 
     def run(z: Tensor) -> Tensor:
-        args = [z if isinstance(argument, Value) else argument for argument in call.args]
-        kwargs = {name: z if isinstance(value, Value) else value for name, value in call.kwargs.items()}
-        result: Tensor = call.function(*args, **kwargs)
+        result: Tensor = call.with_each(lambda argument: z if isinstance(argument, Value) else argument).run()
         return result
 
     return gaussian_rms(run)

@@ -23,7 +23,7 @@ from lightning_unitscale.engine.plan.plan import EVERY_CALL, Plan, Site
 from lightning_unitscale.engine.record.trace import Trace, Value
 from lightning_unitscale.engine.runtime.install import watching_factors
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, is_lookup
 
 LOW_SHARE = 0.75
 OPERANDS = ("x", "weight")
@@ -106,15 +106,10 @@ def _measure(plan: Plan, trace: Trace) -> None:
     seen: dict[tuple[str, bool], dict[str, float]] = {}
     for call in structure.sites:
         weights = structure.weights_of(call)
-        op = MATMULS[call.name]
-        factors = {
-            label: value
-            for label, value in op.operands(call.args, call.kwargs).items()
-            if isinstance(value, Value) and value.is_float and not op.is_bias(label, value.shape)
-        }
-        moving = [value for value in factors.values() if not value.parameters]
+        factors = MATMULS[call.name].multiplicands(call).values()
+        moving = [v for v in factors if isinstance(v, Value) and v.is_float and not v.parameters]
         for value in weights:
-            place = value.key, _looks_up(call.name)
+            place = value.key, is_lookup(call.name)
             if place not in seen and value.rms is not None:
                 seen[place] = {"weight": value.rms}
                 if moving and moving[0].rms is not None:
@@ -123,18 +118,13 @@ def _measure(plan: Plan, trace: Trace) -> None:
                     seen[place]["output"] = call.output.rms
     for site in plan.sites:
         key = site.params[0] if site.params else ""
-        place = key, _looks_up(site.op)
+        place = key, is_lookup(site.op)
         if place in seen and not site.reason:
             site.rms_after = dict(seen[place])
             if key in plan.parameters and plan.parameters[key].stored:
                 site.rms_after["weight"] = trace.facts[key].rms / abs(plan.parameters[key].stored)
             if "x" in site.rms_after:
                 site.rms_after["x"] *= _folded_activations(plan, key, site.op)
-
-
-def _looks_up(op: str) -> bool:
-    """Whether the function looks rows up: a tied weight is used both ways."""
-    return op.startswith("embedding")
 
 
 def _folded_activations(plan: Plan, key: str, op: str) -> float:

@@ -20,20 +20,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_unitscale.engine.record.autograd_functions import APPLY, reentrant_checkpoints_opened, watching_functions
 from lightning_unitscale.engine.record.trace import Call, Frame, ModuleSpan, ParameterFacts, Trace, Value
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
 from lightning_unitscale.ops.attention import open_multi_head_attention
 from lightning_unitscale.ops.torch_functions import (
     LAYER_NORMS,
     LIKE_SECOND,
     PASSTHROUGH,
     RANDOM,
+    RETURN_NOTHING,
     SHAPE_ONLY,
     is_in_place,
     short_name,
 )
 
 MODULE_CALL = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
-_IN_PLACE_WITHOUT_RESULT = frozenset({"setitem", "set_data"})
 
 
 @contextmanager
@@ -84,7 +84,7 @@ class Recorder(TorchFunctionMode):
                 return open_multi_head_attention(*args, **kwargs)
         name = short_name(function)
         result = function(*args, **kwargs)
-        written = args[0] if result is None and name in _IN_PLACE_WITHOUT_RESULT else result
+        written = args[0] if result is None and name in RETURN_NOTHING else result
         outputs = list(tensors_in(written))
         unchanged = name in PASSTHROUGH and not is_in_place(function) and args and result is args[0]
         if outputs and name != "grad" and not unchanged:
@@ -191,8 +191,8 @@ class Recorder(TorchFunctionMode):
 
     def _measure(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         op = MATMULS[call.name]
-        values = op.operands(call.args, call.kwargs)
-        for label, tensor in op.operands(args, kwargs).items():
+        values = op.operands(call)
+        for label, tensor in op.operands(FunctionCall(call.function, args, kwargs)).items():
             if isinstance(tensor, Tensor) and values[label].rms is None:
                 values[label].rms = rms(tensor)
         call.output.rms = rms(output)
@@ -314,11 +314,11 @@ def _makes_activation(call: Call) -> bool:
     A lookup does, and a layer on learned queries, and a product with a constant batch; a product inside a
     parametrization does not.
     """
-    if call.name.startswith("embedding") or call.name in LAYER_NORMS:
+    if is_lookup(call.name) or call.name in LAYER_NORMS:
         return True
     if call.name not in MATMULS or (call.frame is not None and "parametrizations" in call.frame.module.split(".")):
         return False
-    if "weight" in MATMULS[call.name].operands(call.args, call.kwargs):
+    if "weight" in MATMULS[call.name].operands(call):
         return True
     return any(value.constant and value.is_float and len(value.shape) > 1 for value in call.inputs)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_unitscale.ops.call import FunctionCall
+
 
 @dataclass(eq=False)
 class Value:
@@ -52,7 +54,7 @@ class Frame:
 
 
 @dataclass(eq=False)
-class Call:
+class Call(FunctionCall):
     """One torch function call; tensors in `args` and `kwargs` are replaced by their values.
 
     Attributes:
@@ -77,10 +79,6 @@ class Call:
     def output(self) -> Value:
         """The first output."""
         return self.outputs[0]
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """The argument at `position`, or by `name`."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
 
 @dataclass

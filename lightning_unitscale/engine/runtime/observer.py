@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_unitscale.engine.plan.plan import Use
 from lightning_unitscale.engine.record.recorder import tensors_in
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
 from lightning_unitscale.ops.attention import open_multi_head_attention
 from lightning_unitscale.ops.torch_functions import LAYER_NORMS, RANDOM, SHAPE_ONLY, short_name
 
@@ -32,16 +32,14 @@ _ENTERED: list[OperandObserver] = []
 
 
 @dataclass(frozen=True)
-class Product:
+class ObservedProduct:
     """One call of a matmul-like function, as the model made it.
 
     Attributes:
         operands: what is multiplied, by name.
     """
 
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    call: FunctionCall
     operands: dict[str, Tensor]
     result: Tensor
 
@@ -61,7 +59,7 @@ def observers_inside() -> AbstractContextManager[Any]:
     return stack
 
 
-def tell_observers(use: Use, product: Product) -> None:
+def tell_observers(use: Use, product: ObservedProduct) -> None:
     """Show the entered observers a product that they can't tell from others."""
     if not torch.compiler.is_compiling():
         for observer in dict.fromkeys(_ENTERED):
@@ -115,23 +113,20 @@ class OperandObserver(TorchFunctionMode):
             result = function(*args, **kwargs)
         finally:
             self._inside = False
-        name = short_name(function)
+        name, call = short_name(function), FunctionCall(function, args, kwargs)
         if name in MATMULS:
-            self._observe(function, args, kwargs, result)
-        self._follow(name, args, kwargs, result)
+            self._observe(name, call, result)
+        self._follow(name, call, result)
         return result
 
-    def _observe(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
-        name = short_name(function)
-        product = MATMULS[name].cast_operands(args, kwargs, lambda tensor: tensor in self._keys)
+    def _observe(self, name: str, call: FunctionCall, result: Any) -> None:
+        product = MATMULS[name].cast_operands(call, lambda tensor: tensor in self._keys)
         if product is None or not isinstance(result, Tensor):
             return
         x, weight = product
-        self.see((self._keys[weight], name), Product(function, args, kwargs, {"x": x, "weight": weight}, result))
+        self.see((self._keys[weight], name), ObservedProduct(call, {"x": x, "weight": weight}, result))
 
-    def see(self, use: Use, product: Product) -> None:
+    def see(self, use: Use, product: ObservedProduct) -> None:
         """Count one product in."""
         for operand, tensor in product.operands.items():
             self._add(use, operand, tensor)
@@ -152,16 +147,16 @@ class OperandObserver(TorchFunctionMode):
         if accumulator is not None:
             accumulator.add(tensor)
 
-    def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _follow(self, name: str, call: FunctionCall, result: Any) -> None:
         """What is made of parameters and constants alone goes by the parameters' names, as the recorder has it."""
-        inputs = [] if name in SHAPE_ONLY else list(tensors_in((*args, *kwargs.values())))
+        inputs = [] if name in SHAPE_ONLY else list(tensors_in((*call.args, *call.kwargs.values())))
         if name == "getitem" and all(not index.is_floating_point() and index.dim() == 0 for index in inputs[1:]):
             inputs = inputs[:1]  # the slice that the data chose, as the recorder has it
         constants = [tensor for tensor in inputs if tensor in self._constants]
         weights = [tensor for tensor in inputs if tensor in self._keys]
         if name in RANDOM or len(constants) + len(weights) < len(inputs):
             return
-        if weights and _makes_activation(name, args, kwargs, constants):
+        if weights and _makes_activation(name, call, constants):
             return
         names = sorted({name for tensor in weights for name in self._keys[tensor].split("+")})
         for tensor in tensors_in(result):
@@ -172,12 +167,12 @@ class OperandObserver(TorchFunctionMode):
                     self._constants[tensor] = True
 
 
-def _makes_activation(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], constants: list[Tensor]) -> bool:
+def _makes_activation(name: str, call: FunctionCall, constants: list[Tensor]) -> bool:
     """Whether a call on weights and constants makes an activation, as the recorder has it."""
-    if name.startswith("embedding") or name in LAYER_NORMS:
+    if is_lookup(name) or name in LAYER_NORMS:
         return True
     if name not in MATMULS:
         return False
-    if "weight" in MATMULS[name].operands(args, kwargs):
+    if "weight" in MATMULS[name].operands(call):
         return True
     return any(tensor.is_floating_point() and tensor.dim() > 1 for tensor in constants)
