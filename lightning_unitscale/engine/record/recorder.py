@@ -70,6 +70,7 @@ class Recorder(TorchFunctionMode):
         self._ordinals: dict[tuple[int, str], int] = {}
         self._frames: dict[int, FrameType] = {}  # kept alive, so that their ids stay unique
         self._functions_running = 0
+        self._torch_calls_running = 0
         for name, parameter in module.named_parameters():
             self._add(parameter, None, parameters=(name,))
         for buffer in module.buffers():
@@ -83,7 +84,11 @@ class Recorder(TorchFunctionMode):
             with self:
                 return open_multi_head_attention(*args, **kwargs)
         name = short_name(function)
-        result = function(*args, **kwargs)
+        self._torch_calls_running += 1
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._torch_calls_running -= 1
         written = args[0] if result is None and name in RETURN_NOTHING else result
         outputs = list(tensors_in(written))
         unchanged = name in PASSTHROUGH and not is_in_place(function) and args and result is args[0]
@@ -95,8 +100,11 @@ class Recorder(TorchFunctionMode):
         """Run a `torch.autograd.Function`: gradients pass through all of it, though inside autograd is off.
 
         What it made by torch calls is known already. What it was given and gives back is an alias of that; what comes
-        out of a kernel of its own is one call that no rule is known for.
+        out of a kernel of its own is one call that no rule is known for. One inside a torch call, as registered
+        kernels have for their backward pass, is a part of that call.
         """
+        if self._torch_calls_running:
+            return apply(*args)
         self._functions_running += 1
         try:
             result = apply(*args)
