@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from lightning_unitscale.ops.call import FunctionCall
 from lightning_unitscale.ops.matmul import Matmul
@@ -32,19 +31,17 @@ class DotProductAttention(Matmul):
     def logit_bias(self, call: FunctionCall) -> Any:
         return call.argument(3, "attn_mask")
 
-    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Tensor:
+    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Any:
         """A learned query, key or value is multiplied itself; `scaled_logits` takes the factor of the logits."""
         scaled = {label: operand * factors.get(label, 1.0) for label, operand in self.operands(call).items()}
         rest = {name: value for name, value in call.kwargs.items() if name not in scaled}
-        y: Tensor = call.function(*scaled.values(), *call.args[3:], **rest)
-        return y
+        return call.function(*scaled.values(), *call.args[3:], **rest)
 
-    def scaled_logits(self, call: FunctionCall, a: float, query: int | None) -> Tensor:
+    def scaled_logits(self, call: FunctionCall, a: float, query: int | None) -> Any:
         """Free, as the function has a `scale`."""
         own = self.logit_scale(call)
         scale = a * (self.fan_in(call, "query") ** -0.5 if own is None else own)
-        y: Tensor = call.function(*call.args[:6], **{**call.kwargs, "scale": scale})
-        return y
+        return call.function(*call.args[:6], **{**call.kwargs, "scale": scale})
 
     def without_dropout(self, call: FunctionCall) -> FunctionCall:
         if len(call.args) > 4:

@@ -76,10 +76,9 @@ class Convolution(Matmul):
         bias = call.argument(2, "bias")
         return add_bias(y, None if bias is None else bias.reshape(-1, *[1] * (weight.dim() - 2)), bias_factor)
 
-    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Tensor:
+    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Any:
         operands = self.operands(call)
         weight = operands["weight"] * self.product_factor(factors)
         bias = operands["bias"] * factors.get("bias", 1.0) if "bias" in operands else None
         rest = {name: value for name, value in call.kwargs.items() if name not in self.arguments.values()}
-        y: Tensor = call.function(operands["x"], weight, bias, *call.args[3:], **rest)
-        return y
+        return call.function(operands["x"], weight, bias, *call.args[3:], **rest)

@@ -28,12 +28,11 @@ class Linear(Matmul):
     def cast(self, call: FunctionCall, x: Tensor, weight: Tensor, casting: Casting, bias_factor: float) -> Tensor:
         return add_bias(_of_rows(x, weight, casting), call.argument(2, "bias"), bias_factor)
 
-    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Tensor:
+    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Any:
         operands, a = self.operands(call), self.product_factor(factors)
         if operands["weight"].dim() == 2:
             return scaled_linear(operands["x"], operands["weight"], operands.get("bias"), a, factors.get("bias", 1.0))
-        y: Tensor = call.run() * a  # a 1-D weight has no bias
-        return y
+        return call.run() * a  # a 1-D weight has no bias
 
 
 class TwoSided(Matmul):
@@ -64,13 +63,12 @@ class TwoSided(Matmul):
 class Product(TwoSided):
     """`matmul`, `mm`, `bmm` and the like: no bias."""
 
-    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Tensor:
+    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Any:
         operands, a = self.operands(call), self.product_factor(factors)
         left, right = operands["left"], operands["right"]
         if left.dim() >= 1 and right.dim() == 2:
             return scaled_linear(left, right.t(), None, a, 1.0)
-        y: Tensor = call.run() * a
-        return y
+        return call.run() * a
 
 
 class InnerProduct(TwoSided):
@@ -82,7 +80,7 @@ class InnerProduct(TwoSided):
         return MatrixProducts()
 
     def cast(self, call: FunctionCall, x: Tensor, weight: Tensor, casting: Casting, bias_factor: float) -> Tensor:
-        self.products(call, x, weight)
+        self.products(call, x, weight)  # refuses other products
         return _of_rows(x, weight, casting)
 
 
@@ -94,22 +92,18 @@ class AddMm(TwoSided):
         alpha, beta = call.kwargs.get("alpha", 1), call.kwargs.get("beta", 1)
         return add_bias(y if alpha == 1 else y * alpha, call.argument(0, "input"), bias_factor * beta)
 
-    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Tensor:
+    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Any:
         kwargs = dict(call.kwargs)
         kwargs["alpha"] = kwargs.get("alpha", 1) * self.product_factor(factors)
         kwargs["beta"] = kwargs.get("beta", 1) * factors.get("bias", 1.0)
-        y: Tensor = call.function(*call.args, **kwargs)
-        return y
+        return call.function(*call.args, **kwargs)
 
-    def scaled_logits(self, call: FunctionCall, a: float, query: int | None) -> Tensor:
+    def scaled_logits(self, call: FunctionCall, a: float, query: int | None) -> Any:
         return self.scaled(call, {"left": a})
 
 
-class GroupedProduct(Matmul):
+class GroupedProduct(TwoSided):
     """`torch._grouped_mm(tokens, weights, offs=…)`: each group of tokens times its own expert's matrix."""
-
-    def fan_in(self, call: FunctionCall, label: str) -> int:
-        return int(self.operands(call)["right"].shape[-2])
 
     def products(self, call: FunctionCall, x: Any, weight: Any) -> Products:
         ends = call.argument(2, "offs")
@@ -127,9 +121,9 @@ class Bilinear(Matmul):
         _, left, right = self.operands(call)["weight"].shape
         return int(left * right)
 
-    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Tensor:
+    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Any:
         operands = self.operands(call)
-        y: Tensor = call.function(operands["x"], operands["y"], operands["weight"]) * self.product_factor(factors)
+        y = call.function(operands["x"], operands["y"], operands["weight"]) * self.product_factor(factors)
         bias = operands.get("bias")
         return y if bias is None else y + bias * factors.get("bias", 1.0)
 
