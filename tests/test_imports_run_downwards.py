@@ -31,6 +31,7 @@ FLOORS = [
     ("prepare",),
     ("loss_scale",),
     ("checkpoint", "loading"),
+    ("wrapped_methods",),
     ("lifecycle",),
     ("strategy",),
     ("callback", "spawned", "unit_scale"),

@@ -38,7 +38,7 @@ from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
 from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_site
 from lightning_unitscale.schemes.pushing import Push, pushes
-from lightning_unitscale.schemes.scheme import Branch, Scheme, Weight
+from lightning_unitscale.schemes.scheme import ResidualBranch, Scheme, Weight
 
 NEAR_ZERO = 1e-3  # of the usual size of a weight
 MODEL = "the model's own code, absorbed"
@@ -233,7 +233,7 @@ class Planner:
         before: tuple[str, ...] = ()
         for residual in stream.residuals:
             for branch in residual.branches:
-                factors = self.scheme.branch(Branch(branch.kind, depth, before, post_norm))
+                factors = self.scheme.branch(ResidualBranch(branch.kind, depth, before, post_norm))
                 if factors:
                     self._scale_branch(residual, branch.value, factors)
             before += tuple(branch.kind for branch in residual.branches)

@@ -42,7 +42,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Branch:
+class ResidualBranch:
     """One branch of a residual addition.
 
     Attributes:
@@ -95,7 +95,7 @@ class Scheme(ABC):
     def rates(self, weight: Weight) -> Rates:
         """Learning rates of the weight at RMS 1."""
 
-    def branch(self, branch: Branch) -> list[Factor]:
+    def branch(self, branch: ResidualBranch) -> list[Factor]:
         """On the output of a residual branch."""
         return []
 

@@ -42,7 +42,7 @@ from __future__ import annotations
 from math import sqrt
 
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.schemes.scheme import Branch, Rates, Scheme, Weight, register
+from lightning_unitscale.schemes.scheme import Rates, ResidualBranch, Scheme, Weight, register
 
 RESIDUAL_MULTIPLIER = 1.0  # r
 ATTENTION_RATIO = 1.0  # ρ
@@ -85,7 +85,7 @@ class UMuP(Scheme):
         larger = max(weight.fan_in, weight.width)
         return Rates([Factor(1 / larger, f"1 / width, width = {larger}", MEASURED)], [width])
 
-    def branch(self, branch: Branch) -> list[Factor]:
+    def branch(self, branch: ResidualBranch) -> list[Factor]:
         """α/√L before the addition; behind it a norm, τ."""
         alpha = self._alpha(branch.kind)
         factors = [Factor(alpha, f"α of {branch.kind} branches", RESIDUAL)] if alpha != 1.0 else []

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_unitscale import UnitScaling, UnitScalingError, remove_unit_scaling, unit_scale
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.schemes.scheme import SCHEMES, Branch, Rates, Scheme, Weight, register
+from lightning_unitscale.schemes.scheme import SCHEMES, Rates, ResidualBranch, Scheme, Weight, register
 
 
 class Toy(Scheme):
@@ -28,7 +28,7 @@ class Toy(Scheme):
         rate = [Factor(weight.fan_in**-0.5, f"fan_in^-½, fan_in = {weight.fan_in}", self.source)]
         return Rates(adam=rate, sgd=[])
 
-    def branch(self, branch: Branch) -> list[Factor]:
+    def branch(self, branch: ResidualBranch) -> list[Factor]:
         return [Factor(0.5, "a half of each branch", self.source)]
 
 

@@ -32,7 +32,7 @@ class Attention:
 
 
 @dataclass
-class Logits:
+class AttentionLogits:
     """Attention logits: their products (with the model's constants after them), softmaxes, additions and biases."""
 
     products: dict[int, tuple[Call, float]] = field(default_factory=dict)
@@ -41,9 +41,9 @@ class Logits:
     biases: set[Value] = field(default_factory=set)
 
 
-def find_logits(graph: Graph) -> Logits:
+def find_logits(graph: Graph) -> AttentionLogits:
     """The attention logits of a step."""
-    found = Logits()
+    found = AttentionLogits()
     for call in graph.calls:
         if is_attention(call.name):
             op = MATMULS[call.name]
@@ -60,7 +60,7 @@ def find_logits(graph: Graph) -> Logits:
     return found
 
 
-def _product_above(graph: Graph, value: Value, found: Logits) -> tuple[Call, float] | None:
+def _product_above(graph: Graph, value: Value, found: AttentionLogits) -> tuple[Call, float] | None:
     """The product of two activations above a softmax, with the constants on the way."""
     constant, depth = 1.0, 0
     while value.producer is not None and depth < 32:
@@ -70,7 +70,7 @@ def _product_above(graph: Graph, value: Value, found: Logits) -> tuple[Call, flo
             return (call, constant) if _is_query_key_product(graph, call) else None
         if call.name in ("add", "sub"):
             terms = [v for v in call.inputs if v.is_float]
-            leading = [v for v in terms if _product_above(graph, v, Logits()) is not None]
+            leading = [v for v in terms if _product_above(graph, v, AttentionLogits()) is not None]
             if len(leading) != 1:
                 return None
             found.additions.add(call.index)

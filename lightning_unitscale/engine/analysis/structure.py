@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lightning_unitscale.engine.analysis.activations import Activation, find_activations
-from lightning_unitscale.engine.analysis.attention import Attention, Logits, contraction, find_logits
+from lightning_unitscale.engine.analysis.attention import Attention, AttentionLogits, contraction, find_logits
 from lightning_unitscale.engine.analysis.graph import Graph, Source
 from lightning_unitscale.engine.analysis.residuals import (
     Addition,
@@ -43,7 +43,7 @@ class Structure(Graph):
     # --- what was found ----------------------------------------------------------------------------------------
 
     @cached_property
-    def _logits(self) -> Logits:
+    def _logits(self) -> AttentionLogits:
         return find_logits(self)
 
     @cached_property
