@@ -20,9 +20,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_unitscale.engine.plan.plan import Site
-from lightning_unitscale.engine.record.keys import ParameterKey, UseId
+from lightning_unitscale.engine.record.keys import (
+    ParameterKey,
+    TensorInput,
+    UseId,
+    arguments_used,
+    parameters_of_result,
+)
 from lightning_unitscale.engine.record.places import EVERY_CALL, Place
-from lightning_unitscale.engine.record.recorder import MODULE_CALL, has_ordinal
+from lightning_unitscale.engine.record.recorder import MODULE_CALL, has_ordinal, tensors_in
 from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
 from lightning_unitscale.engine.runtime.observer import ObservedProduct, observers_inside, show_to_observers
 from lightning_unitscale.errors import UncastableError, UnitScalingError
@@ -87,8 +93,8 @@ class ScopedForward:
     Survives `copy.deepcopy` (the copy runs the copy's weights) and `pickle`.
     """
 
-    def __init__(self, module: nn.Module, method: str, rules: Rules) -> None:
-        self.module, self.method, self.rules = module, method, rules
+    def __init__(self, module: nn.Module, method: str, rules: Rules, in_parametrization: bool) -> None:
+        self.module, self.method, self.rules, self.in_parametrization = module, method, rules, in_parametrization
         self.replaced = module.__dict__.get(method)
         self.touched: list[tuple[nn.Module, str, str]] = []
         self.sites: dict[tuple[str, int], Site] = {}
@@ -184,7 +190,7 @@ class Interceptor(TorchFunctionMode):
                 return self._run_site(site, name, function, args, kwargs)
         result = self._run(name, function, args, kwargs)
         if name in self.rules.followed:
-            self._follow(args, kwargs, result)
+            self._follow(name, args, kwargs, result)
         return result
 
     def _run(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -292,17 +298,18 @@ class Interceptor(TorchFunctionMode):
         if not torch.compiler.is_compiling():
             self.keys[id(tensor)] = key
 
-    def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        names: list[str] = []
-        for argument in (*args, *kwargs.values()):
-            for item in argument if isinstance(argument, (list, tuple)) else (argument,):
-                key = self._key(item) if isinstance(item, Tensor) else None
-                if key is not None:
-                    names.extend(name for name in ParameterKey(key).names if name not in names)
+    def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Remember what the output of a call is made of, if of parameters."""
+        args, kwargs = arguments_used(name, args, kwargs)
+        inputs = [(tensor, self._key(tensor)) for tensor in tensors_in((*args, *kwargs.values()))]
+        if all(key is None for _, key in inputs):
+            return  # at once: most calls of these functions are on activations
+        known = [TensorInput.of(tensor, ParameterKey.names_in(key or ""), key is None) for tensor, key in inputs]
+        names = parameters_of_result(name, args, kwargs, known, lambda: self.frames[-1].scope.in_parametrization)
         if names:
-            for output in result if isinstance(result, (list, tuple)) else (result,):
-                if isinstance(output, Tensor) and self._key(output) is None:
-                    self._track(self.derived, output, ParameterKey.of(names))
+            for output in tensors_in(result):
+                if self._key(output) is None:
+                    self._track(self.derived, output, ParameterKey.joined(names))
 
     def _site(self, name: str, args: tuple[Any, ...]) -> Site | None:
         """The parameter-free site that this call is, by its place in the open frame."""
