@@ -36,7 +36,8 @@ from lightning_unitscale.ops import MATMULS, Matmul
 from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
 from lightning_unitscale.ops.torch_functions import functions_by_name, is_in_place
 
-# Functions whose backward pass reads their input alone: their output can be multiplied in place.
+# Their backward pass reads their input alone, so multiplying their output in place spares a tensor of its size. Others
+# (relu, tanh) have saved the output, and autograd would refuse.
 _OUTPUT_IS_FREE = frozenset({"silu", "gelu", "mish"})
 _MULTI_HEAD = "multi_head_attention_forward"
 
@@ -90,7 +91,16 @@ class AppliedFactors(set[UseId | Place]):
 class ScopedForward:
     """Stands in for `module.<method>`: opens a frame, in which the factors of the plan are applied.
 
-    Survives `copy.deepcopy` (the copy runs the copy's weights) and `pickle`.
+    Survives `copy.deepcopy` (the copy runs the copy's weights) and `pickle`: it holds the module, and looks its method up
+    at each call.
+
+    Attributes:
+        in_parametrization: whether the module makes a weight of another module.
+        replaced: somebody else's function that stood in for the method already.
+        touched: the parameters that the method's own code hands to torch functions: owner, attribute, key.
+        sites: the parameter-free sites in it, by function and which call of it.
+        most_calls: of the functions with such sites, how often one run of the recorded step called them.
+        output_factor: on what the method returns.
     """
 
     def __init__(self, module: nn.Module, method: str, rules: Rules, in_parametrization: bool) -> None:
@@ -120,6 +130,8 @@ class ScopedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method in a frame, inside the interceptor of the plan."""
+        # One mode for the outermost scope and all inside it: a second one would apply every factor twice, and a weight
+        # made in one frame (tied, or computed by a parent) is known in the frames that use it.
         interceptor = _current(self.rules)
         if interceptor is not None:
             return interceptor.run(self, args, kwargs)
@@ -139,7 +151,11 @@ class ScopedForward:
 
 
 class _OpenFrame:
-    """One running scope: how often each counted function has been called in it."""
+    """One running scope: how often each counted function has been called in it.
+
+    Counts are of one run of one frame. Over the whole step they would depend on everything that came before: a layer
+    skipped, a loop over the experts that got a token, a logger.
+    """
 
     def __init__(self, scope: ScopedForward) -> None:
         self.scope = scope
@@ -153,13 +169,15 @@ class Interceptor(TorchFunctionMode):
         super().__init__()
         self.rules = rules
         self.frames: list[_OpenFrame] = []
+        # Tensors with the key of what they are made of. They are kept alive, so that no other tensor gets their id.
         self.parameters: list[tuple[Tensor, str]] = []  # those of the open frames
         self.derived: list[tuple[Tensor, str]] = []  # what was made of them, until the outermost scope ends
-        self.keys: dict[int, str] = {}  # both by id, for eager mode
+        self.keys: dict[int, str] = {}  # both by id, for eager mode; see `_key`
 
     def run(self, scope: ScopedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the scope's method in a frame of its own."""
         outside = len(self.parameters)
+        # Anew at each run: sharding and functional calls put other tensors in the place of a parameter.
         for owner, attribute, key in scope.touched:
             self._track(self.parameters, getattr(owner, attribute), key)
         self.frames.append(_OpenFrame(scope))
@@ -247,6 +265,8 @@ class Interceptor(TorchFunctionMode):
     ) -> Any:
         if self.rules.applied is not None:
             self.rules.applied.add(site.place)
+        # The factor goes where it costs least: into a constant of the function, into an operand, in place into a tensor
+        # that nothing else reads. A call in place stays one: its caller goes on with the first operand.
         a, in_place = site.factors[""], function in self.rules.in_place
         if a == 1.0:
             return self._run(name, function, args, kwargs)
@@ -285,7 +305,8 @@ class Interceptor(TorchFunctionMode):
     def _key(self, tensor: Tensor) -> str | None:
         if not torch.compiler.is_compiling():
             return self.keys.get(id(tensor))
-        for known, key in self.parameters:  # a traced tensor has no id
+        # A tensor that is traced has no id, but `is` is traced. The search costs nothing once the code is compiled.
+        for known, key in self.parameters:
             if known is tensor:
                 return key
         for known, key in self.derived:
@@ -314,6 +335,8 @@ class Interceptor(TorchFunctionMode):
     def _site(self, name: str, args: tuple[Any, ...]) -> Site | None:
         """The parameter-free site that this call is, by its place in the open frame."""
         frame = self.frames[-1]
+        # A hook runs inside the frame without being its code: someone who logs means would shift the counts. The
+        # recorder left hooks out too; in compiled code there is no stack to tell them by.
         if not has_ordinal(args) or (not torch.compiler.is_compiling() and _called_by_hook()):
             return None
         ordinal = frame.counts.get(name, 0)
@@ -351,8 +374,10 @@ def _called_by_hook() -> bool:
 _SCOPE_CALL = ScopedForward.call.__code__
 
 
-# Interceptors that are entered, innermost last. One list for each thread, as modes are: checkpointed layers are run
-# again in autograd's thread. The compiler traces one function at a time and can't trace a thread's own list.
+# Interceptors that are entered, innermost last; a prepared model may run inside another one with a plan of its own. One
+# list for each thread, as modes are: checkpointed layers are run again in autograd's thread, where the modes of the
+# thread that called backward are not entered, while that thread waits in its own scope. The compiler traces one
+# function at a time and can't trace a thread's own list.
 _TRACED: list[Interceptor] = []
 _EAGER = threading.local()
 
