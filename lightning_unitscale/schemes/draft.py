@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from math import exp, log
-from typing import Any
 
 from torch import nn
 
@@ -14,6 +11,7 @@ from lightning_unitscale.engine.analysis.attention import attention_products
 from lightning_unitscale.engine.analysis.castable import reason_not_to_cast
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
+from lightning_unitscale.engine.plan.factors import Factor, averaged
 from lightning_unitscale.engine.plan.plan import FramePlan, ParameterPlan, Plan, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Place
@@ -21,6 +19,7 @@ from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.options import Options
+from lightning_unitscale.schemes.overrides import matches, overrides_by_parameter
 
 SKIPPED = "skipped by the options"
 LEFT_ALONE_ROLES = {
@@ -49,7 +48,7 @@ class Draft:
     ) -> None:
         self.module, self.trace, self.options = module, trace, options
         self.structure = Structure(trace)
-        self.overrides = _overrides_by_parameter(module, trace, options)
+        self.overrides = overrides_by_parameter(module, trace, options)
         self.uses = find_uses(self.structure)
         for use in self.uses.values():
             for name in use.parameters:
@@ -63,7 +62,7 @@ class Draft:
 
     def is_skipped(self, module: str) -> bool:
         """Whether the options leave a module, or one that it belongs to, alone."""
-        return _matches(module, self.options.skip)
+        return matches(module, self.options.skip)
 
     def no_place(self, call: Call) -> str:
         """Why a parameter-free factor or cast can't stand at a call; empty if it can."""
@@ -75,12 +74,12 @@ class Draft:
             return "its frame is loss code"
         return ""
 
-    def plan(self, multipliers: dict[tuple[int, str], float], free_sites: list[Site]) -> Plan:
-        """The plan with these multipliers by (call index, key) and these parameter-free sites."""
+    def plan(self, factors: Mapping[tuple[int, str], Sequence[Factor]], free_sites: list[Site]) -> Plan:
+        """The plan with these factors by (call index, key) and these parameter-free sites."""
         options = self.options
         plan = Plan(options.scheme, options.storage, options.lr_units, options=options.to_dict())
         plan.parameters = {name: self._parameter(name) for name in self.trace.facts}
-        plan.sites = [*self._parameter_sites(multipliers), *free_sites]
+        plan.sites = [*self._parameter_sites(factors), *free_sites]
         places = {site.place for site in free_sites}
         plan.sites += [s for s in self._bare_products() if not places & {s.place, s.place.at_every_call}]
         cast = self._cast_attention(plan.sites)
@@ -108,7 +107,7 @@ class Draft:
         return reasons
 
     def _is_skipped(self, name: str) -> bool:
-        return bool(self.overrides.get(name, {}).get("skip")) or _matches(name, self.options.skip)
+        return bool(self.overrides.get(name, {}).get("skip")) or matches(name, self.options.skip)
 
     def _parameter(self, name: str) -> ParameterPlan:
         facts = self.trace.facts[name]
@@ -122,12 +121,13 @@ class Draft:
             lr_override=self.overrides.get(name, {}).get("lr_multiplier"),
         )
 
-    def _parameter_sites(self, multipliers: dict[tuple[int, str], float]) -> list[Site]:
+    def _parameter_sites(self, factors: Mapping[tuple[int, str], Sequence[Factor]]) -> list[Site]:
         """One site for each set of parameters that some function takes together."""
         sites: dict[tuple[str, ...], Site] = {}
-        by_use: dict[UseId, list[float]] = {}
-        for use in self.uses.values():
-            by_use[use.id] = [multipliers.get((call.index, use.key), 1.0) for call in use.calls]
+        by_use = {
+            use.id: averaged([factors.get((call.index, use.key), ()) for call in use.calls])
+            for use in self.uses.values()
+        }
         for call in self.trace.calls:
             keys = [v.key for v in dict.fromkeys(call.inputs) if v.parameters and UseId(v.key, call.name) in self.uses]
             if not keys or call.outputs[0].parameters or call.outputs[0].constant:
@@ -140,9 +140,9 @@ class Draft:
             main = self.uses[UseId(self._main_key(call, keys), call.name)]
             keys = [main.key, *(key for key in keys if key != main.key)]
             site = Site(*call.place[:3], main.role, params=keys)
-            site.multipliers = {key: geometric_mean(by_use[UseId(key, call.name)]) for key in keys}
-            site.multiplier = site.multipliers[main.key]
-            site.rms_before = _operand_rms(call)
+            for key in keys:
+                site.set_factors(key, by_use[UseId(key, call.name)])
+            site.rms_before = operand_rms(call)
             if all(self.is_left_alone(key) for key in keys):
                 site.reason = self.left_alone[next(name for name in main.key.names if name in self.left_alone)]
             self._cast(site, call)
@@ -166,7 +166,7 @@ class Draft:
         for glob, override in self.options.overrides.items():
             if override.get("format") is None:
                 continue
-            meant = [s for s in sites if any(_matches(name, (glob,)) for key in s.params for name in key.names)]
+            meant = [s for s in sites if any(matches(name, (glob,)) for key in s.params for name in key.names)]
             if not any(site.format for site in meant):
                 why = _reasons(meant) or "its parameters are used by no matmul"
                 raise UnitScalingError(
@@ -188,7 +188,7 @@ class Draft:
         for call in attention_products(self.structure):
             site = by_place.get(call.place) or by_place[call.place.at_every_call]
             attention.append(site)
-            format = next((wanted[glob] for glob in reversed(wanted) if _matches(site.module, (glob,))), None)
+            format = next((wanted[glob] for glob in reversed(wanted) if matches(site.module, (glob,))), None)
             if format is not None:
                 self._cast_product(site, call, format)
         self._check_attention_overrides(wanted, attention)
@@ -197,7 +197,7 @@ class Draft:
     def _check_attention_overrides(self, wanted: Mapping[str, str | None], attention: list[Site]) -> None:
         where = ", ".join(list(dict.fromkeys(site.module or "<root>" for site in attention))[:3])
         for glob, format in wanted.items():
-            meant = [site for site in attention if _matches(site.module, (glob,))]
+            meant = [site for site in attention if matches(site.module, (glob,))]
             if format is not None and not any(site.format for site in meant):
                 raise UnitScalingError(
                     f"overrides[{glob!r}]: attention_format={format!r}, but no attention there can be cast "
@@ -212,7 +212,7 @@ class Draft:
             site.format_reason = reason
         else:
             site.format = format
-            site.operands = [*MATMULS[call.name].multiplicands(call.args, call.kwargs), "gradient"]
+            site.operands = [*MATMULS[call.name].multiplicands(call), "gradient"]
 
     def _main_key(self, call: Call, keys: list[ParameterKey]) -> ParameterKey:
         weights = [value.key for value in self.structure.weights_of(call)]
@@ -234,7 +234,7 @@ class Draft:
             else:
                 site = Site(*call.place[:3], "product", ordinal=call.ordinal, reason="product of two activations")
                 site.calls_in_frame = self.calls_in_frame(site.place)
-                site.rms_before = _operand_rms(call)
+                site.rms_before = operand_rms(call)
                 sites[call.place] = site
         return list(sites.values())
 
@@ -260,56 +260,14 @@ class Draft:
             plan.frame_plan(frame)
 
 
-def parameter_free_site(call: Call, role: str, multiplier: float, operand: Value | None = None) -> Site:
-    """A site known by its frame and by which call (0, 1, …) of its function it is there; `operand` takes the factor."""
-    assert call.frame is not None
-    site = Site(*call.place[:3], role, multiplier=multiplier, ordinal=call.ordinal)
-    if operand is not None:
-        site.operand = next((i for i, argument in enumerate(call.args) if argument is operand), None)
-    site.rms_before = _operand_rms(call) if call.name in MATMULS else {}
-    return site
-
-
-def geometric_mean(numbers: Iterable[float]) -> float:
-    """Of the multipliers that one use has in its several calls; exact when they are all equal."""
-    numbers = list(numbers)
-    if len(set(numbers)) == 1:
-        return numbers[0]
-    return exp(sum(log(number) for number in numbers) / len(numbers))
-
-
-def _operand_rms(call: Call) -> dict[str, float]:
+def operand_rms(call: Call) -> dict[str, float]:
+    """RMS of the operands and of the output of a matmul-like call, as recorded."""
     if call.name not in MATMULS:
         return {}
-    operands = MATMULS[call.name].operands(call.args, call.kwargs)
+    operands = MATMULS[call.name].operands(call)
     found = {label: v.rms for label, v in operands.items() if isinstance(v, Value) and v.rms is not None and v.is_float}
     return {**found, "output": call.output.rms} if call.output.rms is not None else found
 
 
 def _reasons(sites: Iterable[Site]) -> str:
     return "; ".join(dict.fromkeys(f"{site.name}: {site.format_reason}" for site in sites if site.format_reason))
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    """Whether a parameter's name, or the name of a module it belongs to, matches a glob."""
-    parts = name.split(".")
-    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatchcase(prefix, glob) for prefix in prefixes for glob in globs)
-
-
-def _overrides_by_parameter(module: nn.Module, trace: Trace, options: Options) -> dict[str, dict[str, Any]]:
-    names = [*trace.facts, *(name for name, _ in module.named_modules() if name)]
-    for where, globs in (("skip", options.skip), ("overrides", tuple(options.overrides))):
-        for glob in globs:
-            if not any(_matches(name, (glob,)) for name in names):
-                shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-                raise UnitScalingError(
-                    f"{where}: the glob {glob!r} matches no parameter or module of {type(module).__name__}; "
-                    f"it has {shown}"
-                )
-    found: dict[str, dict[str, Any]] = {}
-    for glob, override in options.overrides.items():
-        for name in trace.facts:
-            if _matches(name, (glob,)):
-                found.setdefault(name, {}).update(override)
-    return found

@@ -1,8 +1,8 @@
 """The gate: before the first optimizer step, check that the plan does what it says.
 
-For `preserve` the rehearsed loss must equal the untouched model's bit for bit. For the other schemes every explicit
-factor must have been applied somewhere in the step, and the operands of every matmul with a parameter are measured
-under the plan, as they are in unit storage:
+Where the scheme changes nothing (`preserve`), the rehearsed loss must equal the untouched model's bit for bit. For the
+other schemes every explicit factor must have been applied somewhere in the step, and the operands of every matmul with
+a parameter are measured under the plan, as they are in unit storage:
 
     x: RMS · (constants of activations folded into the weight)        weight: RMS / stored
 
@@ -24,7 +24,7 @@ from lightning_unitscale.engine.record.trace import Trace, Value
 from lightning_unitscale.engine.runtime.install import watching_factors
 from lightning_unitscale.engine.runtime.interceptor import AppliedFactors
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, is_lookup
 
 LOW_SHARE = 0.75
 OPERANDS = ("x", "weight")
@@ -38,7 +38,7 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
         rehearse: takes the same step again on the prepared model.
 
     Raises:
-        UnitScalingError: `preserve` changed the loss, or a factor of the plan was not applied.
+        UnitScalingError: a scheme that changes nothing changed the loss, or a factor of the plan was not applied.
     """
     with watching_factors(module) as applied:
         after = rehearse()
@@ -49,12 +49,12 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
             f"step: {', '.join(missed[:3])}{' …' if len(missed) > 3 else ''}. Their weights are made or used where "
             "they cannot be followed; list them in skip and start from a newly built model."
         )
-    if plan.scheme == "preserve":
+    if not plan.changes_training:
         if after.loss_numbers != before.loss_numbers:
             raise UnitScalingError(
                 f"{type(module).__name__}: the same step gave the loss {before.loss_numbers} and then "
-                f"{after.loss_numbers}, though scheme='preserve' changes nothing. The step depends on something the "
-                "rehearsal cannot put back (a file, a global, a data iterator); pass verify=False if that is meant."
+                f"{after.loss_numbers}, though scheme={plan.scheme!r} changes nothing. The step depends on something "
+                "the rehearsal cannot put back (a file, a global, a data iterator); pass verify=False if that is meant."
             )
         return
     _measure(plan, after)
@@ -107,15 +107,10 @@ def _measure(plan: Plan, trace: Trace) -> None:
     seen: dict[tuple[str, bool], dict[str, float]] = {}
     for call in structure.sites:
         weights = structure.weights_of(call)
-        op = MATMULS[call.name]
-        factors = {
-            label: value
-            for label, value in op.operands(call.args, call.kwargs).items()
-            if isinstance(value, Value) and value.is_float and not op.is_bias(label, value.shape)
-        }
-        moving = [value for value in factors.values() if not value.parameters]
+        factors = MATMULS[call.name].multiplicands(call).values()
+        moving = [v for v in factors if isinstance(v, Value) and v.is_float and not v.parameters]
         for value in weights:
-            use = value.key, _looks_up(call.name)
+            use = value.key, is_lookup(call.name)
             if use not in seen and value.rms is not None:
                 seen[use] = {"weight": value.rms}
                 if moving and moving[0].rms is not None:
@@ -124,18 +119,13 @@ def _measure(plan: Plan, trace: Trace) -> None:
                     seen[use]["output"] = call.output.rms
     for site in plan.sites:
         key = site.params[0] if site.params else ""
-        measured = seen.get((key, _looks_up(site.op)))
+        measured = seen.get((key, is_lookup(site.op)))
         if measured is not None and not site.reason:
             site.rms_after = dict(measured)
             if key in plan.parameters and plan.parameters[key].stored:
                 site.rms_after["weight"] = trace.facts[key].rms / abs(plan.parameters[key].stored)
             if "x" in site.rms_after:
                 site.rms_after["x"] *= _folded_activations(plan, key, site.op)
-
-
-def _looks_up(op: str) -> bool:
-    """Whether the function looks rows up: a tied weight is used both ways."""
-    return op.startswith("embedding")
 
 
 def _folded_activations(plan: Plan, key: str, op: str) -> float:

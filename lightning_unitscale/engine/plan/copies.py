@@ -7,14 +7,12 @@ values, under other names, frozen or not called in the recorded step. Training c
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import torch
 from torch import nn
 
 from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.rename import renamed_site
 from lightning_unitscale.engine.plan.siblings import like
-from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Frame
 
 
@@ -80,11 +78,8 @@ def _replace(plan: Plan, original: str, copy: str) -> None:
             plan.parameters[renamed(name)] = like(plan.parameters[renamed(name)], plan.parameters[name])
     plan.sites = [site for site in plan.sites if not _is_of(site, copy)]
     for site in [site for site in plan.sites if _is_of(site, original)]:
-        twin = deepcopy(site)
-        twin.module, twin.calls = renamed(site.module), 0
-        twin.params = [key.renamed(renamed) for key in site.params]
-        twin.multipliers = {ParameterKey(key).renamed(renamed): value for key, value in site.multipliers.items()}
-        twin.fold_into = [UseId(ParameterKey(key).renamed(renamed), op) for key, op in site.fold_into]
+        twin = renamed_site(site, renamed)
+        twin.calls = 0
         plan.sites.append(twin)
     for where, method, keys in list(plan.frames):
         copied = [key.renamed(renamed) for key in keys if key.renamed(renamed) != key]

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from lightning_unitscale.engine.plan.factors import Factor, product
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import EVERY_CALL, Frame, Place
 from lightning_unitscale.errors import UnitScalingError
@@ -26,7 +27,7 @@ from lightning_unitscale.formats import OPERANDS
 if TYPE_CHECKING:
     from lightning_unitscale.optim.scaled_step import StepScale
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 ATTRIBUTE = "_unit_scaling_plan"  # of a prepared model
 
 
@@ -46,6 +47,7 @@ class ParameterPlan:
         sgd_lr: the same under SGD with true gradients.
         relative_lr: learning rate of F in units of the user's own ("standard") is this times |multiplier|.
         depth_lr: the part of `unit_lr` that comes from depth (L^-½ inside a residual branch).
+        causes: where the constants above come from, by their names: the factors of each.
         lr_override: set by the user; takes the place of every learning-rate multiplier.
         stored_whole: a hand-written autograd.Function uses it, whose backward pass would not see an explicit factor, so
             its own multiplier is stored in either storage.
@@ -64,11 +66,17 @@ class ParameterPlan:
     sgd_lr: float = 1.0
     relative_lr: float = 1.0
     depth_lr: float = 1.0
+    causes: dict[str, list[Factor]] = field(default_factory=dict)
     lr_override: float | None = None
     aliases: list[str] = field(default_factory=list)
     stored_whole: bool = False
     fixed: bool = False
     reason: str = ""
+
+    def set_constant(self, name: str, factors: Sequence[Factor]) -> None:
+        """Give one of the constants above its value, and remember why."""
+        setattr(self, name, product(factors))
+        self.causes[name] = list(factors)
 
 
 @dataclass
@@ -82,6 +90,7 @@ class Site:
         params: keys of the parameters it uses.
         multiplier: of its weight, or of its output.
         multipliers: by key.
+        causes: where the multipliers come from: the factors of each, by key ("" for a parameter-free site).
         factors: what of them stays explicit in the forward pass, by key ("" for a parameter-free site).
         ordinal: which call (0, 1, …) of `op` in its frame, for a parameter-free site; EVERY_CALL for all of them.
         calls_in_frame: how many calls of `op` one run of its frame makes at most, for a parameter-free site.
@@ -108,6 +117,7 @@ class Site:
     params: list[ParameterKey] = field(default_factory=list)
     multiplier: float = 1.0
     multipliers: dict[str, float] = field(default_factory=dict)
+    causes: dict[str, list[Factor]] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
     ordinal: int | None = None
     calls_in_frame: int = 1
@@ -124,6 +134,20 @@ class Site:
     operands: list[str] = field(default_factory=lambda: list(OPERANDS))
     operand_scales: dict[str, float] = field(default_factory=dict)
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def set_factors(self, key: str, factors: Sequence[Factor]) -> None:
+        """Give the parameter `key`, or the site itself ("") if it has none, its multiplier, and remember why."""
+        self.causes[key] = list(factors)
+        value = product(factors)
+        if key:
+            self.multipliers[key] = value
+        if not key or key == self.params[0]:
+            self.multiplier = value
+
+    def leave_alone(self, reason: str) -> None:
+        """Take the factor of a parameter-free site away."""
+        self.set_factors("", [])
+        self.fold_into, self.reason = [], reason
 
     @property
     def name(self) -> str:
@@ -162,7 +186,7 @@ class FramePlan(NamedTuple):
         return Frame(self.module, self.method)
 
 
-@dataclass
+@dataclass(repr=False)
 class Plan:
     """What unit scaling does to one model.
 
@@ -173,6 +197,7 @@ class Plan:
         followed: short names of the functions that made weights out of parameters (views, casts, weight norm).
         storage: "folded" | "unit".
         lr_units: "standard" | "umup".
+        changes_training: False where the scheme leaves weights, function and learning rates alone.
         notes: what else the reader of the plan should know.
         measured_at: the steps at which operand scales were measured.
         gradient_cosine: for each parameter, between its gradients with and without casts, on the first batch.
@@ -190,6 +215,7 @@ class Plan:
     measured_at: list[int] = field(default_factory=list)
     gradient_cosine: dict[str, float] = field(default_factory=dict)
     loss_scale: float | None = None
+    changes_training: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
@@ -270,7 +296,7 @@ class Plan:
     def _lr_multiplier(self, parameter: ParameterPlan, family: str, ratio: float) -> float:
         if parameter.lr_override is not None:
             return parameter.lr_override
-        if self.scheme == "preserve":
+        if not self.changes_training:
             return 1.0
         if family == "muon":
             return parameter.depth_lr / ratio
@@ -291,6 +317,35 @@ class Plan:
         from lightning_unitscale.engine.plan.summary import summarize
 
         return summarize(self, rows)
+
+    def explain(self, name: str) -> str:
+        """Why a parameter or a site has the numbers it has: every factor with its cause and source.
+
+        Args:
+            name: of a parameter, as in `plan.parameters`, or of a site, as in the first column of `summary()`.
+
+        Raises:
+            UnitScalingError: there is no such name; the message has near ones.
+        """
+        from lightning_unitscale.engine.plan.explain import explain
+
+        return explain(self, name)
+
+    def to_frame(self) -> Any:
+        """One row a parameter and site: a `pandas.DataFrame` if pandas is installed, else a list of dicts."""
+        from lightning_unitscale.engine.plan.rows import frame
+
+        return frame(self)
+
+    def _repr_html_(self) -> str:
+        from lightning_unitscale.engine.plan.rows import html_table
+
+        return html_table(self)
+
+    def __repr__(self) -> str:
+        from lightning_unitscale.engine.plan.summary import headline
+
+        return f"<Plan: {headline(self)}>"
 
     # --- plain containers -------------------------------------------------------------------------------------
 
@@ -325,8 +380,8 @@ class Plan:
         known = {f.name for f in fields(cls)} - {"parameters", "sites", "frames"}
         try:
             plan = cls(**{name: value for name, value in data.items() if name in known})
-            plan.parameters = {name: ParameterPlan(**value) for name, value in data["parameters"].items()}
-            plan.sites = [Site(**value) for value in data["sites"]]
+            plan.parameters = {name: ParameterPlan(**_with_causes(v)) for name, v in data["parameters"].items()}
+            plan.sites = [Site(**_with_causes(value)) for value in data["sites"]]
             for site in plan.sites:
                 site.params = list(map(ParameterKey, site.params))
                 site.fold_into = [UseId(key, op) for key, op in site.fold_into]
@@ -398,6 +453,11 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_module": None}
+
+
+def _with_causes(data: dict[str, Any]) -> dict[str, Any]:
+    causes = {name: [Factor(**factor) for factor in factors] for name, factors in data["causes"].items()}
+    return {**data, "causes": causes}
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,9 @@ Their modules ("experts.3" and "experts.5") are alike, so whatever the plan says
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
+from lightning_unitscale.engine.plan.factors import to_unit_scale
 from lightning_unitscale.engine.plan.plan import ParameterPlan, Plan, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Frame
@@ -40,12 +42,12 @@ def like(parameter: ParameterPlan, model: ParameterPlan) -> ParameterPlan:
     copy = deepcopy(model)
     copy.name, copy.aliases, copy.initial_rms = parameter.name, parameter.aliases, parameter.initial_rms
     if copy.initial_factor not in (0.0, 1.0) and parameter.initial_rms:
-        copy.initial_factor = 1 / parameter.initial_rms
+        copy.set_constant("initial_factor", [to_unit_scale(parameter.initial_rms)])
     return copy
 
 
 class _Renaming:
-    """From one expert's names to its sibling's: both differ from each other in one number."""
+    """From one expert's names to its sibling's: they differ from each other in one number."""
 
     def __init__(self, model: str, sibling: str) -> None:
         self.parameters = ParameterKey(model), ParameterKey(sibling)
@@ -67,7 +69,7 @@ def _copy_sites(plan: Plan, renaming: _Renaming) -> None:
         twin = _twin(plan, site, renaming.of(site.module))
         if model in site.multipliers:
             twin.params.append(sibling)
-            twin.multipliers[sibling] = site.multipliers[model]
+            twin.set_factors(sibling, site.causes[model])
         twin.fold_into += [UseId(sibling, op) for _, op in into]
     for where, method, keys in list(plan.frames):
         renamed = renaming.of(where)
@@ -85,8 +87,8 @@ def _twin(plan: Plan, site: Site, module: str) -> Site:
     for known in plan.sites:
         if known.place == place and not known.calls:
             return known
-    twin = deepcopy(site)
-    twin.module, twin.calls, twin.params, twin.multipliers = module, 0, [], {}
-    twin.fold_into, twin.rms_before = [], {}
+    twin = replace(site, module=module, calls=0, params=[], multipliers={}, causes={}, fold_into=[], rms_before={})
+    if site.ordinal is not None:
+        twin.set_factors("", site.causes[""])
     plan.sites.append(twin)
     return twin

@@ -10,6 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lightning_unitscale.engine.plan.explain import folded_into
+from lightning_unitscale.engine.plan.factors import product
 from lightning_unitscale.engine.plan.plan import Plan, Site
 
 _NUMBER = re.compile(r"(?<![^.:])\d+(?![^.:])")
@@ -20,9 +22,17 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
     """The plan as text, at most 150 columns wide; `rows` limits the number of site rows."""
     groups: dict[tuple[str, ...], list[Site]] = {}
     for site in plan.sites:
-        kept = "-" if site.multiplier == 1.0 else "weights" if site.folded else "forward"
+        total = _multiplier(plan, site)
+        kept = "-" if total == 1.0 else "weights" if site.folded else "forward"
         remark = "; ".join(filter(None, (site.reason, site.format_reason)))
-        key = (_NUMBER.sub("*", site.name), site.role, f"{site.multiplier:.3g}", kept, site.format or "-", remark)
+        key = (
+            _NUMBER.sub("*", site.name),
+            site.role,
+            f"{total:.3g}",
+            kept,
+            site.format or "-",
+            remark,
+        )
         groups.setdefault(key, []).append(site)
     table = Table(box=SIMPLE_HEAD)
     casts = any(site.format or site.format_reason for site in plan.sites)
@@ -55,6 +65,13 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
     for note in plan.notes:
         console.print(f"note: {note}")
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _multiplier(plan: Plan, site: Site) -> float:
+    """From the weight at RMS 1 to the model's function, with what folds into it; a parameter-free site's own factor."""
+    if not site.params:
+        return site.multiplier
+    return site.multiplier * product(folded_into(plan, site.params[0], site.op))
 
 
 def _by_reason(plan: Plan, placed: set[str]) -> dict[str, list[str]]:

@@ -15,11 +15,11 @@ passed a name on in the recorded step. So it does not see which other tensors ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
 from lightning_unitscale.ops.torch_functions import LAYER_NORMS, LIKE_SECOND, RANDOM, SHAPE_ONLY
 
 
@@ -103,11 +103,11 @@ class TensorInput(NamedTuple):
         return cls(parameters, constant, tensor.is_floating_point() or tensor.is_complex(), tensor.shape)
 
 
-def arguments_used(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments whose elements go into what a function makes, not their shape or dtype alone."""
+def arguments_used(op: str, call: FunctionCall) -> FunctionCall:
+    """The call with those arguments alone whose elements go into what it makes, not just their shape or dtype."""
     if op in SHAPE_ONLY:
-        return (), {}
-    return (args[:1], {}) if op in LIKE_SECOND else (args, kwargs)
+        return FunctionCall(call.function, (), {})
+    return FunctionCall(call.function, call.args[:1], {}) if op in LIKE_SECOND else call
 
 
 def is_constant_result(op: str, inputs: Sequence[Input]) -> bool:
@@ -116,11 +116,7 @@ def is_constant_result(op: str, inputs: Sequence[Input]) -> bool:
 
 
 def parameters_of_result(
-    op: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    inputs: Sequence[Input],
-    in_parametrization: Callable[[], bool],
+    op: str, call: FunctionCall, inputs: Sequence[Input], in_parametrization: Callable[[], bool]
 ) -> tuple[str, ...]:
     """The names of the parameters that the output of a call is made of, in order; none for anything else.
 
@@ -129,7 +125,7 @@ def parameters_of_result(
 
     Args:
         op: short name of the function.
-        args, kwargs: of the call, as `arguments_used` gives them.
+        call: as `arguments_used` gives it.
         inputs: the tensors in them, in order.
         in_parametrization: whether the code of a parametrization makes the call.
     """
@@ -139,7 +135,7 @@ def parameters_of_result(
     made_of = inputs[:1] if op == "getitem" and all(map(_is_index, inputs[1:])) else inputs
     if not all(value.constant or value.parameters for value in made_of):
         return ()
-    if _makes_activation(op, args, kwargs, inputs, in_parametrization):
+    if _makes_activation(op, call, inputs, in_parametrization):
         return ()
     return tuple(sorted(names))
 
@@ -149,22 +145,18 @@ def _is_index(value: Input) -> bool:
 
 
 def _makes_activation(
-    op: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    inputs: Sequence[Input],
-    in_parametrization: Callable[[], bool],
+    op: str, call: FunctionCall, inputs: Sequence[Input], in_parametrization: Callable[[], bool]
 ) -> bool:
     """Whether a call on constants and parameters gives an activation rather than another weight.
 
     A lookup does, and a layer on learned queries, and a product with a constant batch; a product inside a
     parametrization does not.
     """
-    if op.startswith("embedding") or op in LAYER_NORMS:
+    if is_lookup(op) or op in LAYER_NORMS:
         return True
     if op not in MATMULS or in_parametrization():
         return False
-    if "weight" in MATMULS[op].operands(args, kwargs):
+    if "weight" in MATMULS[op].operands(call):
         return True
     return any(value.constant and value.is_float and len(value.shape) > 1 for value in inputs)
 

@@ -34,7 +34,7 @@ from lightning_unitscale.engine.record.keys import (
 )
 from lightning_unitscale.engine.record.recorder import tensors_in, tensors_made
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.attention import open_multi_head_attention
 from lightning_unitscale.ops.torch_functions import short_name
 
@@ -49,9 +49,7 @@ class ObservedProduct:
         operands: what is multiplied, by name.
     """
 
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    call: FunctionCall
     operands: dict[str, Tensor]
     result: Tensor
 
@@ -124,23 +122,19 @@ class OperandObserver(TorchFunctionMode):
             result = function(*args, **kwargs)
         finally:
             self._inside = False
-        name = short_name(function)
+        name, call = short_name(function), FunctionCall(function, args, kwargs)
         if name in MATMULS:
-            self._observe_call(function, args, kwargs, result)
-        self._follow(name, args, kwargs, result)
+            self._observe_call(name, call, result)
+        self._follow(name, call, result)
         return result
 
-    def _observe_call(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
-        name = short_name(function)
-        product = MATMULS[name].cast_operands(args, kwargs, self._is_weight)
+    def _observe_call(self, name: str, call: FunctionCall, result: Any) -> None:
+        product = MATMULS[name].cast_operands(call, self._is_weight)
         if product is None or not isinstance(result, Tensor):
             return
         x, weight = product
-        operands = {"x": x, "weight": weight}
         use = UseId(ParameterKey.of(self._parameters[weight]), name)
-        self.observe(use, ObservedProduct(function, args, kwargs, operands, result))
+        self.observe(use, ObservedProduct(call, {"x": x, "weight": weight}, result))
 
     def observe(self, use: UseId, product: ObservedProduct) -> None:
         """Count one product in."""
@@ -163,13 +157,13 @@ class OperandObserver(TorchFunctionMode):
         if accumulator is not None:
             accumulator.add(tensor)
 
-    def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _follow(self, name: str, call: FunctionCall, result: Any) -> None:
         """Remember what the output of a call is made of."""
-        args, kwargs = arguments_used(name, args, kwargs)
-        inputs = [self._input(tensor) for tensor in tensors_in((*args, *kwargs.values()))]
-        names = parameters_of_result(name, args, kwargs, inputs, _in_parametrization)
+        used = arguments_used(name, call)
+        inputs = [self._input(tensor) for tensor in tensors_in((*used.args, *used.kwargs.values()))]
+        names = parameters_of_result(name, used, inputs, _in_parametrization)
         is_activation = not names and not is_constant_result(name, inputs)
-        for tensor in tensors_made(name, args, result):
+        for tensor in tensors_made(name, call.args, result):
             if isinstance(tensor, nn.Parameter):
                 continue  # whatever is written to it
             if is_activation:
