@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_unitscale import ScaleMonitor, UnitScaling, UnitScalingError, load_checkpoint, recalibrating, unit_scale
-from lightning_unitscale.engine.plan.plan import Plan, Site, plan_of
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.formats import cast
 from lightning_unitscale.monitor import Record
