@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from lightning_unitscale.engine.checks.beside import warn_of_code_beside
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
@@ -19,12 +20,14 @@ from lightning_unitscale.engine.checks.verify_casts import verify_casts
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
 from lightning_unitscale.engine.plan.rename import plan_around
+from lightning_unitscale.engine.plan.site import READING
 from lightning_unitscale.engine.plan.state_dict import add_marker, remove_marker
 from lightning_unitscale.engine.record.recorder import loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import install, rescale_parameters, restore_parameters, uninstall
 from lightning_unitscale.errors import NoLossError, UnitScalingError
+from lightning_unitscale.kept_copies import kept_copies, rescale_kept
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes import find
 from lightning_unitscale.schemes.planner import make_plan
@@ -65,7 +68,10 @@ def prepare(
         refuse_trained(module, trace, plan)
     plan = Plan.from_dict(agree(plan.to_dict()))
     check_device(module, plan)
+    kept = kept_copies(module, plan, trace, trainer)
+    warn_of_code_beside(module, plan, trace)
     rescale_parameters(module, plan)
+    rescale_kept(plan, kept)
     put_in_force(module, plan)
     if options.verify:
         verify(module, plan, trace, lambda: record(module, step, trainer))
@@ -111,6 +117,7 @@ def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None) -> 
     with rehearsal(module, trainer) as rehearsed, recording(module) as recorder, torch.enable_grad():
         output = step(rehearsed)
         trace = recorder.finish(output, rehearsed.losses)
+        trace.copies = [(value, rehearsed.original(tensor)) for value, tensor in trace.copies]
         backwards = bool(rehearsed.losses)
     if not trace.loss_numbers:
         raise NoLossError(
@@ -173,7 +180,7 @@ def remove(module: nn.Module) -> None:
     if plan is None:
         raise UnitScalingError(f"{type(module).__name__} is not unit-scaled; there is nothing to remove.")
     folded = folded_copy(plan)
-    left = folded.explicit_sites
+    left = [site for site in folded.explicit_sites if site.role != READING]
     if left:
         sites = ", ".join(
             f"{site.name} ({site.role}; {site.reason or 'two factors for one weight'})" for site in left[:3]
@@ -184,6 +191,12 @@ def remove(module: nn.Module) -> None:
         )
     restore_parameters(module, plan, folded)
     forget(module)
+    if read := [site for site in folded.explicit_sites if site.role == READING]:
+        warnings.warn(
+            f"unit scaling was removed: {read[0].reason}, and now reads it as it is stored. Penalties on weights have "
+            "another size from here on.",
+            stacklevel=3,
+        )
 
 
 def forget(module: nn.Module) -> None:

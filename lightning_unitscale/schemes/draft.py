@@ -9,12 +9,13 @@ from torch import nn
 
 from lightning_unitscale.engine.analysis.attention import attention_products
 from lightning_unitscale.engine.analysis.castable import reason_not_to_cast
+from lightning_unitscale.engine.analysis.readings import find_readings
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.factors import Factor, averaged
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import FramePlan, Plan
-from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Place
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
@@ -38,11 +39,13 @@ class Draft:
 
     Attributes:
         structure: of the recorded step.
+        readings: what the step reads of parameters beside their uses.
         uses: every use of every parameter.
         left_alone: parameters that nothing may be done to, with the reason.
 
     Args:
-        homeless: parameters that a scheme has found no place for a factor of, with the reason.
+        homeless: parameters that a scheme has found no place for a factor of, with the reason; None if it has no
+            factors.
     """
 
     def __init__(
@@ -51,16 +54,22 @@ class Draft:
         self.module, self.trace, self.options = module, trace, options
         self.structure = Structure(trace)
         self.overrides = overrides_by_parameter(module, trace, options)
-        self.uses = find_uses(self.structure)
+        self.readings = find_readings(self.structure)
+        self.uses = find_uses(self.structure, self.readings)
         for use in self.uses.values():
             for name in use.parameters:
                 use.role = self.overrides.get(name, {}).get("role", use.role)
         self.roles = self._roles()
-        self.left_alone = {**(homeless or {}), **self._left_alone()}
+        as_they_are = {} if homeless is None else {**self.readings.left_alone, **homeless}
+        self.left_alone = {**as_they_are, **self._left_alone()}
 
     def is_left_alone(self, key: str) -> bool:
         """Whether any parameter of the use's key is left alone."""
         return any(name in self.left_alone for name in ParameterKey(key).names)
+
+    def is_read(self, name: str) -> bool:
+        """Whether the step reads the parameter's value beside its uses."""
+        return any(use.key == name for use in self.readings.handed)
 
     def is_skipped(self, module: str) -> bool:
         """Whether the options leave a module, or one that it belongs to, alone."""
@@ -81,7 +90,7 @@ class Draft:
         options = self.options
         plan = Plan(options.scheme, options.storage, options.lr_units, options=options.to_dict())
         plan.parameters = {name: self._parameter(name) for name in self.trace.facts}
-        plan.sites = [*self._parameter_sites(factors), *free_sites]
+        plan.sites = [*self._parameter_sites(factors), *self._reading_sites(), *free_sites]
         places = {site.place for site in free_sites}
         plan.sites += [s for s in self._bare_products() if not places & {s.place, s.place.at_every_call}]
         cast = self._cast_attention(plan.sites)
@@ -151,6 +160,16 @@ class Draft:
             sites[identity] = site
         self._check_format_overrides(sites.values())
         return list(sites.values())
+
+    def _reading_sites(self) -> list[Site]:
+        """One site for each parameter and function that reads it beside its uses."""
+        sites = []
+        for (name, _), calls in self.readings.handed.items():
+            site = Site(*calls[0].place[:3], READING, params=[ParameterKey(name)], calls=len(calls))
+            site.set_factors(name, [])
+            site.reason = f"{calls[0].where} reads the weight in the units of the untouched model"
+            sites.append(site)
+        return sites
 
     def _cast(self, site: Site, call: Call) -> None:
         """Decide whether the operands of a site are cast; one call that can't be leaves all of them as they are."""

@@ -31,7 +31,7 @@ from lightning_unitscale.engine.plan.fold import resolve
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.siblings import include_siblings
-from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import is_lookup
@@ -100,6 +100,7 @@ class Planner:
         plan.notes += self.notes
         include_siblings(plan)
         include_copies(plan, self.module)
+        _hand_over_to_readings(plan)
         resolve(plan, self.options.storage)
         self._readout_rates(plan)
         return plan
@@ -154,7 +155,7 @@ class Planner:
         parameter.stored_whole = any(use.in_function for use in uses)
         if use.role in WEIGHT_ROLES:
             self._bring_to_unit_scale(parameter, use)
-        elif use.role == "bias" and not facts.is_constant:
+        elif use.role == "bias" and not facts.is_constant and not self.draft.is_read(parameter.name):
             parameter.set_constant("initial_factor", [Factor(0.0, "biases start at 0")])
 
     def _bring_to_unit_scale(self, parameter: ParameterPlan, use: Use) -> None:
@@ -382,6 +383,15 @@ class Planner:
                         found.update(use.parameters)
         resolve(plan, self.options.storage)
         return found
+
+
+def _hand_over_to_readings(plan: Plan) -> None:
+    """Give each reading the weight as the untouched model would have it."""
+    for site in plan.sites:
+        if site.role == READING:
+            parameter = plan.parameters[site.params[0]]
+            initial = 1.0 if parameter.fixed else parameter.initial_factor
+            site.set_factors(parameter.name, _inverse(initial, "in the units of the untouched model"))
 
 
 def _inverse(constant: float, cause: str, source: str = "") -> list[Factor]:

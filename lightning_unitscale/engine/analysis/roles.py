@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lightning_unitscale.engine.analysis.readings import Readings
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.trace import Call, Value
@@ -63,14 +64,14 @@ class Use:
         return self.key.names
 
 
-def find_uses(structure: Structure) -> dict[UseId, Use]:
-    """Every use of every parameter in the trace."""
+def find_uses(structure: Structure, readings: Readings) -> dict[UseId, Use]:
+    """Every use of every parameter in the trace but the readings."""
     uses: dict[UseId, Use] = {}
     for call in structure.trace.calls:
         if not call.outputs or call.outputs[0].parameters or call.outputs[0].constant:
             continue
         for value in dict.fromkeys(call.inputs):
-            if not value.parameters:
+            if not value.parameters or (call.index, value) in readings.ends:
                 continue
             role, fan_in = _role(structure, call, value)
             use = uses.setdefault(UseId(value.key, call.name), Use(value.key, call.name, role, fan_in=fan_in))

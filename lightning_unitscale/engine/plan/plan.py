@@ -20,7 +20,7 @@ from torch import nn
 
 from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
-from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, StepScale
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Frame
@@ -122,8 +122,8 @@ class Plan:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the stored weights in the plain module already are the function."""
-        return not self.explicit_sites
+        """Whether the stored weights in the plain module already are the function; penalties on them are none of it."""
+        return all(site.role == READING for site in self.explicit_sites)
 
     def frame_plan(self, frame: Frame) -> FramePlan:
         """The plan of a frame, a new one without keys where there was none."""

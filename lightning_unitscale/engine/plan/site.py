@@ -10,6 +10,8 @@ from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import EVERY_CALL, Place
 from lightning_unitscale.formats import OPERANDS
 
+READING = "reading"  # the role of a site where code reads a weight's value beside its uses
+
 
 @dataclass
 class Site:
@@ -18,7 +20,8 @@ class Site:
     Attributes:
         module, method: whose code makes the call ("" is the root module).
         op: short name of the torch function; "output" for a whole parameter-free module.
-        role: of its weight, or "attention" | "activation" | "residual" | "sum" for a parameter-free site.
+        role: of its weight, or "attention" | "activation" | "residual" | "sum" for a parameter-free site, READING for
+            code that reads a weight beside its uses.
         params: keys of the parameters it uses.
         multiplier: of its weight, or of its output.
         multipliers: by key.

@@ -99,6 +99,10 @@ class Copies:
         self._place = place
         return self._copy(value)
 
+    def original(self, twin: Tensor) -> Tensor:
+        """What a tensor is the copy of; a tensor that is no copy itself."""
+        return next((kept for kept in self._originals if self._memo.get(id(kept)) is twin), twin)
+
     def _attributes(self, host: Any) -> dict[str, Any]:
         if isinstance(host, pl.Trainer):
             return {**host.__dict__, "_loggers": [DummyLogger() for _ in host.loggers]}
@@ -151,7 +155,7 @@ class Copies:
         if issubclass(cls, torch.Generator):
             self.generators[id(value)] = value
             return value
-        if issubclass(cls, (type, Enum, *_SHARED)) or _is_of(cls.__module__, _SHARED_PACKAGES):
+        if is_shared(value):
             return value
         if cls is list:
             twin = self._remember(value, [])
@@ -228,6 +232,12 @@ def _two_levels(state: Any) -> Any:
     """A copy of an optimizer's state that shares the tensors: as large as the model, and guarded against writes."""
     shallow = {key: dict(item) if isinstance(item, dict) else item for key, item in state.items()}
     return defaultdict(dict, shallow)
+
+
+def is_shared(value: object) -> bool:
+    """Whether it is a part of the world outside the model: of the Trainer's machinery, of the process, a class."""
+    cls = type(value)
+    return issubclass(cls, (type, Enum, *_SHARED)) or _is_of(cls.__module__, _SHARED_PACKAGES)
 
 
 def _is_of(name: str, packages: tuple[str, ...]) -> bool:

@@ -6,8 +6,9 @@ control flow. The frame of a call (which method of which module made it) is read
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_unitscale.engine.record.autograd_functions import APPLY, reentrant_checkpoints_opened, watching_functions
+from lightning_unitscale.engine.record.held_tensors import is_copy
 from lightning_unitscale.engine.record.keys import (
     arguments_used,
     is_constant_result,
@@ -26,8 +28,8 @@ from lightning_unitscale.engine.record.keys import (
     parameters_of_result,
 )
 from lightning_unitscale.engine.record.places import Frame
-from lightning_unitscale.engine.record.trace import Call, ModuleSpan, ParameterFacts, Trace, Value
-from lightning_unitscale.ops import MATMULS, FunctionCall
+from lightning_unitscale.engine.record.trace import Call, GradientTaken, ModuleSpan, ParameterFacts, Trace, Value
+from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
 from lightning_unitscale.ops.attention import open_multi_head_attention
 from lightning_unitscale.ops.torch_functions import PASSTHROUGH, RETURN_NOTHING, is_in_place, short_name
 
@@ -69,10 +71,13 @@ class Recorder(TorchFunctionMode):
         self._frames: dict[int, FrameType] = {}  # kept alive, so that their ids stay unique
         self._functions_running = 0
         self._torch_calls_running = 0
+        self._by_shape: dict[tuple[int, ...], list[Tensor]] = {}
         for name, parameter in module.named_parameters():
             self._add(parameter, None, parameters=(name,))
+            if not self.trace.facts[name].is_constant:
+                self._by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
         for buffer in module.buffers():
-            self._add(buffer, None, constant=True)
+            self._note_copy(self._add(buffer, None, constant=True), buffer)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -87,6 +92,10 @@ class Recorder(TorchFunctionMode):
             result = function(*args, **kwargs)
         finally:
             self._torch_calls_running -= 1
+        if function is torch.autograd.grad:
+            self._write_gradients(args, kwargs, result, sys._getframe(1))
+        for tensor in written_to(name, FunctionCall(function, args, kwargs)):
+            self._note_written(tensor, sys._getframe(1))
         outputs = tensors_made(name, args, result)
         unchanged = name in PASSTHROUGH and not is_in_place(function) and args and result is args[0]
         if outputs and name != "grad" and not unchanged:
@@ -168,6 +177,7 @@ class Recorder(TorchFunctionMode):
             kwargs={key: self._read(argument, inputs) for key, argument in used.kwargs.items()},
             inputs=inputs,
             in_function=in_function,
+            where=code_place(caller) if any(value.parameters for value in inputs) else "",
         )
         self.trace.calls.append(call)
         for value in dict.fromkeys(inputs):
@@ -190,6 +200,23 @@ class Recorder(TorchFunctionMode):
                 if value.parameters and value.key not in touched:
                     touched.append(value.key)
 
+    def _write_gradients(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Tensor | None], caller: FrameType
+    ) -> None:
+        by = args[1] if len(args) > 1 else kwargs["inputs"]
+        by = [by] if isinstance(by, Tensor) else list(by)
+        known = [self._values[tensor].parameters if tensor in self._values else () for tensor in by]
+        found = [(names, result) for names, result in zip(known, results, strict=True) if names and result is not None]
+        if found:
+            names = tuple(name for names, _ in found for name in names)
+            values = [self._add(result, None) for _, result in found]
+            self.trace.gradients.append(GradientTaken(names, values, code_place(caller)))
+
+    def _note_written(self, tensor: Tensor, caller: FrameType) -> None:
+        for name in self._values[tensor].parameters if tensor in self._values else ():
+            if self.trace.facts[name].trainable:
+                self.trace.written.setdefault(name, code_place(caller))
+
     def _measure(self, call: Call, tensors: FunctionCall, output: Tensor) -> None:
         op = MATMULS[call.name]
         values = op.operands(call)
@@ -203,6 +230,7 @@ class Recorder(TorchFunctionMode):
             value = self._values.get(argument)
             if value is None:
                 value = self._add(argument, None)
+                self._note_copy(value, argument)
             inputs.append(value)
             return value
         if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
@@ -231,6 +259,10 @@ class Recorder(TorchFunctionMode):
         )
         self._values[tensor] = value
         return value
+
+    def _note_copy(self, value: Value, tensor: Tensor) -> None:
+        if any(is_copy(tensor, parameter) for parameter in self._by_shape.get(tuple(tensor.shape), ())):
+            self.trace.copies.append((value, tensor))
 
     def _carries_gradient(self, tensor: Tensor, producer: Call | None) -> bool:
         """Whether a tensor made inside an autograd.Function is computed from some that require gradients."""
@@ -264,6 +296,17 @@ class Recorder(TorchFunctionMode):
         return None, 0, in_function
 
 
+def code_place(caller: FrameType) -> str:
+    """The first function outside torch that led to a call, as it is called in messages."""
+    frame: FrameType | None = caller
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+        frame = frame.f_back
+    if frame is None:
+        return "torch"
+    code = frame.f_code
+    return f"{code.co_qualname} ({os.path.basename(code.co_filename)}:{frame.f_lineno})"
+
+
 def loss_tensors(output: Any, backwards: list[Tensor]) -> list[Tensor]:
     """What a step's backward passes start from: what backward was called on, and what the step returned."""
     loss = output.get("loss") if isinstance(output, dict) else output
@@ -273,6 +316,14 @@ def loss_tensors(output: Any, backwards: list[Tensor]) -> list[Tensor]:
 def tensors_made(op: str, args: tuple[Any, ...], result: Any) -> list[Tensor]:
     """The tensors that a call returned, or wrote to if it returns nothing."""
     return list(tensors_in(args[0] if result is None and op in RETURN_NOTHING else result))
+
+
+def written_to(op: str, call: FunctionCall) -> Iterator[Tensor]:
+    """The tensors whose elements a call changes; a lookup with `max_norm` does so to rows of its table."""
+    if op in RETURN_NOTHING or (is_in_place(call.function) and op not in PASSTHROUGH):
+        yield from tensors_in(call.args[:1])
+    elif is_lookup(op) and call.argument(3, "max_norm") is not None:
+        yield from tensors_in(call.args[1:2])
 
 
 def has_ordinal(args: tuple[Any, ...]) -> bool:

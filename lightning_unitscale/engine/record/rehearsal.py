@@ -138,6 +138,10 @@ class Rehearsal:
         with torch.enable_grad(), self._trainer.precision_plugin.train_step_context():
             return step(*arguments)
 
+    def original(self, tensor: Tensor) -> Tensor:
+        """The tensor that one met inside is the copy of; itself if it is none."""
+        return self._copies.original(tensor) if self._copies is not None else tensor
+
     def _record(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         self.losses.append(loss)
         if self._copies is None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.engine.record.places import HOOK, Frame, Place
 from lightning_unitscale.ops.call import FunctionCall
@@ -53,6 +55,7 @@ class Call(FunctionCall):
         ordinal: which call of its function in its frame it was, from 0.
         in_function: made by a hand-written `torch.autograd.Function`, whose backward pass knows nothing of a factor
             put here.
+        where: the code that made it, as it is called in messages.
     """
 
     index: int
@@ -65,6 +68,7 @@ class Call(FunctionCall):
     inputs: list[Value]
     outputs: list[Value] = field(default_factory=list)
     in_function: bool = False
+    where: str = ""
 
     @property
     def place(self) -> Place:
@@ -86,6 +90,9 @@ class Trace:
             torch functions.
         spans: runs of modules that have neither parameters nor children.
         facts: what each parameter was like, by its first name.
+        copies: tensors that no call made and that have the values of a parameter, as the step met them.
+        gradients: what `torch.autograd.grad` took of parameters.
+        written: trainable parameters that the step's own code writes to, and that code.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -94,6 +101,9 @@ class Trace:
     touched: dict[Frame, list[ParameterKey]] = field(default_factory=dict)
     spans: list[ModuleSpan] = field(default_factory=list)
     facts: dict[str, ParameterFacts] = field(default_factory=dict)
+    copies: list[tuple[Value, Tensor]] = field(default_factory=list)
+    gradients: list[GradientTaken] = field(default_factory=list)
+    written: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -104,6 +114,15 @@ class ModuleSpan:
     inputs: list[Value]
     output: Value | None
     calls: range
+
+
+@dataclass(eq=False)
+class GradientTaken:
+    """A call of `torch.autograd.grad`: the parameters among what it differentiates by, its results for them, where."""
+
+    parameters: tuple[str, ...]
+    results: list[Value]
+    where: str
 
 
 @dataclass(frozen=True)

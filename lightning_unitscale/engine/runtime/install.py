@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId, is_parametrization
 from lightning_unitscale.engine.record.places import EVERY_CALL, HOOK, Frame
 from lightning_unitscale.engine.runtime.casts import CastSite, WeightCast, cast_sites
@@ -57,7 +57,8 @@ def install(module: nn.Module, plan: Plan) -> None:
     uses = [*factors, *(use for use, cast in casts.items() if isinstance(cast, WeightCast))]
     if not uses and not free:
         return
-    rules = Rules(factors, casts, plan.followed if uses else [], sorted({s.op for s in free} - {"output"}))
+    readings = {UseId(str(key), site.op) for site in explicit if site.role == READING for key in site.params}
+    rules = Rules(factors, readings, casts, plan.followed if uses else [], sorted({s.op for s in free} - {"output"}))
     keys_in_use = {key for key, _ in uses}
     tracked = {name for key in keys_in_use for name in ParameterKey(key).names}
     modules = dict(module.named_modules())

@@ -44,6 +44,7 @@ class Rules:
 
     Attributes:
         factors: by (parameter key, function name).
+        readings: those of them at which code reads a weight; what it makes of it is no weight any more.
         casts: the uses whose operands are cast, by the same.
         followed: names of the functions through which parameters are followed.
         free: names of the functions with parameter-free sites.
@@ -51,10 +52,16 @@ class Rules:
     """
 
     def __init__(
-        self, factors: dict[UseId, float], casts: dict[UseId, CastSite], followed: list[str], free: list[str]
+        self,
+        factors: dict[UseId, float],
+        readings: set[UseId],
+        casts: dict[UseId, CastSite],
+        followed: list[str],
+        free: list[str],
     ) -> None:
         self.applied: AppliedFactors | None = None
         self.factors, self.casts, self.followed, self.free = factors, casts, frozenset(followed), frozenset(free)
+        self.readings = frozenset(readings)
         self.ops = frozenset(op for _, op in (*factors, *casts))
         self._find_functions()
 
@@ -309,6 +316,8 @@ class Interceptor(TorchFunctionMode):
         inputs = [(tensor, self._key(tensor)) for tensor in tensors_in((*call.args, *call.kwargs.values()))]
         if all(key is None for _, key in inputs):
             return  # at once: most calls of these functions are on activations
+        if any(UseId(key, name) in self.rules.readings for _, key in inputs if key is not None):
+            return
         known = [TensorInput.of(tensor, ParameterKey.names_in(key or ""), key is None) for tensor, key in inputs]
         names = parameters_of_result(name, call, known, lambda: self.frames[-1].scope.in_parametrization)
         if names:

@@ -1,0 +1,61 @@
+"""The tensors that a model, its callbacks and what they hold keep beside the model's parameters.
+
+Averages kept as a dict, weights saved for a rewind, a snapshot to measure a distance from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_unitscale.engine.record.deep_copies import is_shared
+
+
+def held_tensors(root: object, place: str, inside: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor that attributes, dicts and lists of `root` lead to, with its place as it is written in code.
+
+    Args:
+        inside: ids of objects not to be looked into; those met are added.
+    """
+    pending: list[tuple[str, Any]] = [(place, root)]
+    while pending:
+        place, value = pending.pop()
+        if id(value) in inside:
+            continue
+        inside.add(id(value))
+        if isinstance(value, Tensor):
+            yield place, value
+        elif isinstance(value, Mapping):
+            pending += [(f"{place}[{_key(key, position)}]", item) for position, (key, item) in enumerate(value.items())]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            pending += [(f"{place}[{position}]", item) for position, item in enumerate(value)]
+        elif isinstance(value, nn.Module):
+            pending += [(f"{place}.{name}", item) for name, item in _attributes(value)]
+        elif not is_shared(value) and isinstance(getattr(value, "__dict__", None), dict):
+            pending += [(f"{place}.{name}", item) for name, item in vars(value).items()]
+
+
+def _key(key: object, position: int) -> str:
+    return repr(key) if isinstance(key, (str, int)) else f"#{position}"
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            yield from value.items()
+        elif name not in ("_trainer", "_fabric"):
+            yield name, value
+
+
+def is_copy(tensor: Tensor, parameter: Tensor) -> bool:
+    """Whether another tensor has the values of a parameter, bit for bit in its own dtype."""
+    if tensor is parameter or tensor.shape != parameter.shape or not tensor.is_floating_point():
+        return False
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.data_ptr() == parameter.data_ptr():
+        return False
+    return torch.equal(tensor.detach(), parameter.detach().to(tensor))
