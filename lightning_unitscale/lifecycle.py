@@ -29,6 +29,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
+from pytorch_lightning.callbacks import ModelPruning
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
@@ -179,6 +180,7 @@ class Lifecycle:
         if self._changes_training:
             for optimizer in strategy.optimizers:
                 self._family(optimizer)  # is known, before anything is changed
+            _refuse_pruning(module.trainer)
         try:
             plan = prepare(
                 module, step, self.options, module.trainer, agree=lambda plan: strategy.broadcast(plan, src=0)
@@ -347,6 +349,15 @@ def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
         average = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
             yield average.module if isinstance(average, AveragedModel) else average
+
+
+def _refuse_pruning(trainer: pl.Trainer) -> None:
+    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise UnitScalingError(
+            "ModelPruning compares the magnitudes of stored weights, which unit scaling rescales layer by layer: it "
+            "would empty layers that are merely stored small. Use scheme='preserve', or prune the trained model after "
+            "remove_unit_scaling(). Nothing was changed."
+        )
 
 
 def _announce(plan: Plan) -> None:

@@ -29,13 +29,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_unitscale.engine.checks.trained_weights import rescaled
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, PLAIN, StepScale
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.families import check_family, optimizer_family
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup
+from lightning_unitscale.optim.write_watch import Watched, WriteWatch
 
 _ATTRIBUTE = "_unit_scaled_step"  # where an optimizer keeps its ScaledStep
+_WATCH = "_write_watch"  # where a plan in force keeps what its optimizers left
 
 
 def scale_learning_rates(
@@ -93,6 +96,12 @@ def changes_steps(plan: Plan) -> bool:
     )
 
 
+def _watch_of(plan: Plan) -> WriteWatch:
+    """One for all optimizers of a plan: what one of them writes is nobody else's write to another."""
+    watch: WriteWatch = vars(plan).setdefault(_WATCH, WriteWatch())
+    return watch
+
+
 def _innermost(optimizer: Optimizer) -> Optimizer:
     for attribute in ("optimizer", "optim"):  # Lightning, Fabric; torch's ZeroRedundancyOptimizer
         if isinstance(inner := getattr(optimizer, attribute, None), Optimizer):
@@ -110,9 +119,11 @@ class ScaledStep:
     def __init__(self, optimizer: Optimizer, plan: Plan, family: str, module: nn.Module | None = None) -> None:
         self.family = family
         self._plan = plan
+        self._watch = _watch_of(plan)
         self._module = module
         self._optimizer = weakref.ref(optimizer)
         self._layouts: list[GroupLayout] = []
+        self._watched: list[Watched] = []
         self._users: list[dict[str, Any]] | None = None
         self._split_groups: list[SplitGroup] = []
         self._depth = 0
@@ -174,6 +185,7 @@ class ScaledStep:
         leaving = optimizer.register_step_post_hook(self._leave)
         optimizer._optimizer_step_post_hooks.move_to_end(leaving.id, last=False)  # type: ignore[attr-defined]
         self._reached = False
+        self._watch.before_step(self._watched)
         try:
             result = plain_step(*args, **kwargs)
         finally:
@@ -187,6 +199,7 @@ class ScaledStep:
                 "optimizer's own step, so that its learning-rate multipliers were not used. Attach them with "
                 "scale_learning_rates before the step is replaced."
             )
+        self._watch.after_step(self._watched)
         self._steps += 1
         if self._steps == 2:  # by now the first has been in the schedule's hands
             self._ask_for_schedule()
@@ -280,7 +293,21 @@ class ScaledStep:
         named = list(self._named_parameters())
         scales = {decoupled: self._scales(named, decoupled) for decoupled in {decoupled for _, decoupled in groups}}
         self._layouts = [GroupLayout.of(params, decoupled, scales[decoupled]) for params, decoupled in groups]
+        self._watched = self._to_watch(named)
         self._check(optimizer, named, any(scale != PLAIN for known in scales.values() for scale in known.values()))
+
+    def _to_watch(self, named: list[tuple[str, Tensor]]) -> list[Watched]:
+        """The optimizer's parameters whose stored values are not those that the model was built with."""
+        ours = {parameter for layout in self._layouts for parameter in layout.params}
+        names = set(rescaled(self._plan))
+        if not names:
+            return []
+        module = self._plan.model if self._module is None else self._module
+        return [
+            Watched(name, parameter, module.get_submodule(name.rpartition(".")[0]))
+            for name, parameter in named
+            if name in names and parameter in ours
+        ]
 
     def _check(self, optimizer: Optimizer, named: list[tuple[str, Tensor]], scaled: bool) -> None:
         if not scaled:

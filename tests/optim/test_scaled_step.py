@@ -37,6 +37,7 @@ class Plan:
     """Stands for `engine.plan.plan.Plan`: constants by parameter name."""
 
     unfollowed_schedule: tuple[int, ...] = ()
+    parameters: dict[str, Any] = {}  # none of which is stored at another scale  # noqa: RUF012
 
     def __init__(self, module: nn.Module, scales: dict[str, StepScale], coupled: dict[str, StepScale] | None = None):
         self.module, self.scales, self.coupled = module, scales, coupled or scales

@@ -290,7 +290,8 @@ class Plan:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module": None}
+        kept = {f.name for f in fields(self)} | {"_module", "schedule_followed", "_text"}
+        return {name: value for name, value in self.__dict__.items() if name in kept} | {"_module": None}
 
 
 def _with_causes(data: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ control flow. The frame of a call (which method of which module made it) is read
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -304,7 +304,7 @@ def code_place(caller: FrameType) -> str:
     if frame is None:
         return "torch"
     code = frame.f_code
-    return f"{code.co_qualname} ({os.path.basename(code.co_filename)}:{frame.f_lineno})"
+    return f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
 
 
 def loss_tensors(output: Any, backwards: list[Tensor]) -> list[Tensor]:
