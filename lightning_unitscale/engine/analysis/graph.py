@@ -229,6 +229,16 @@ class Graph:
                     break
         return found
 
+    @cached_property
+    def after_site(self) -> set[int]:
+        """Indices of the calls whose output a matmul with a parameter, a lookup or a norm went into."""
+        found: set[int] = set()
+        for call in self.calls:
+            above = (value.producer for value in call.inputs)
+            if self.is_site(call) or call in self.norms or any(c is not None and c.index in found for c in above):
+                found.add(call.index)
+        return found
+
 
 def number_of(argument: object) -> float | None:
     """The value of an argument that is a number or a 0-dim constant."""

@@ -86,7 +86,7 @@ def find_readings(graph: Graph) -> Readings:
         if reason := _why_not_handed(graph, name, found, proper):
             readings.left_alone[name] = reason
         else:
-            _hand_over(readings, name, found)
+            _hand_over(graph, readings, name, found)
     _note_gradients(graph, readings)
     return readings
 
@@ -114,7 +114,7 @@ def _is_proper(graph: Graph, end: _End) -> bool:
         return True
     if value.expression or call.name not in _PUTS_TOGETHER:
         return False
-    return call.index in graph.feeds_matmul or any(map(_is_activation, call.inputs))
+    return call.index in graph.feeds_matmul or any(_is_activation(graph, v) for v in call.inputs)
 
 
 def _is_probe(graph: Graph, call: Call, value: Value) -> bool:
@@ -128,8 +128,9 @@ def _is_probe(graph: Graph, call: Call, value: Value) -> bool:
     )
 
 
-def _is_activation(value: Value) -> bool:
-    return value.requires_grad and not value.parameters
+def _is_activation(graph: Graph, value: Value) -> bool:
+    made_by = value.producer
+    return value.requires_grad and not value.parameters and made_by is not None and made_by.index in graph.after_site
 
 
 def _is_penalty(graph: Graph, end: _End) -> bool:
@@ -139,7 +140,7 @@ def _is_penalty(graph: Graph, end: _End) -> bool:
     made, pending = {end.value}, [end.call]
     while pending:
         call = pending.pop()
-        if any(_is_activation(value) and value not in made for value in call.inputs):
+        if any(_is_activation(graph, value) and value not in made for value in call.inputs):
             if prod(call.output.shape) != 1 or call.index in graph.feeds_matmul:
                 return False
             continue
@@ -181,15 +182,15 @@ def _calls_behind(end: _End) -> Iterator[Call]:
             pending += [value.producer for value in call.inputs if value.parameters]
 
 
-def _hand_over(readings: Readings, name: str, found: list[_End]) -> None:
+def _hand_over(graph: Graph, readings: Readings, name: str, found: list[_End]) -> None:
     for end in found:
         for call, value in end.entries():
             if value.parameters == (name,):
                 readings.handed.setdefault(UseId(name, call.name), []).append(call)
-        readings.compared.update(v for call in _calls_around(end) for v in call.inputs if v.producer is None)
+        readings.compared.update(v for call in _calls_around(graph, end) for v in call.inputs if v.producer is None)
 
 
-def _calls_around(end: _End) -> Iterator[Call]:
+def _calls_around(graph: Graph, end: _End) -> Iterator[Call]:
     """The calls of a reading, and those that make what it is compared with."""
     pending, seen = [end.call, end.value.producer], set()
     while pending:
@@ -197,7 +198,7 @@ def _calls_around(end: _End) -> Iterator[Call]:
         if call is not None and call.index not in seen:
             seen.add(call.index)
             yield call
-            pending += [value.producer for value in call.inputs if not _is_activation(value)]
+            pending += [value.producer for value in call.inputs if not _is_activation(graph, value)]
 
 
 def _note_gradients(graph: Graph, readings: Readings) -> None:
