@@ -26,8 +26,8 @@ from lightning_unitscale.engine.record.recorder import loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import install, rescale_parameters, restore_parameters, uninstall
+from lightning_unitscale.engine.runtime.kept_copies import kept_copies, rescale_kept
 from lightning_unitscale.errors import NoLossError, UnitScalingError
-from lightning_unitscale.kept_copies import kept_copies, rescale_kept
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes import find
 from lightning_unitscale.schemes.planner import make_plan

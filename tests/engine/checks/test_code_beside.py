@@ -19,7 +19,9 @@ PENALTIES: dict[str, Callable[[Net], Tensor]] = {
     "as one vector": lambda m: nn.utils.parameters_to_vector(m.net.parameters()).square().sum(),
     "flattened": lambda m: torch.cat([p.flatten() for p in m.net.parameters()]).norm(),
     "foreach": lambda m: torch.stack(torch._foreach_norm(list(m.net.parameters()))).sum(),
-    "to the start": lambda m: sum(((p - q).square() + q * p).sum() for p, q in zip(m.net.parameters(), m.start, strict=True)),
+    "to the start": lambda m: sum(
+        ((p - q).square() + q * p).sum() for p, q in zip(m.net.parameters(), m.start, strict=True)
+    ),
     "mse": lambda m: sum(F.mse_loss(2 * p, q) for p, q in zip(m.net.parameters(), m.start, strict=True)),
     "orthogonal": lambda m: (m.net[2].weight @ m.net[2].weight.T - torch.eye(16)).square().sum(),
     "logdet": lambda m: torch.linalg.slogdet(m.net[2].weight)[1],
