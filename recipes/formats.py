@@ -23,12 +23,12 @@ from statistics import fmean
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from pretrain import check
 from rich.console import Console
 from rich.table import Table
 from transfer import many_runs, measure, settings
 
 from lightning_unitscale.cli import recipe
+from lightning_unitscale.cookbook.runs import check
 from lightning_unitscale.errors import InputError
 
 

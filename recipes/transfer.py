@@ -37,11 +37,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
-from pretrain import check, train
 from rich.console import Console
 from rich.table import Table
 
 from lightning_unitscale.cli import recipe
+from lightning_unitscale.cookbook.runs import check, train
 from lightning_unitscale.errors import InputError
 
 CURVE_STEPS = 10  # training steps averaged into one point of a curve
