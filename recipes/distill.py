@@ -32,7 +32,7 @@ from finetune import check_interval
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pretrain import Progress, train_base
+from pretrain import Progress
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from lightning_unitscale.cookbook.data.examples import Batch
 from lightning_unitscale.cookbook.data.token_text import TokenText
 from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
 from lightning_unitscale.cookbook.pretrained import BYTES, CAUSAL_LM, Pretrained, load_pretrained
+from lightning_unitscale.cookbook.runs import train_base
 from lightning_unitscale.cookbook.tasks import LanguageModeling
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor.page import write_report

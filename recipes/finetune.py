@@ -28,7 +28,7 @@ import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pretrain import Progress, train_base
+from pretrain import Progress
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor
 
 from lightning_unitscale import UnitScaling, remove_unit_scaling
@@ -47,6 +47,7 @@ from lightning_unitscale.cookbook.pretrained import (
     load_tokenizer,
     new_model,
 )
+from lightning_unitscale.cookbook.runs import train_base
 from lightning_unitscale.cookbook.tasks import FineTuning
 from lightning_unitscale.engine.plan.rename import plan_around
 from lightning_unitscale.errors import InputError, UnitScalingError

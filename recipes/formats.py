@@ -23,10 +23,10 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from pretrain import check
 from rich.table import Table
 
 from lightning_unitscale.cli import recipe
+from lightning_unitscale.cookbook.runs import check
 from lightning_unitscale.cookbook.sweeps.sweep import finish_runs, run_configuration
 from lightning_unitscale.cookbook.tables import new_table, print_and_keep
 from lightning_unitscale.errors import InputError

@@ -27,7 +27,6 @@ import transformers
 from finetune import new_data
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pretrain import text_data, train_base
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,6 +51,7 @@ from lightning_unitscale.cookbook.pretrained import (
     context_length,
     load_pretrained,
 )
+from lightning_unitscale.cookbook.runs import text_data, train_base
 from lightning_unitscale.cookbook.tasks import FineTuning, LanguageModeling
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import example_inputs, logits_of, to_plain

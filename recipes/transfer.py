@@ -25,13 +25,13 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from pretrain import check
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.learning_rates.chart import transfer_chart
 from lightning_unitscale.cookbook.learning_rates.findings import findings
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun, configuration, planned_runs
 from lightning_unitscale.cookbook.learning_rates.tables import drop_in_table, transfer_table
+from lightning_unitscale.cookbook.runs import check
 from lightning_unitscale.cookbook.sweeps.results import Result
 from lightning_unitscale.cookbook.sweeps.sweep import finish_runs
 from lightning_unitscale.cookbook.tables import print_and_keep

@@ -65,7 +65,7 @@ QUICK = [
     "logger=csv",
     "optimizer.lr=1e-2",
 ]
-TEXT = [*QUICK, "task.sequence_length=16", "data.documents._target_=lightning_unitscale.data.python_topics"]
+TEXT = [*QUICK, "task.sequence_length=16", "data.documents._target_=lightning_unitscale.cookbook.data.python_topics"]
 
 
 LORA = ["lora=all_linear", "lora.r=2"]

@@ -16,8 +16,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pretrain import train
 
+from lightning_unitscale.cookbook.runs import train
 from lightning_unitscale.cookbook.sweeps.results import Result, RunT, append_result, read_results
 
 CURVE_STEPS = 10  # training steps averaged into one point of a curve
