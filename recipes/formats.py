@@ -3,7 +3,7 @@
     unitscale formats                                 # = python recipes/formats.py; 18 runs, half an hour on two cores
     unitscale formats seeds=[1] model.width=64
     unitscale formats model.width=256 only=[umup,umup-fp8]
-    unitscale formats '+variants.mine=[unitscale.format=fp8,unitscale.recalibrate=[100]]'
+    unitscale formats '+variants.mine=["unitscale.format=fp8","unitscale.recalibrate=[100]"]'
 
 Every run is the recipe `pretrain` with some overrides, the same text, steps and batches. A finished run is one line in
 `runs.jsonl`; runs that are there with the same settings are not run again. After a change of the package itself, delete
