@@ -48,7 +48,7 @@ from lightning_unitscale.cookbook.pretrained import BYTES, CAUSAL_LM, Pretrained
 from lightning_unitscale.cookbook.runs import train_base
 from lightning_unitscale.cookbook.tasks import LanguageModeling
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor.page import write_report
+from lightning_unitscale.monitor.report import write_report
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The student

@@ -51,7 +51,7 @@ from lightning_unitscale.cookbook.runs import train_base
 from lightning_unitscale.cookbook.tasks import FineTuning
 from lightning_unitscale.engine.plan.rename import plan_around
 from lightning_unitscale.errors import InputError, UnitScalingError
-from lightning_unitscale.monitor.page import write_report
+from lightning_unitscale.monitor.report import write_report
 from lightning_unitscale.prepare import forget, put_in_force
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from lightning_unitscale.cookbook.continuation import RandomNumbers
 from lightning_unitscale.cookbook.data import BOS, ByteText
 from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
 from lightning_unitscale.cookbook.runs import CausalLM, check, new_module, text_data
-from lightning_unitscale.monitor import Record, measure
-from lightning_unitscale.monitor.page import write_report
+from lightning_unitscale.monitor import Snapshot, measure
+from lightning_unitscale.monitor.report import write_report
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The model: any causal language model of transformers, and an ordinary LightningModule around it
@@ -131,7 +131,7 @@ class Progress(RichProgressBar):
         return "Training"
 
 
-def untouched(cfg: DictConfig, trained: CausalLM, data: ByteText, format: str) -> Record:
+def untouched(cfg: DictConfig, trained: CausalLM, data: ByteText, format: str) -> Snapshot:
     """What the same model without unit scaling is like before its first step, to compare with."""
     inputs, targets = (tensor.to(trained.device) for tensor in next(iter(data.train_dataloader())))
     pl.seed_everything(cfg.seed, verbose=False)

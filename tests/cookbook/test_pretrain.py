@@ -34,7 +34,7 @@ from lightning_unitscale.cookbook.data import (
 )
 from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor import Record
+from lightning_unitscale.monitor import Snapshot
 
 
 @pytest.fixture(scope="module")
@@ -274,9 +274,9 @@ def test_run_leaves_report_logs_checkpoints_and_configuration(run: tuple[Path, s
     assert bits == pytest.approx(nats / math.log(2), rel=1e-6)
     assert metrics["held-out perplexity per byte"] == pytest.approx(math.exp(nats), rel=1e-4)
     assert metrics["steps"] == 2
-    records = Record.read(folder / "monitor.jsonl")
-    assert {(record.label, record.step) for record in records} == {("untouched", 0), ("run", 0), ("run", 1)}
-    sites = {record.label: [(m.parameter, m.operand) for m in record.measurements] for record in records}
+    snapshots = Snapshot.read(folder / "monitor.jsonl")
+    assert {(snapshot.label, snapshot.step) for snapshot in snapshots} == {("untouched", 0), ("run", 0), ("run", 1)}
+    sites = {snapshot.label: [(m.parameter, m.operand) for m in snapshot.measurements] for snapshot in snapshots}
     assert sites["untouched"] == sites["run"]
 
 
