@@ -43,6 +43,7 @@ from lightning_unitscale.optim.families import FAMILIES, optimizer_family
 from lightning_unitscale.optim.scaled_step import ScaledStep, scale_learning_rates
 from lightning_unitscale.options import Options
 from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
+from lightning_unitscale.schemes import find
 
 LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay is below 1e-3
 SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)
@@ -65,6 +66,7 @@ class TrainerScaling:
             raise UnitScalingError(
                 f"optimizer_family={optimizer_family!r} is not known; choose one of {', '.join(map(repr, FAMILIES))}."
             )
+        self.scheme = find(options.scheme)
         self.options = options
         self.optimizer_family = optimizer_family
         self.plan: Plan | None = None

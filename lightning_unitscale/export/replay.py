@@ -46,7 +46,7 @@ def scaled_parameters(
     slopes: tuple[Tensor | None, ...] = torch.autograd.grad(
         (before * torch.randn_like(before)).sum(), [replay.leaves[v.key] for v in weights], allow_unused=True
     )
-    changed = {}
+    changed: dict[str, Tensor] = {}
     for weight, slope in zip(weights, slopes, strict=True):
         if slope is None:
             continue

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unitscale.engine.plan.plan import Plan, Use, plan_of
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
 from lightning_unitscale.errors import InputError
@@ -17,7 +18,7 @@ from lightning_unitscale.formats import FORMATS
 from lightning_unitscale.monitor.exponent_histogram import ExponentHistogram, count_exponents
 from lightning_unitscale.monitor.snapshot import Measurement, Snapshot
 
-Scales = Mapping[tuple[Use, str], float]  # by use and operand
+Scales = Mapping[tuple[UseId, str], float]  # by use and operand
 
 
 class Probe(Accumulator):
@@ -51,7 +52,7 @@ class Probes:
         self.format, self._scales = check_format(format), scales or {}
         self.observer = OperandObserver(module, self._probe)
 
-    def _probe(self, use: Use, operand: str) -> Probe:
+    def _probe(self, use: UseId, operand: str) -> Probe:
         return Probe(FORMATS[self.format].dtype(operand), self._scales.get((use, operand)))
 
     def snapshot(self, label: str, step: int) -> Snapshot:
@@ -65,8 +66,8 @@ class Probes:
                 if not isinstance(probe, Probe) or unscaled is None or probe.exponents is None:
                     continue  # a frozen layer at the bottom has no gradient
                 yield Measurement(
-                    parameter=use[0],
-                    op=use[1],
+                    parameter=use.key,
+                    op=use.op,
                     operand=operand,
                     exponents=ExponentHistogram.of(probe.exponents),
                     unscaled=unscaled,
@@ -107,7 +108,7 @@ def measure(
     return probes.snapshot(label, step=0)
 
 
-def plan_scales(plan: Plan | None) -> dict[tuple[Use, str], float]:
+def plan_scales(plan: Plan | None) -> dict[tuple[UseId, str], float]:
     """The operand scales of a plan."""
     return {
         (site.use, operand): scale

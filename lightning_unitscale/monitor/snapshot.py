@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_unitscale.engine.plan.plan import Use
+from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.runtime.operand_statistics import Statistics
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.formats import OPERANDS, kind
@@ -74,9 +74,9 @@ class Snapshot:
         """The measurements of activations ("x"), weights or gradients, in the order of the sites' first calls."""
         return [measurement for measurement in self.measurements if measurement.kind == kind]
 
-    def scales(self) -> dict[tuple[Use, str], float]:
+    def scales(self) -> dict[tuple[UseId, str], float]:
         """The powers of two that were in front of the casts."""
-        return {((m.parameter, m.op), m.operand): m.scale for m in self.measurements if m.scale is not None}
+        return {(UseId(m.parameter, m.op), m.operand): m.scale for m in self.measurements if m.scale is not None}
 
     def append_to(self, file: Path) -> None:
         """One more line of JSON."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.linear import ScaledProduct, scaled_linear
 from lightning_unitscale.ops.torch_functions import short_name
-from lightning_unitscale.schemes.umup import gaussian_rms
+from lightning_unitscale.schemes.activation_constants import gaussian_rms
 
 sizes = st.integers(1, 5)
 factors = st.floats(1e-3, 1e3) | st.floats(-1e3, -1e-3)

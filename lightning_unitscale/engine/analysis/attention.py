@@ -20,12 +20,12 @@ class Attention:
 
     Attributes:
         call: `scaled_dot_product_attention`, or the matmul whose output reaches a softmax.
-        own: the model's own constant between the projections and the softmax.
+        model_constant: the model's own between the projections and the softmax.
         head_dim: number of terms in one query-key product.
     """
 
     call: Call
-    own: float
+    model_constant: float
     head_dim: int
     query: Value
     key: Value
@@ -33,7 +33,7 @@ class Attention:
 
 @dataclass
 class Logits:
-    """Attention logits: their products (with the own constants after them), softmaxes, additions and biases."""
+    """Attention logits: their products (with the model's constants after them), softmaxes, additions and biases."""
 
     products: dict[int, tuple[Call, float]] = field(default_factory=dict)
     ends: set[int] = field(default_factory=set)
@@ -63,12 +63,12 @@ def find_logits(graph: Graph) -> Logits:
 
 def _product_above(graph: Graph, value: Value, found: Logits) -> tuple[Call, float] | None:
     """The product of two activations above a softmax, with the constants on the way."""
-    own, depth = 1.0, 0
+    constant, depth = 1.0, 0
     while value.producer is not None and depth < 32:
         call = value.producer
         depth += 1
         if call.name in MATMULS:
-            return (call, own) if _is_query_key_product(graph, call) else None
+            return (call, constant) if _is_query_key_product(graph, call) else None
         if call.name in ("add", "sub"):
             terms = [v for v in call.inputs if v.is_float]
             leading = [v for v in terms if _product_above(graph, v, Logits()) is not None]
@@ -83,7 +83,7 @@ def _product_above(graph: Graph, value: Value, found: Logits) -> tuple[Call, flo
             above = graph.product_inputs(call)
             if above is None or len(above) != 1:
                 return None
-            value, own = above[0].value, own * above[0].own
+            value, constant = above[0].value, constant * above[0].model_constant
         elif call.name in _LOGITS_PASS:
             moving = [v for v in call.inputs if v.is_float and not v.constant and v.requires_grad]
             if not moving:

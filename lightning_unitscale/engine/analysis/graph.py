@@ -22,7 +22,7 @@ class Source:
     """Where a value comes from through linear calls: the value, and the model's own constant on the way."""
 
     value: Value
-    own: float
+    model_constant: float
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,11 @@ class Structure(Graph):
     def attentions(self) -> list[Attention]:
         """The products of queries and keys, in order."""
         found = []
-        for call, own in self._logits.products.values():
+        for call, constant in self._logits.products.values():
             operands = list(MATMULS[call.name].operands(call.args, call.kwargs).values())
             query, key = operands[:2] if call.name == "scaled_dot_product_attention" else operands[-2:]
-            own *= self._shared_own(query) * self._shared_own(key)
-            found.append(Attention(call, own, contraction(call), query, key))
+            constant *= self._shared_constant(query) * self._shared_constant(key)
+            found.append(Attention(call, constant, contraction(call), query, key))
         return found
 
     @property
@@ -62,9 +62,9 @@ class Structure(Graph):
         """Values that are added to attention logits (masks, relative positions)."""
         return self._logits.biases
 
-    def _shared_own(self, value: Value) -> float:
+    def _shared_constant(self, value: Value) -> float:
         """The model's own constant on `value`, if everything it is summed from has the same (LoRA's does not)."""
-        constants = {source.own for source in self.sources(value)[0]}
+        constants = {source.model_constant for source in self.sources(value)[0]}
         return constants.pop() if len(constants) == 1 else 1.0
 
     @cached_property
@@ -142,13 +142,13 @@ class Structure(Graph):
             for step in above:
                 if step.value not in seen:
                     seen.add(step.value)
-                    pending.append(Source(step.value, source.own * step.own))
+                    pending.append(Source(step.value, source.model_constant * step.model_constant))
         return list(found.values()), frozenset(passed)
 
     def _ends_walk(self, call: Call) -> bool:
         return self.is_site(call) or call in self.gains or call.index in self._residual_calls
 
-    def own_constant(self, value: Value) -> float:
+    def model_constant(self, value: Value) -> float:
         """The model's own constants that multiplied `value` since it last left something not linear."""
         product, seen = 1.0, 0
         while value.producer is not None and seen < 64:
@@ -158,10 +158,10 @@ class Structure(Graph):
             above = self.linear_inputs(call)
             if above is None or len(above) != 1:
                 break
-            value, product, seen = above[0].value, product * above[0].own, seen + 1
+            value, product, seen = above[0].value, product * above[0].model_constant, seen + 1
         return product
 
-    def own_constant_after(self, value: Value) -> float:
+    def model_constant_after(self, value: Value) -> float:
         """The model's own constants that multiply `value` before anything not linear uses it.
 
         A soft cap, c · tanh(x / c), has slope 1 and is no such constant.
@@ -177,7 +177,7 @@ class Structure(Graph):
             above = self.linear_inputs(call)
             if above is None or above[0].value is not value:
                 break
-            product, value = product * above[0].own, call.output
+            product, value = product * above[0].model_constant, call.output
         return product
 
     def only_feeds(self, value: Value, passed: frozenset[int], end: set[int]) -> bool:

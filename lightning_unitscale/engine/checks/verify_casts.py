@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
-from lightning_unitscale.engine.plan.plan import Plan, Use
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
 from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
 from lightning_unitscale.engine.runtime.install import casts_in_force
-from lightning_unitscale.engine.runtime.observer import OperandObserver, Product
+from lightning_unitscale.engine.runtime.observer import ObservedProduct, OperandObserver
 from lightning_unitscale.formats import FORMATS
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import DotProductAttention
@@ -43,7 +44,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the norm; other dt
 
 def verify_casts(
     module: nn.Module, plan: Plan, step: Callable[[Rehearsal], Any], trainer: pl.Trainer | None = None
-) -> dict[Use, str]:
+) -> dict[UseId, str]:
     """Check all cast sites of a module whose scales are known; fills `plan.gradient_cosine`.
 
     Returns:
@@ -52,7 +53,7 @@ def verify_casts(
     checker = _Checker(module, dict(casts_in_force(module)))
     seed = plan.loss_scale or 1.0
     exact = rehearsed_gradients(module, step, trainer, casts=False, observer=checker, seed=seed)
-    seen, used = OperandObserver(module, lambda use, operand: None), set[Use]()
+    seen, used = OperandObserver(module, lambda use, operand: None), set[UseId]()
 
     def watched_step(run: Rehearsal) -> Any:
         output = step(run)
@@ -83,13 +84,13 @@ def verify_casts(
 class _Checker(OperandObserver):
     """Checks the first call of every cast site while it is entered."""
 
-    def __init__(self, module: nn.Module, casts: dict[Use, CastSite]) -> None:
+    def __init__(self, module: nn.Module, casts: dict[UseId, CastSite]) -> None:
         super().__init__(module, lambda use, operand: None)
         self.casts = casts
-        self.problems: dict[Use, str] = {}
-        self._checked: set[Use] = set()
+        self.problems: dict[UseId, str] = {}
+        self._checked: set[UseId] = set()
 
-    def see(self, use: Use, product: Product) -> None:
+    def observe(self, use: UseId, product: ObservedProduct) -> None:
         """Check the product if it is the first of its use."""
         site = self.casts.get(use)
         if site is None or site.scales is None or use in self._checked:
@@ -103,7 +104,7 @@ class _Checker(OperandObserver):
         if product.result.requires_grad:
             product.result.register_hook(lambda gradient: self._check_products(use, call, gradient))
 
-    def _check_products(self, use: Use, call: _CheckedCall, gradient: Tensor) -> None:
+    def _check_products(self, use: UseId, call: _CheckedCall, gradient: Tensor) -> None:
         with torch._C.DisableTorchFunction():
             problem = call.products_as_in_float32(gradient.detach())
         if problem:
@@ -113,7 +114,7 @@ class _Checker(OperandObserver):
 class _CheckedCall(ABC):
     """One call of a matmul-like function, to be made again with other operands."""
 
-    def __init__(self, product: Product, site: CastSite) -> None:
+    def __init__(self, product: ObservedProduct, site: CastSite) -> None:
         assert site.scales is not None
         self.function, self.args, self.kwargs = product.function, product.args, product.kwargs
         self.labels = {id(tensor): label for label, tensor in product.operands.items()}
@@ -193,7 +194,7 @@ class _CheckedWeight(_CheckedCall):
 class _CheckedAttention(_CheckedCall):
     """One of attention's own products."""
 
-    def __init__(self, product: Product, site: CastSite) -> None:
+    def __init__(self, product: ObservedProduct, site: CastSite) -> None:
         super().__init__(product, site)
         if isinstance(self.op, DotProductAttention):
             self.args, self.kwargs = self.op.without_dropout(self.args, self.kwargs)

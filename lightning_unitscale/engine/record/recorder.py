@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_unitscale.engine.record.autograd_functions import APPLY, reentrant_checkpoints_opened, watching_functions
-from lightning_unitscale.engine.record.trace import Call, Frame, ModuleSpan, ParameterFacts, Trace, Value
+from lightning_unitscale.engine.record.places import Frame
+from lightning_unitscale.engine.record.trace import Call, ModuleSpan, ParameterFacts, Trace, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.attention import open_multi_head_attention
 from lightning_unitscale.ops.torch_functions import (

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_unitscale.engine.plan.plan import Site, Use
+from lightning_unitscale.engine.plan.plan import Site
+from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.formats import FORMATS, OPERANDS, cast
 from lightning_unitscale.ops.cast_product import Scales, cast_product
 from lightning_unitscale.ops.matmul import Matmul, with_tensors
@@ -191,9 +192,9 @@ def _count_steps() -> list[int]:
     return steps
 
 
-def cast_sites(sites: list[Site]) -> dict[Use, CastSite]:
+def cast_sites(sites: list[Site]) -> dict[UseId, CastSite]:
     """The cast sites of a plan, with the scales that it has."""
-    found: dict[Use, CastSite] = {}
+    found: dict[UseId, CastSite] = {}
     for site in sites:
         if site.format is not None:
             if site.params:

@@ -3,7 +3,7 @@
 They are applied by a `TorchFunctionMode` that is entered by `ScopedForward`, a small object in place of
 `module.forward` (or another method) on the modules concerned, and on no others. What belongs to a parameter is found
 by the parameter itself, followed through views and casts, so it holds in any number of calls; a parameter-free factor
-by its frame and by how-manieth call of its function it is there.
+by its frame and by which call (0, 1, …) of its function it is there.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, Site, Use
+from lightning_unitscale.engine.plan.plan import Site
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
+from lightning_unitscale.engine.record.places import EVERY_CALL, Place
 from lightning_unitscale.engine.record.recorder import MODULE_CALL, has_ordinal
 from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
-from lightning_unitscale.engine.runtime.observer import Product, observers_inside, tell_observers
+from lightning_unitscale.engine.runtime.observer import ObservedProduct, observers_inside, show_to_observers
 from lightning_unitscale.errors import UncastableError, UnitScalingError
 from lightning_unitscale.ops import MATMULS, Matmul
 from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
@@ -41,13 +43,13 @@ class Rules:
         casts: the uses whose operands are cast, by the same.
         followed: names of the functions through which parameters are followed.
         free: names of the functions with parameter-free sites.
-        met: uses and names of parameter-free sites whose factor was applied, while somebody asks; None otherwise.
+        applied: what was applied, while somebody asks; None otherwise.
     """
 
     def __init__(
-        self, factors: dict[Use, float], casts: dict[Use, CastSite], followed: list[str], free: list[str]
+        self, factors: dict[UseId, float], casts: dict[UseId, CastSite], followed: list[str], free: list[str]
     ) -> None:
-        self.met: Met | None = None
+        self.applied: AppliedFactors | None = None
         self.factors, self.casts, self.followed, self.free = factors, casts, frozenset(followed), frozenset(free)
         self.ops = frozenset(op for _, op in (*factors, *casts))
         self._find_functions()
@@ -69,10 +71,13 @@ class Rules:
         self._find_functions()
 
 
-class Met(set[Any]):
-    """A set that copies of the rules share: a rehearsal runs on copies of all that modules hold."""
+class AppliedFactors(set[UseId | Place]):
+    """The uses, and the places of parameter-free sites, whose factor was applied.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Met:
+    Copies of the rules share it: a rehearsal runs on copies of all that modules hold.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AppliedFactors:
         return self
 
 
@@ -213,7 +218,7 @@ class Interceptor(TorchFunctionMode):
         if operands is None:
             return None
         key = self._key(operands[1])
-        site = self.rules.casts.get((key, op.name)) if key is not None else None
+        site = self.rules.casts.get(UseId(key, op.name)) if key is not None else None
         return (site, *operands) if isinstance(site, WeightCast) and site.scales is not None else None
 
     def _run_site(
@@ -228,14 +233,14 @@ class Interceptor(TorchFunctionMode):
             result = cast.rounded_gradient(result)
         else:
             result = self._run_with_factor(site, name, function, args, kwargs)
-        tell_observers(site.use, Product(function, args, kwargs, op.multiplicands(args, kwargs), result))
+        show_to_observers(site.use, ObservedProduct(function, args, kwargs, op.multiplicands(args, kwargs), result))
         return result
 
     def _run_with_factor(
         self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self.rules.met is not None:
-            self.rules.met.add(site.name)
+        if self.rules.applied is not None:
+            self.rules.applied.add(site.place)
         a, in_place = site.factors[""], function in self.rules.in_place
         if a == 1.0:
             return self._run(name, function, args, kwargs)
@@ -265,11 +270,11 @@ class Interceptor(TorchFunctionMode):
         if not isinstance(operand, Tensor):
             return 1.0
         key = self._key(operand)
-        if key is None or (key, name) not in self.rules.factors:
+        if key is None or UseId(key, name) not in self.rules.factors:
             return 1.0
-        if self.rules.met is not None:
-            self.rules.met.add((key, name))
-        return self.rules.factors[key, name]
+        if self.rules.applied is not None:
+            self.rules.applied.add(UseId(key, name))
+        return self.rules.factors[UseId(key, name)]
 
     def _key(self, tensor: Tensor) -> str | None:
         if not torch.compiler.is_compiling():
@@ -293,11 +298,11 @@ class Interceptor(TorchFunctionMode):
             for item in argument if isinstance(argument, (list, tuple)) else (argument,):
                 key = self._key(item) if isinstance(item, Tensor) else None
                 if key is not None:
-                    names.extend(name for name in key.split("+") if name not in names)
+                    names.extend(name for name in ParameterKey(key).names if name not in names)
         if names:
             for output in result if isinstance(result, (list, tuple)) else (result,):
                 if isinstance(output, Tensor) and self._key(output) is None:
-                    self._track(self.derived, output, "+".join(sorted(names)))
+                    self._track(self.derived, output, ParameterKey.of(names))
 
     def _site(self, name: str, args: tuple[Any, ...]) -> Site | None:
         """The parameter-free site that this call is, by its place in the open frame."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.plan.plan import Use
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.recorder import tensors_in
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
 from lightning_unitscale.ops import MATMULS
@@ -32,7 +32,7 @@ _ENTERED: list[OperandObserver] = []
 
 
 @dataclass(frozen=True)
-class Product:
+class ObservedProduct:
     """One call of a matmul-like function, as the model made it.
 
     Attributes:
@@ -61,11 +61,11 @@ def observers_inside() -> AbstractContextManager[Any]:
     return stack
 
 
-def tell_observers(use: Use, product: Product) -> None:
+def show_to_observers(use: UseId, product: ObservedProduct) -> None:
     """Show the entered observers a product that they can't tell from others."""
     if not torch.compiler.is_compiling():
         for observer in dict.fromkeys(_ENTERED):
-            observer.see(use, product)
+            observer.observe(use, product)
 
 
 class OperandObserver(TorchFunctionMode):
@@ -79,13 +79,13 @@ class OperandObserver(TorchFunctionMode):
         found: accumulators by use and operand.
     """
 
-    def __init__(self, module: nn.Module, accumulator: Callable[[Use, str], Accumulator | None]) -> None:
+    def __init__(self, module: nn.Module, accumulator: Callable[[UseId, str], Accumulator | None]) -> None:
         super().__init__()
         self.accumulator = accumulator
-        self.found: dict[Use, dict[str, Accumulator]] = {}
+        self.found: dict[UseId, dict[str, Accumulator]] = {}
         self._keys: Any = WeakTensorKeyDictionary()
         for name, parameter in module.named_parameters():
-            self._keys[parameter] = name
+            self._keys[parameter] = ParameterKey(name)
         self._constants: Any = WeakTensorKeyDictionary()
         self._module = module
         self._inside = False
@@ -117,11 +117,11 @@ class OperandObserver(TorchFunctionMode):
             self._inside = False
         name = short_name(function)
         if name in MATMULS:
-            self._observe(function, args, kwargs, result)
+            self._observe_call(function, args, kwargs, result)
         self._follow(name, args, kwargs, result)
         return result
 
-    def _observe(
+    def _observe_call(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
         name = short_name(function)
@@ -129,16 +129,17 @@ class OperandObserver(TorchFunctionMode):
         if product is None or not isinstance(result, Tensor):
             return
         x, weight = product
-        self.see((self._keys[weight], name), Product(function, args, kwargs, {"x": x, "weight": weight}, result))
+        operands = {"x": x, "weight": weight}
+        self.observe(UseId(self._keys[weight], name), ObservedProduct(function, args, kwargs, operands, result))
 
-    def see(self, use: Use, product: Product) -> None:
+    def observe(self, use: UseId, product: ObservedProduct) -> None:
         """Count one product in."""
         for operand, tensor in product.operands.items():
             self._add(use, operand, tensor)
         if product.result.requires_grad and self._wanted(use, "gradient") is not None:
             product.result.register_hook(lambda gradient: self._add(use, "gradient", gradient))
 
-    def _wanted(self, use: Use, operand: str) -> Accumulator | None:
+    def _wanted(self, use: UseId, operand: str) -> Accumulator | None:
         known = self.found.setdefault(use, {})
         if operand not in known:
             new = self.accumulator(use, operand)
@@ -147,7 +148,7 @@ class OperandObserver(TorchFunctionMode):
             known[operand] = new
         return known[operand]
 
-    def _add(self, use: Use, operand: str, tensor: Tensor) -> None:
+    def _add(self, use: UseId, operand: str, tensor: Tensor) -> None:
         accumulator = self._wanted(use, operand)
         if accumulator is not None:
             accumulator.add(tensor)
@@ -163,11 +164,11 @@ class OperandObserver(TorchFunctionMode):
             return
         if weights and _makes_activation(name, args, kwargs, constants):
             return
-        names = sorted({name for tensor in weights for name in self._keys[tensor].split("+")})
+        names = sorted({name for tensor in weights for name in self._keys[tensor].names})
         for tensor in tensors_in(result):
             if tensor not in self._keys and tensor not in self._constants:
                 if names:
-                    self._keys[tensor] = "+".join(names)
+                    self._keys[tensor] = ParameterKey.of(names)
                 else:
                     self._constants[tensor] = True
 
