@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.checks import check_known, check_positive
+from lightning_unitscale.cookbook.checks import check_known, check_whole_numbers
 from lightning_unitscale.cookbook.measuring.side_by_side import MODES
 from lightning_unitscale.cookbook.measuring.step_cost import (
     CLOCKS,
@@ -84,7 +84,7 @@ def check(cfg: DictConfig) -> None:
         raise InputError("variants must contain plain, which the others are divided by")
     if cfg.clock not in CLOCKS:
         raise InputError(f"clock={cfg.clock} is not known; choose one of {', '.join(CLOCKS)}")
-    check_positive(cfg, "rounds", "preparations", "threads", "batch_size")
+    check_whole_numbers(cfg, "rounds", "preparations", "threads", "batch_size")
 
 
 def step_table(cfg: DictConfig, rows: Sequence[StepCost]) -> Table:

@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.checks import check_known, check_positive
+from lightning_unitscale.cookbook.checks import check_known, check_whole_numbers
 from lightning_unitscale.cookbook.measuring.fp8_comparison import VARIANTS, Row, compare_variants, configured_cases
 from lightning_unitscale.cookbook.measuring.side_by_side import MODES
 from lightning_unitscale.cookbook.tables import new_table, print_and_keep
@@ -62,7 +62,7 @@ def check(cfg: DictConfig) -> None:
         for shape in cfg[key]:
             if len(shape) != sizes or not all(isinstance(size, int) and size > 0 for size in shape):
                 raise InputError(f"{key}: {list(shape)} must be {sizes} positive whole numbers")
-    check_positive(cfg, "rounds")
+    check_whole_numbers(cfg, "rounds")
     device = torch.device(cfg.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device={cfg.device}: this machine has no CUDA device; device=cpu shows that everything runs")

@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_unitscale.cookbook.interrupt import LastCheckpoint
 from support.recipe_runs import run_recipe
 from torch.distributions import Categorical, kl_divergence
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,7 +22,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_unitscale import unit_scale
 from lightning_unitscale.checkpoint import plan_in
 from lightning_unitscale.cookbook import config
-from lightning_unitscale.cookbook.interrupt import LastCheckpoint
 from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
 
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}

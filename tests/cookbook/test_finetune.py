@@ -18,6 +18,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import transformers
+from lightning_unitscale.cookbook.data.batches import ImageBatch, PairBatch, TextBatch
+from lightning_unitscale.cookbook.tasks.fine_tuning import freeze_parameters
 from peft import PeftModel
 from sklearn.dummy import DummyClassifier
 from support.recipe_runs import run_recipe
@@ -41,7 +43,6 @@ from transformers import (
 from lightning_unitscale import unit_scale
 from lightning_unitscale.checkpoint import plan_in
 from lightning_unitscale.cookbook.data import IGNORED
-from lightning_unitscale.cookbook.data.batches import ImageBatch, PairBatch, TextBatch
 from lightning_unitscale.cookbook.data.digits import digits
 from lightning_unitscale.cookbook.data.examples import Examples, Labelled, Pair, split_by
 from lightning_unitscale.cookbook.data.labelled_files import labelled_file, paired_file
@@ -49,7 +50,6 @@ from lightning_unitscale.cookbook.data.standard_library import python_sources, s
 from lightning_unitscale.cookbook.data.token_text import TokenText
 from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
 from lightning_unitscale.cookbook.tasks.classification import MajorityAccuracy
-from lightning_unitscale.cookbook.tasks.fine_tuning import freeze_parameters
 from lightning_unitscale.errors import InputError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

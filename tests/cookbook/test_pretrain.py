@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_unitscale import UnitScaling, cli
@@ -32,7 +33,6 @@ from lightning_unitscale.cookbook.data import (
     python_topics,
     text_files,
 )
-from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor import Snapshot
 
