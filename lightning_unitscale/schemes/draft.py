@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
 
 from torch import nn
 
@@ -21,6 +19,7 @@ from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.options import Options
+from lightning_unitscale.schemes.overrides import matches, overrides_by_parameter
 
 SKIPPED = "skipped by the options"
 LEFT_ALONE_ROLES = {
@@ -49,7 +48,7 @@ class Draft:
     ) -> None:
         self.module, self.trace, self.options = module, trace, options
         self.structure = Structure(trace)
-        self.overrides = _overrides_by_parameter(module, trace, options)
+        self.overrides = overrides_by_parameter(module, trace, options)
         self.uses = find_uses(self.structure)
         for use in self.uses.values():
             for name in use.parameters:
@@ -63,7 +62,7 @@ class Draft:
 
     def is_skipped(self, module: str) -> bool:
         """Whether the options leave a module, or one that it belongs to, alone."""
-        return _matches(module, self.options.skip)
+        return matches(module, self.options.skip)
 
     def no_place(self, call: Call) -> str:
         """Why a parameter-free factor or cast can't stand at a call; empty if it can."""
@@ -108,7 +107,7 @@ class Draft:
         return reasons
 
     def _is_skipped(self, name: str) -> bool:
-        return bool(self.overrides.get(name, {}).get("skip")) or _matches(name, self.options.skip)
+        return bool(self.overrides.get(name, {}).get("skip")) or matches(name, self.options.skip)
 
     def _parameter(self, name: str) -> ParameterPlan:
         facts = self.trace.facts[name]
@@ -167,7 +166,7 @@ class Draft:
         for glob, override in self.options.overrides.items():
             if override.get("format") is None:
                 continue
-            meant = [s for s in sites if any(_matches(name, (glob,)) for key in s.params for name in key.names)]
+            meant = [s for s in sites if any(matches(name, (glob,)) for key in s.params for name in key.names)]
             if not any(site.format for site in meant):
                 why = _reasons(meant) or "its parameters are used by no matmul"
                 raise UnitScalingError(
@@ -189,7 +188,7 @@ class Draft:
         for call in attention_products(self.structure):
             site = by_place.get(call.place) or by_place[call.place.at_every_call]
             attention.append(site)
-            format = next((wanted[glob] for glob in reversed(wanted) if _matches(site.module, (glob,))), None)
+            format = next((wanted[glob] for glob in reversed(wanted) if matches(site.module, (glob,))), None)
             if format is not None:
                 self._cast_product(site, call, format)
         self._check_attention_overrides(wanted, attention)
@@ -198,7 +197,7 @@ class Draft:
     def _check_attention_overrides(self, wanted: Mapping[str, str | None], attention: list[Site]) -> None:
         where = ", ".join(list(dict.fromkeys(site.module or "<root>" for site in attention))[:3])
         for glob, format in wanted.items():
-            meant = [site for site in attention if _matches(site.module, (glob,))]
+            meant = [site for site in attention if matches(site.module, (glob,))]
             if format is not None and not any(site.format for site in meant):
                 raise UnitScalingError(
                     f"overrides[{glob!r}]: attention_format={format!r}, but no attention there can be cast "
@@ -272,28 +271,3 @@ def operand_rms(call: Call) -> dict[str, float]:
 
 def _reasons(sites: Iterable[Site]) -> str:
     return "; ".join(dict.fromkeys(f"{site.name}: {site.format_reason}" for site in sites if site.format_reason))
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    """Whether a parameter's name, or the name of a module it belongs to, matches a glob."""
-    parts = name.split(".")
-    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatchcase(prefix, glob) for prefix in prefixes for glob in globs)
-
-
-def _overrides_by_parameter(module: nn.Module, trace: Trace, options: Options) -> dict[str, dict[str, Any]]:
-    names = [*trace.facts, *(name for name, _ in module.named_modules() if name)]
-    for where, globs in (("skip", options.skip), ("overrides", tuple(options.overrides))):
-        for glob in globs:
-            if not any(_matches(name, (glob,)) for name in names):
-                shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-                raise UnitScalingError(
-                    f"{where}: the glob {glob!r} matches no parameter or module of {type(module).__name__}; "
-                    f"it has {shown}"
-                )
-    found: dict[str, dict[str, Any]] = {}
-    for glob, override in options.overrides.items():
-        for name in trace.facts:
-            if _matches(name, (glob,)):
-                found.setdefault(name, {}).update(override)
-    return found
