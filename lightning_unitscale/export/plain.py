@@ -170,7 +170,7 @@ class _Mover:
         """What the weight is multiplied with; for a gain, itself, as its expression (1 + w) is its own."""
         if call not in self.structure.sites:
             return next(v for v in call.inputs if v.key == key)
-        operands = MATMULS[call.name].operands(call.args, call.kwargs).values()
+        operands = MATMULS[call.name].operands(call).values()
         moving = [v for v in operands if isinstance(v, Value) and v.is_float and not v.parameters]
         if len(moving) != 1:
             raise NotScalableError("its matmul has no single input")

@@ -27,9 +27,7 @@ def call_rms(call: Call) -> float:
         return gaussian_rms(torch.sigmoid)
 
     def run(z: Tensor) -> Tensor:
-        args = [z if isinstance(argument, Value) else argument for argument in call.args]
-        kwargs = {name: z if isinstance(value, Value) else value for name, value in call.kwargs.items()}
-        result: Tensor = call.function(*args, **kwargs)
+        result: Tensor = call.with_each(lambda argument: z if isinstance(argument, Value) else argument).run()
         return result
 
     return gaussian_rms(run)

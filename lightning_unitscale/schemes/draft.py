@@ -212,7 +212,7 @@ class Draft:
             site.format_reason = reason
         else:
             site.format = format
-            site.operands = [*MATMULS[call.name].multiplicands(call.args, call.kwargs), "gradient"]
+            site.operands = [*MATMULS[call.name].multiplicands(call), "gradient"]
 
     def _main_key(self, call: Call, keys: list[ParameterKey]) -> ParameterKey:
         weights = [value.key for value in self.structure.weights_of(call)]
@@ -264,7 +264,7 @@ def operand_rms(call: Call) -> dict[str, float]:
     """RMS of the operands and of the output of a matmul-like call, as recorded."""
     if call.name not in MATMULS:
         return {}
-    operands = MATMULS[call.name].operands(call.args, call.kwargs)
+    operands = MATMULS[call.name].operands(call)
     found = {label: v.rms for label, v in operands.items() if isinstance(v, Value) and v.rms is not None and v.is_float}
     return {**found, "output": call.output.rms} if call.output.rms is not None else found
 

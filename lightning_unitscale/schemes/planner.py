@@ -32,6 +32,7 @@ from lightning_unitscale.engine.plan.plan import ParameterPlan, Plan, Site
 from lightning_unitscale.engine.plan.siblings import include_siblings
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
+from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.options import STORAGES, Options
 from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_rms
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
@@ -111,7 +112,7 @@ class Planner:
             factors += _inverse(self._model_constant_of_input(call), "a constant on its input", MODEL)
             if use.is_expression:  # which keeps the scale it has
                 factors += _inverse(value.rms or 1.0, "RMS of the expression that the weight is", "the recorded step")
-        if use.role == "readout" or (use.role in ("embedding", "position") and call.name.startswith("embedding")):
+        if use.role == "readout" or (use.role in ("embedding", "position") and is_lookup(call.name)):
             after = self.structure.model_constant_after(call.output)
             factors += _inverse(after, "a constant on its output", MODEL)
         return factors

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lightning_unitscale.engine.analysis.graph import Source
 from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.engine.record.trace import Value
+from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.schemes.draft import Draft
 
 CallUse = tuple[int, ParameterKey]  # index of a call, and the key of a parameter that it uses
@@ -28,7 +29,7 @@ class Push:
     def model_constant(self) -> float:
         """What the model itself multiplies by between the source and the tensor; a lookup's own is absorbed already."""
         producer = self.source.value.producer
-        absorbed = producer is not None and producer.name.startswith("embedding")
+        absorbed = producer is not None and is_lookup(producer.name)
         return 1.0 if absorbed else self.source.model_constant
 
 

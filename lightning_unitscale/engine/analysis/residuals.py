@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from lightning_unitscale.engine.analysis.attention import Logits
 from lightning_unitscale.engine.analysis.graph import Graph
 from lightning_unitscale.engine.record.trace import Call, Value
+from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.ops.torch_functions import ACTIVATIONS, PASSTHROUGH
 
 Addition = tuple[tuple[Call, ...], list[Value]]  # its calls, the last of which gives the sum, and its terms
@@ -160,7 +161,7 @@ def _branch(graph: Graph, logits: Logits, value: Value, skip: Value) -> Branch |
         if call is None or current.index < skip.index:
             continue
         calls.add(call.index)
-        through = through or (graph.is_site(call) and not call.name.startswith("embedding"))
+        through = through or (graph.is_site(call) and not is_lookup(call.name))
         pending.extend((above, through) for above in call.inputs)
     if not reached:
         return None

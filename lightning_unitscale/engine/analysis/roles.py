@@ -92,8 +92,7 @@ def _role(structure: Structure, call: Call, value: Value) -> tuple[str, int]:
     if value in weights:
         return _matmul_role(structure, call, weights[value])
     if call.name in MATMULS:
-        op = MATMULS[call.name]
-        is_input = op.operands(call.args, call.kwargs).get("x") is value
+        is_input = MATMULS[call.name].operands(call).get("x") is value
         return ("token" if is_input else "bias"), 1
     if call in structure.norms and structure.norms[call].x is value:
         return "token", 1
@@ -115,18 +114,15 @@ def _role(structure: Structure, call: Call, value: Value) -> tuple[str, int]:
 
 def _matmul_role(structure: Structure, call: Call, label: str) -> tuple[str, int]:
     op = MATMULS[call.name]
-    if call.name == "scaled_dot_product_attention":
+    if op.is_attention:
         return "token", 1
-    if call.name.startswith("embedding"):
+    if op.is_lookup:
         if call.output in structure.logit_biases:
             return "relative_position", 1
         index = call.argument(0, "input")
         return ("position" if isinstance(index, Value) and index.constant else "embedding"), 1
-    operands = op.operands(call.args, call.kwargs)
-    shapes = {name: v.shape for name, v in operands.items() if isinstance(v, Value)}
-    fan_in = op.fan_in(label, shapes, call.args, call.kwargs)
     direct = call.index in structure.to_loss and call.index not in structure.feeds_matmul
-    return ("readout" if direct else "hidden"), fan_in
+    return ("readout" if direct else "hidden"), op.fan_in(call, label)
 
 
 def _is_logit_bias(structure: Structure, call: Call, value: Value) -> bool:

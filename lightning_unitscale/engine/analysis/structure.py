@@ -51,8 +51,7 @@ class Structure(Graph):
         """The products of queries and keys, in order."""
         found = []
         for call, constant in self._logits.products.values():
-            operands = list(MATMULS[call.name].operands(call.args, call.kwargs).values())
-            query, key = operands[:2] if call.name == "scaled_dot_product_attention" else operands[-2:]
+            query, key = MATMULS[call.name].query_and_key(call)
             constant *= self._shared_constant(query) * self._shared_constant(key)
             found.append(Attention(call, constant, contraction(call), query, key))
         return found

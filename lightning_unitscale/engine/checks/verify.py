@@ -24,7 +24,7 @@ from lightning_unitscale.engine.record.trace import Trace, Value
 from lightning_unitscale.engine.runtime.install import watching_factors
 from lightning_unitscale.engine.runtime.interceptor import AppliedFactors
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, is_lookup
 
 LOW_SHARE = 0.75
 OPERANDS = ("x", "weight")
@@ -107,15 +107,10 @@ def _measure(plan: Plan, trace: Trace) -> None:
     seen: dict[tuple[str, bool], dict[str, float]] = {}
     for call in structure.sites:
         weights = structure.weights_of(call)
-        op = MATMULS[call.name]
-        factors = {
-            label: value
-            for label, value in op.operands(call.args, call.kwargs).items()
-            if isinstance(value, Value) and value.is_float and not op.is_bias(label, value.shape)
-        }
-        moving = [value for value in factors.values() if not value.parameters]
+        factors = MATMULS[call.name].multiplicands(call).values()
+        moving = [v for v in factors if isinstance(v, Value) and v.is_float and not v.parameters]
         for value in weights:
-            use = value.key, _looks_up(call.name)
+            use = value.key, is_lookup(call.name)
             if use not in seen and value.rms is not None:
                 seen[use] = {"weight": value.rms}
                 if moving and moving[0].rms is not None:
@@ -124,18 +119,13 @@ def _measure(plan: Plan, trace: Trace) -> None:
                     seen[use]["output"] = call.output.rms
     for site in plan.sites:
         key = site.params[0] if site.params else ""
-        measured = seen.get((key, _looks_up(site.op)))
+        measured = seen.get((key, is_lookup(site.op)))
         if measured is not None and not site.reason:
             site.rms_after = dict(measured)
             if key in plan.parameters and plan.parameters[key].stored:
                 site.rms_after["weight"] = trace.facts[key].rms / abs(plan.parameters[key].stored)
             if "x" in site.rms_after:
                 site.rms_after["x"] *= _folded_activations(plan, key, site.op)
-
-
-def _looks_up(op: str) -> bool:
-    """Whether the function looks rows up: a tied weight is used both ways."""
-    return op.startswith("embedding")
 
 
 def _folded_activations(plan: Plan, key: str, op: str) -> float:

@@ -31,9 +31,7 @@ from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, We
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import ObservedProduct, OperandObserver
 from lightning_unitscale.formats import FORMATS
-from lightning_unitscale.ops import MATMULS
-from lightning_unitscale.ops.attention import DotProductAttention
-from lightning_unitscale.ops.matmul import with_tensors
+from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.round_trip import round_trip
 from lightning_unitscale.ops.torch_functions import short_name
 
@@ -116,10 +114,10 @@ class _CheckedCall(ABC):
 
     def __init__(self, product: ObservedProduct, site: CastSite) -> None:
         assert site.scales is not None
-        self.function, self.args, self.kwargs = product.function, product.args, product.kwargs
+        self.op, self.format = MATMULS[short_name(product.call.function)], FORMATS[site.format]
+        self.call = self.op.without_dropout(product.call)
         self.labels = {id(tensor): label for label, tensor in product.operands.items()}
         self.operands = {label: tensor.detach() for label, tensor in product.operands.items()}
-        self.op, self.format = MATMULS[short_name(self.function)], FORMATS[site.format]
         self.scales = {operand: float(site.scales[operand]) for operand in (*product.operands, "gradient")}
         self.wide = torch.promote_types(torch.float32, next(iter(self.operands.values())).dtype)
 
@@ -153,21 +151,19 @@ class _CheckedCall(ABC):
         return round_trip(tensor.detach().to(self.wide), self.format.dtype(operand), self.scales[operand])
 
     def _run(self, operands: dict[str, Tensor], other: Callable[[Tensor], Tensor]) -> Tensor:
-        args, kwargs = self._with(operands, other)
-        result: Tensor = self.function(*args, **kwargs)
+        result: Tensor = self._with(operands, other).run()
         return result
 
-    def _with(
-        self, operands: dict[str, Tensor], other: Callable[[Tensor], Tensor]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with other operands in place of the call's own, and `other` of what is added: biases, masks."""
+    def _with(self, operands: dict[str, Tensor], other: Callable[[Tensor], Tensor]) -> FunctionCall:
+        """The call with other operands in place of its own, and `other` of what is added: biases, masks."""
 
-        def new(tensor: Tensor) -> Tensor:
-            if id(tensor) in self.labels:
-                return operands[self.labels[id(tensor)]]
-            return other(tensor.detach()) if tensor.is_floating_point() else tensor
+        def new(argument: Any) -> Any:
+            if id(argument) in self.labels:
+                return operands[self.labels[id(argument)]]
+            is_added = isinstance(argument, Tensor) and argument.is_floating_point()
+            return other(argument.detach()) if is_added else argument
 
-        return with_tensors(self.args, self.kwargs, new)
+        return self.call.with_each(new)
 
 
 class _CheckedWeight(_CheckedCall):
@@ -187,17 +183,12 @@ class _CheckedWeight(_CheckedCall):
     def cast_product(self, operands: dict[str, Tensor]) -> Tensor:
         casting = WeightCast(self.format.name)
         casting.set_scales(self.scales)
-        args, kwargs = self._with(operands, lambda bias: bias)
-        return self.op.cast(args, kwargs, operands["x"], operands["weight"], casting, 1.0)
+        call = self._with(operands, lambda bias: bias)
+        return self.op.cast(call, operands["x"], operands["weight"], casting, 1.0)
 
 
 class _CheckedAttention(_CheckedCall):
     """One of attention's own products."""
-
-    def __init__(self, product: ObservedProduct, site: CastSite) -> None:
-        super().__init__(product, site)
-        if isinstance(self.op, DotProductAttention):
-            self.args, self.kwargs = self.op.without_dropout(self.args, self.kwargs)
 
     def scaled_exactly(self) -> str:
         for label, operand in self.operands.items():
@@ -209,5 +200,4 @@ class _CheckedAttention(_CheckedCall):
     def cast_product(self, operands: dict[str, Tensor]) -> Tensor:
         casting = AttentionCast(self.format.name)
         casting.set_scales(self.scales)
-        args, kwargs = casting.rounded(self.op, *self._with(operands, lambda mask: mask))
-        return casting.rounded_gradient(self.function(*args, **kwargs))
+        return casting.rounded_gradient(casting.rounded(self.op, self._with(operands, lambda mask: mask)).run())

@@ -21,20 +21,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_unitscale.engine.record.autograd_functions import APPLY, reentrant_checkpoints_opened, watching_functions
 from lightning_unitscale.engine.record.places import Frame
 from lightning_unitscale.engine.record.trace import Call, ModuleSpan, ParameterFacts, Trace, Value
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
 from lightning_unitscale.ops.attention import open_multi_head_attention
 from lightning_unitscale.ops.torch_functions import (
     LAYER_NORMS,
     LIKE_SECOND,
     PASSTHROUGH,
     RANDOM,
+    RETURN_NOTHING,
     SHAPE_ONLY,
     is_in_place,
     short_name,
 )
 
 MODULE_CALL = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
-_IN_PLACE_WITHOUT_RESULT = frozenset({"setitem", "set_data"})
 
 
 @contextmanager
@@ -71,6 +71,7 @@ class Recorder(TorchFunctionMode):
         self._ordinals: dict[tuple[int, str], int] = {}
         self._frames: dict[int, FrameType] = {}  # kept alive, so that their ids stay unique
         self._functions_running = 0
+        self._torch_calls_running = 0
         for name, parameter in module.named_parameters():
             self._add(parameter, None, parameters=(name,))
         for buffer in module.buffers():
@@ -84,8 +85,12 @@ class Recorder(TorchFunctionMode):
             with self:
                 return open_multi_head_attention(*args, **kwargs)
         name = short_name(function)
-        result = function(*args, **kwargs)
-        written = args[0] if result is None and name in _IN_PLACE_WITHOUT_RESULT else result
+        self._torch_calls_running += 1
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._torch_calls_running -= 1
+        written = args[0] if result is None and name in RETURN_NOTHING else result
         outputs = list(tensors_in(written))
         unchanged = name in PASSTHROUGH and not is_in_place(function) and args and result is args[0]
         if outputs and name != "grad" and not unchanged:
@@ -96,8 +101,11 @@ class Recorder(TorchFunctionMode):
         """Run a `torch.autograd.Function`: gradients pass through all of it, though inside autograd is off.
 
         What it made by torch calls is known already. What it was given and gives back is an alias of that; what comes
-        out of a kernel of its own is one call that no rule is known for.
+        out of a kernel of its own is one call that no rule is known for. One inside a torch call, as registered
+        kernels have for their backward pass, is a part of that call.
         """
+        if self._torch_calls_running:
+            return apply(*args)
         self._functions_running += 1
         try:
             result = apply(*args)
@@ -192,8 +200,8 @@ class Recorder(TorchFunctionMode):
 
     def _measure(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         op = MATMULS[call.name]
-        values = op.operands(call.args, call.kwargs)
-        for label, tensor in op.operands(args, kwargs).items():
+        values = op.operands(call)
+        for label, tensor in op.operands(FunctionCall(call.function, args, kwargs)).items():
             if isinstance(tensor, Tensor) and values[label].rms is None:
                 values[label].rms = rms(tensor)
         call.output.rms = rms(output)
@@ -315,11 +323,11 @@ def _makes_activation(call: Call) -> bool:
     A lookup does, and a layer on learned queries, and a product with a constant batch; a product inside a
     parametrization does not.
     """
-    if call.name.startswith("embedding") or call.name in LAYER_NORMS:
+    if is_lookup(call.name) or call.name in LAYER_NORMS:
         return True
     if call.name not in MATMULS or (call.frame is not None and "parametrizations" in call.frame.module.split(".")):
         return False
-    if "weight" in MATMULS[call.name].operands(call.args, call.kwargs):
+    if "weight" in MATMULS[call.name].operands(call):
         return True
     return any(value.constant and value.is_float and len(value.shape) > 1 for value in call.inputs)
 

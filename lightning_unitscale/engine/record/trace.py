@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.engine.record.places import HOOK, Frame, Place
+from lightning_unitscale.ops.call import FunctionCall
 
 
 @dataclass(eq=False)
@@ -44,7 +45,7 @@ class Value:
 
 
 @dataclass(eq=False)
-class Call:
+class Call(FunctionCall):
     """One torch function call; tensors in `args` and `kwargs` are replaced by their values.
 
     Attributes:
@@ -74,10 +75,6 @@ class Call:
     def output(self) -> Value:
         """The first output."""
         return self.outputs[0]
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """The argument at `position`, or by `name`."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
 
 @dataclass

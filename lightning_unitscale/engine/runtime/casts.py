@@ -26,8 +26,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lightning_unitscale.engine.plan.plan import Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.formats import FORMATS, OPERANDS, cast
+from lightning_unitscale.ops import FunctionCall, Matmul
 from lightning_unitscale.ops.cast_product import Scales, cast_product
-from lightning_unitscale.ops.matmul import Matmul, with_tensors
 from lightning_unitscale.ops.products import Products
 from lightning_unitscale.ops.round_trip import Rounded, RoundedGradient
 
@@ -124,17 +124,15 @@ class AttentionCast(CastSite):
     def _numbers(self, scales: dict[str, float]) -> dict[str, float]:
         return scales
 
-    def rounded(
-        self, op: Matmul, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a call with its operands rounded to the format."""
-        format, operands = FORMATS[self.format], op.multiplicands(args, kwargs)
+    def rounded(self, op: Matmul, call: FunctionCall) -> FunctionCall:
+        """The call with its operands rounded to the format."""
+        format, operands = FORMATS[self.format], op.multiplicands(call)
         scales = self._scales_on(next(iter(operands.values())).device)
         rounded = [
             (operand, Rounded.apply(operand, format.dtype(label), scales[label]))  # type: ignore[no-untyped-call]
             for label, operand in operands.items()
         ]
-        return with_tensors(args, kwargs, lambda tensor: next((new for old, new in rounded if old is tensor), tensor))
+        return call.with_each(lambda argument: next((new for old, new in rounded if old is argument), argument))
 
     def rounded_gradient(self, result: Tensor) -> Tensor:
         """The result of the call; the gradient that comes back to it is rounded."""

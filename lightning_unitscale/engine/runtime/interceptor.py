@@ -26,12 +26,10 @@ from lightning_unitscale.engine.record.recorder import MODULE_CALL, has_ordinal
 from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
 from lightning_unitscale.engine.runtime.observer import ObservedProduct, observers_inside, show_to_observers
 from lightning_unitscale.errors import UncastableError, UnitScalingError
-from lightning_unitscale.ops import MATMULS, Matmul
-from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
-from lightning_unitscale.ops.torch_functions import functions_by_name, is_in_place
+from lightning_unitscale.ops import MATMULS, FunctionCall, Matmul, functions_named
+from lightning_unitscale.ops.attention import open_multi_head_attention
+from lightning_unitscale.ops.torch_functions import OUTPUT_IS_FREE, is_in_place
 
-# Functions whose backward pass reads their input alone: their output can be multiplied in place.
-_OUTPUT_IS_FREE = frozenset({"silu", "gelu", "mish"})
 _MULTI_HEAD = "multi_head_attention_forward"
 
 
@@ -56,11 +54,11 @@ class Rules:
 
     def _find_functions(self) -> None:
         names = self.followed | self.free | self.ops | {_MULTI_HEAD}
-        known = functions_by_name()
-        unknown = sorted(names - known.keys())
+        known = {name: functions_named(name) for name in names}
+        unknown = sorted(name for name, functions in known.items() if not functions)
         if unknown:
             raise UnitScalingError(f"no torch function is called {', '.join(unknown)}: torch is another version?")
-        self.watched: dict[Any, str] = {function: name for name in names for function in known[name]}
+        self.watched: dict[Any, str] = {function: name for name, functions in known.items() for function in functions}
         self.in_place = frozenset(function for function in self.watched if is_in_place(function))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,91 +176,78 @@ class Interceptor(TorchFunctionMode):
                 return function(*args, **kwargs)
             with self:
                 return open_multi_head_attention(*args, **kwargs)
+        call = FunctionCall(function, args, kwargs)
         if name in self.rules.free:
             site = self._site(name, args)
             if site is not None:
-                return self._run_site(site, name, function, args, kwargs)
-        result = self._run(name, function, args, kwargs)
+                return self._run_site(site, name, call)
+        result = self._run(name, call)
         if name in self.rules.followed:
             self._follow(args, kwargs, result)
         return result
 
-    def _run(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, name: str, call: FunctionCall) -> Any:
         """The call with the factors of its parameters."""
         if name not in self.rules.ops:
-            return function(*args, **kwargs)
+            return call.run()
         op = MATMULS.get(name)
         if op is None:
-            scaled = tuple(self._scaled(argument, name) for argument in args)
-            return function(*scaled, **{key: self._scaled(argument, name) for key, argument in kwargs.items()})
-        if self.rules.casts and (casting := self._casting(op, args, kwargs)):
+            return call.with_each(lambda argument: self._scaled(argument, name)).run()
+        operands = op.operands(call)
+        if self.rules.casts and (casting := self._casting(op, call)):
             site, x, weight = casting
-            bias = next((v for k, v in op.operands(args, kwargs).items() if k in op.bias_labels), None)
             try:
-                return op.cast(args, kwargs, x, weight, site, self._factor(bias, name))
+                return op.cast(call, x, weight, site, self._factor(operands.get("bias"), name))
             except UncastableError as error:
                 raise UnitScalingError(
                     f"{self.frames[-1].scope.name}: the operands of {name} were cast in the recorded step, and those "
                     f"of this call can't be ({error}). Leave its weight out: overrides={{name: {{'format': None}}}}."
                 ) from None
         factors = {}
-        for label, operand in op.operands(args, kwargs).items():
+        for label, operand in operands.items():
             factor = self._factor(operand, name)
             if factor != 1.0:
                 factors[label] = factor
-        return op.scaled(function, args, kwargs, factors) if factors else function(*args, **kwargs)
+        return op.scaled(call, factors) if factors else call.run()
 
-    def _casting(self, op: Matmul, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[WeightCast, Any, Any] | None:
+    def _casting(self, op: Matmul, call: FunctionCall) -> tuple[WeightCast, Any, Any] | None:
         """The site that this call is, its activation and its weight, if its operands are to be cast."""
-        operands = op.cast_operands(args, kwargs, lambda operand: self._key(operand) is not None)
+        operands = op.cast_operands(call, lambda operand: self._key(operand) is not None)
         if operands is None:
             return None
         key = self._key(operands[1])
         site = self.rules.casts.get(UseId(key, op.name)) if key is not None else None
         return (site, *operands) if isinstance(site, WeightCast) and site.scales is not None else None
 
-    def _run_site(
-        self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _run_site(self, site: Site, name: str, call: FunctionCall) -> Any:
         """The call as the parameter-free site that it is, with its operands cast if they are to be."""
         if site.format is None:
-            return self._run_with_factor(site, name, function, args, kwargs)
+            return self._run_with_factor(site, name, call)
         op, cast = MATMULS[name], self.rules.casts.get(site.use)
         if isinstance(cast, AttentionCast) and cast.scales is not None:
-            result = self._run_with_factor(site, name, function, *cast.rounded(op, args, kwargs))
-            result = cast.rounded_gradient(result)
+            result = cast.rounded_gradient(self._run_with_factor(site, name, cast.rounded(op, call)))
         else:
-            result = self._run_with_factor(site, name, function, args, kwargs)
-        show_to_observers(site.use, ObservedProduct(function, args, kwargs, op.multiplicands(args, kwargs), result))
+            result = self._run_with_factor(site, name, call)
+        show_to_observers(site.use, ObservedProduct(call, op.multiplicands(call), result))
         return result
 
-    def _run_with_factor(
-        self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _run_with_factor(self, site: Site, name: str, call: FunctionCall) -> Any:
         if self.rules.applied is not None:
             self.rules.applied.add(site.place)
-        a, in_place = site.factors[""], function in self.rules.in_place
+        a, in_place = site.factors[""], call.function in self.rules.in_place
         if a == 1.0:
-            return self._run(name, function, args, kwargs)
+            return self._run(name, call)
         if site.role == "attention":
-            if site.op == DotProductAttention.name:
-                return DotProductAttention.scaled_logits(function, args, kwargs, a)
-            if site.op == "baddbmm":
-                return function(*args, **{**kwargs, "alpha": kwargs.get("alpha", 1) * a})
-            at = site.operand
-            if at is not None:
-                return function(*args[:at], args[at] * a, *args[at + 1 :], **kwargs)
+            return MATMULS[name].scaled_logits(call, a, site.operand)
         if site.role == "residual":
-            left, right = args[:2]
+            left, right = call.args[:2]
             if site.operand == 1:
                 return left.add_(right, alpha=a) if in_place else torch.add(left, right, alpha=a)
             return left.mul_(a).add_(right) if in_place else torch.add(right, left, alpha=a)
-        result = self._run(name, function, args, kwargs)
-        return result.mul_(a) if in_place or name in _OUTPUT_IS_FREE else result * a
+        result = self._run(name, call)
+        return result.mul_(a) if in_place or name in OUTPUT_IS_FREE else result * a
 
     def _scaled(self, argument: Any, name: str) -> Any:
-        if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
-            return type(argument)([self._scaled(item, name) for item in argument])
         factor = self._factor(argument, name)
         return argument if factor == 1.0 else argument * factor
 

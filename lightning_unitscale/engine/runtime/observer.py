@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.recorder import tensors_in
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
 from lightning_unitscale.ops.attention import open_multi_head_attention
 from lightning_unitscale.ops.torch_functions import LAYER_NORMS, RANDOM, SHAPE_ONLY, short_name
 
@@ -39,9 +39,7 @@ class ObservedProduct:
         operands: what is multiplied, by name.
     """
 
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    call: FunctionCall
     operands: dict[str, Tensor]
     result: Tensor
 
@@ -115,22 +113,18 @@ class OperandObserver(TorchFunctionMode):
             result = function(*args, **kwargs)
         finally:
             self._inside = False
-        name = short_name(function)
+        name, call = short_name(function), FunctionCall(function, args, kwargs)
         if name in MATMULS:
-            self._observe_call(function, args, kwargs, result)
-        self._follow(name, args, kwargs, result)
+            self._observe_call(name, call, result)
+        self._follow(name, call, result)
         return result
 
-    def _observe_call(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
-        name = short_name(function)
-        product = MATMULS[name].cast_operands(args, kwargs, lambda tensor: tensor in self._keys)
+    def _observe_call(self, name: str, call: FunctionCall, result: Any) -> None:
+        product = MATMULS[name].cast_operands(call, lambda tensor: tensor in self._keys)
         if product is None or not isinstance(result, Tensor):
             return
         x, weight = product
-        operands = {"x": x, "weight": weight}
-        self.observe(UseId(self._keys[weight], name), ObservedProduct(function, args, kwargs, operands, result))
+        self.observe(UseId(self._keys[weight], name), ObservedProduct(call, {"x": x, "weight": weight}, result))
 
     def observe(self, use: UseId, product: ObservedProduct) -> None:
         """Count one product in."""
@@ -153,16 +147,16 @@ class OperandObserver(TorchFunctionMode):
         if accumulator is not None:
             accumulator.add(tensor)
 
-    def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _follow(self, name: str, call: FunctionCall, result: Any) -> None:
         """What is made of parameters and constants alone goes by the parameters' names, as the recorder has it."""
-        inputs = [] if name in SHAPE_ONLY else list(tensors_in((*args, *kwargs.values())))
+        inputs = [] if name in SHAPE_ONLY else list(tensors_in((*call.args, *call.kwargs.values())))
         if name == "getitem" and all(not index.is_floating_point() and index.dim() == 0 for index in inputs[1:]):
             inputs = inputs[:1]  # the slice that the data chose, as the recorder has it
         constants = [tensor for tensor in inputs if tensor in self._constants]
         weights = [tensor for tensor in inputs if tensor in self._keys]
         if name in RANDOM or len(constants) + len(weights) < len(inputs):
             return
-        if weights and _makes_activation(name, args, kwargs, constants):
+        if weights and _makes_activation(name, call, constants):
             return
         names = sorted({name for tensor in weights for name in self._keys[tensor].names})
         for tensor in tensors_in(result):
@@ -173,12 +167,12 @@ class OperandObserver(TorchFunctionMode):
                     self._constants[tensor] = True
 
 
-def _makes_activation(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], constants: list[Tensor]) -> bool:
+def _makes_activation(name: str, call: FunctionCall, constants: list[Tensor]) -> bool:
     """Whether a call on weights and constants makes an activation, as the recorder has it."""
-    if name.startswith("embedding") or name in LAYER_NORMS:
+    if is_lookup(name) or name in LAYER_NORMS:
         return True
     if name not in MATMULS:
         return False
-    if "weight" in MATMULS[name].operands(args, kwargs):
+    if "weight" in MATMULS[name].operands(call):
         return True
     return any(tensor.is_floating_point() and tensor.dim() > 1 for tensor in constants)

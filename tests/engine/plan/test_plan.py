@@ -439,3 +439,13 @@ def test_scale_learning_rates_takes_the_plan() -> None:
     plain = build(case)
     with pytest.raises(UnitScalingError):
         scale_learning_rates(torch.optim.AdamW(plain.parameters(), lr=1e-3), plan)
+
+
+def test_a_transposition_by_einsum_above_a_softmax_is_no_attention() -> None:
+    class Transposing(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self[1](torch.einsum("bij->bji", self[0](x)).softmax(-1))
+
+    x = torch.randn(2, 8, 8)
+    plan = unit_scale(Transposing(nn.Linear(8, 8), nn.Linear(8, 8)), lambda model: model(x).square().mean())
+    assert {site.role for site in plan.sites} == {"hidden", "readout", "product"}
