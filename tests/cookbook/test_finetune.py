@@ -18,8 +18,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import transformers
-from lightning_unitscale.cookbook.data.batches import ImageBatch, PairBatch, TextBatch
-from lightning_unitscale.cookbook.tasks.fine_tuning import freeze_parameters
 from peft import PeftModel
 from sklearn.dummy import DummyClassifier
 from support.recipe_runs import run_recipe
@@ -48,8 +46,13 @@ from lightning_unitscale.cookbook.data.examples import Examples, Labelled, Pair,
 from lightning_unitscale.cookbook.data.labelled_files import labelled_file, paired_file
 from lightning_unitscale.cookbook.data.standard_library import python_sources, source_snippets, split_names
 from lightning_unitscale.cookbook.data.token_text import TokenText
-from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
+from lightning_unitscale.cookbook.pretrained import load_pretrained
 from lightning_unitscale.cookbook.tasks.classification import MajorityAccuracy
+from lightning_unitscale.cookbook.tasks.image_classification import ImageBatch
+from lightning_unitscale.cookbook.tasks.sequence_to_sequence import PairBatch
+from lightning_unitscale.cookbook.tasks.task import freeze_parameters
+from lightning_unitscale.cookbook.tasks.text_classification import TextBatch
+from lightning_unitscale.cookbook.tokenizers import byte_tokenizer
 from lightning_unitscale.errors import InputError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
