@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Callback
 
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.lifecycle import TrainerScaling
+from lightning_unitscale.lifecycle import Lifecycle
 from lightning_unitscale.options import RECALIBRATE, Options
 from lightning_unitscale.strategy import UnitScalingMixin
 
@@ -72,7 +72,7 @@ class UnitScaling(Callback):
         verify: bool = True,
         optimizer_family: str | None = None,
     ) -> None:
-        self.unit_scaling = TrainerScaling(
+        self.unit_scaling = Lifecycle(
             Options(
                 scheme=scheme,
                 format=format,

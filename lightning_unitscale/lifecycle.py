@@ -1,18 +1,23 @@
-"""Unit scaling inside a Lightning Strategy, where it sees the first real batch and every checkpoint.
+"""What happens when in one Trainer: unit scaling inside its Strategy, which sees the first real batch and checkpoints.
 
-`TrainerScaling` is the one implementation. A named strategy (`UnitScalingMixin`) calls it from its overridden methods;
-the callback alone wraps the same few methods on the instance of whatever strategy the Trainer has.
+`Lifecycle` is the one implementation. A named strategy (`UnitScalingMixin`) calls it from its overridden methods; the
+callback alone wraps the same few methods on the instance of whatever strategy the Trainer has.
 
-When what happens:
-
-    before the run           a compiled LightningModule's `log` is kept out of the compiler
-    load_model_state_dict    a checkpoint's plan is put in force before its weights are loaded
-    on_train_batch_start     no plan yet: the step is rehearsed on this batch and the plan put in force; optimizers
-                             get their learning-rate multipliers
-    backward                 starts from the loss scale where gradients travel in FP16
-    on_train_batch_end       after a measured step, operands are cast with the scales that were found
-    save_checkpoint          the plan is saved beside the weights
-    teardown, on_exception   strategy, optimizers and `log` are as before; the model keeps its plan
+    Lightning calls          we run                   which does
+    setup                    before_run               the `log` of a compiled LightningModule is kept out of the
+                                                      compiler
+    load_model_state_dict    before_loading           the checkpoint's plan is put in force, then weights are loaded
+    on_train_batch_start     before_train_batch       no plan yet: the step is rehearsed on this batch, and the plan
+                                                      that follows is put in force. Then, where it is not done yet:
+                                                      optimizers get their learning-rate multipliers, FP16 gradients
+                                                      their loss scale, and a step that is due is measured
+    backward                 around_backward          starts from the loss scale, if there is one
+    optimizer_step           around_optimizer_step    a step whose FP16 gradients overflowed is left out, loudly
+    on_train_batch_end       after_train_batch        after a measured step, operands are cast with the scales found
+    save_checkpoint          before_saving            the plan is saved beside the weights
+    teardown                 after_run                `release`; an error if no batch had a loss to prepare with
+    on_exception             release                  strategy, optimizers and `log` are as before; the model keeps
+                                                      its plan
 """
 
 from __future__ import annotations
@@ -39,39 +44,39 @@ from lightning_unitscale.engine.plan.summary import headline
 from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
-from lightning_unitscale.optim.families import FAMILIES, optimizer_family
-from lightning_unitscale.optim.scaled_step import ScaledStep, scale_learning_rates
-from lightning_unitscale.options import Options
+from lightning_unitscale.optim.families import check_family, optimizer_family
+from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
+from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps, scale_learning_rates
+from lightning_unitscale.options import PLAN_OPTIONS, Options
 from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
-
-LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay is below 1e-3
-SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)
-_BEFORE = {"on_train_batch_start": "before_train_batch", "load_model_state_dict": "before_loading"}
-_AROUND = {"backward": "around_backward", "optimizer_step": "around_optimizer_step"}
-# The options that decide what a plan says.
-_OF_THE_PLAN = ("scheme", "format", "storage", "lr_units", "weights", "activations", "gradients", "skip", "overrides")
+from lightning_unitscale.schemes import find
+from lightning_unitscale.wrapped_methods import WrappedMethods
 
 
-class TrainerScaling:
+class Lifecycle:
     """Unit scaling of one Trainer's model.
 
     Args:
         options: what to do.
         optimizer_family: "adam" | "sgd" | "muon" for optimizer classes that `optimizer_family` does not know.
+
+    Attributes:
+        plan: the plan in force, from the first training step on; None before.
+
+    Raises:
+        UnitScalingError: there is no such scheme or family.
     """
 
     def __init__(self, options: Options, optimizer_family: str | None = None) -> None:
-        if optimizer_family is not None and optimizer_family not in FAMILIES:
-            raise UnitScalingError(
-                f"optimizer_family={optimizer_family!r} is not known; choose one of {', '.join(map(repr, FAMILIES))}."
-            )
+        find(options.scheme)
+        check_family(optimizer_family, "optimizer_family")
         self.options = options
         self.optimizer_family = optimizer_family
         self.plan: Plan | None = None
-        self._steps: dict[int, tuple[Optimizer, Plan, ScaledStep]] = {}  # holds the optimizers, so ids stay theirs
+        self._steps: dict[Optimizer, tuple[Plan, ScaledStep | None]] = {}  # None where no step is to be another
         self._calibration: Calibration | None = None
         self._loss_scale: LossScale | None = None
-        self._wrapped: Strategy | None = None
+        self._wrapped: WrappedMethods | None = None
         self._uncompiled: pl.LightningModule | None = None
         self._without_loss: NoLossError | None = None
 
@@ -80,37 +85,26 @@ class TrainerScaling:
         """All that it was told."""
         return self.options, self.optimizer_family
 
+    @property
+    def _changes_training(self) -> bool:
+        return find(self.options.scheme).changes_training
+
+    # --- before and after a run -------------------------------------------------------------------------------
+
     def wrap(self, strategy: Strategy) -> None:
         """Take over the methods of a strategy instance that is not a `UnitScalingMixin`."""
-        if self._wrapped is not strategy:
-            for name, ours in _BEFORE.items():
-                setattr(strategy, name, _Wrapper(getattr(self, ours), strategy, name, around=False))
-            for name, ours in _AROUND.items():
-                setattr(strategy, name, _Wrapper(getattr(self, ours), strategy, name, around=True))
-            self._wrapped = strategy
+        if self._wrapped is None or self._wrapped.strategy is not strategy:
+            self._wrapped = WrappedMethods(
+                strategy,
+                before={"on_train_batch_start": self.before_train_batch, "load_model_state_dict": self.before_loading},
+                around={"backward": self.around_backward, "optimizer_step": self.around_optimizer_step},
+            )
 
-    def release(self) -> None:
-        """Give strategy, optimizers and module their own methods back; the model keeps its plan."""
-        if self._wrapped is not None:
-            for name in (*_BEFORE, *_AROUND):
-                wrapper = self._wrapped.__dict__.pop(name, None)
-                while wrapper is not None and not isinstance(wrapper, _Wrapper):  # one that was put around ours
-                    wrapper = getattr(wrapper, "__wrapped__", None)
-                if isinstance(wrapper, _Wrapper) and wrapper.replaced is not None:
-                    setattr(self._wrapped, name, wrapper.replaced)
-            self._wrapped = None
-        if self._uncompiled is not None:
-            self._uncompiled.__dict__.pop("log", None)
-            self._uncompiled = None
-        for _, _, step in self._steps.values():
-            step.remove()
-        self._steps.clear()
-        if self._calibration is not None:
-            self._calibration.abort()
-            self._calibration = None
-        if self._loss_scale is not None:
-            self._loss_scale.remove()
-            self._loss_scale = None
+    def before_run(self, module: pl.LightningModule) -> None:
+        """Keep `log` of a compiled LightningModule out of the compiler, which it crashes (torch 2.12, 2.13)."""
+        if getattr(module, "_compiler_ctx", None) is not None and "log" not in module.__dict__:
+            module.__dict__["log"] = torch.compiler.disable(module.log)
+            self._uncompiled = module
 
     def after_run(self) -> None:
         """Leave the strategy as it was.
@@ -123,83 +117,129 @@ class TrainerScaling:
         if error is not None:
             raise error
 
-    def before_run(self, module: pl.LightningModule) -> None:
-        """Keep `log` of a compiled LightningModule out of the compiler, which it crashes (torch 2.12, 2.13)."""
-        if getattr(module, "_compiler_ctx", None) is not None and "log" not in module.__dict__:
-            module.__dict__["log"] = torch.compiler.disable(module.log)
-            self._uncompiled = module
+    def release(self) -> None:
+        """Give strategy, optimizers and module their own methods back; the model keeps its plan."""
+        if self._wrapped is not None:
+            self._wrapped.undo()
+            self._wrapped = None
+        if self._uncompiled is not None:
+            self._uncompiled.__dict__.pop("log", None)
+            self._uncompiled = None
+        for _, step in self._steps.values():
+            if step is not None:
+                step.remove()
+        self._steps.clear()
+        if self._calibration is not None:
+            self._calibration.abort()
+            self._calibration = None
+        if self._loss_scale is not None:
+            self._loss_scale.remove()
+            self._loss_scale = None
+
+    # --- before a batch ---------------------------------------------------------------------------------------
 
     def before_train_batch(self, strategy: Strategy, batch: Any, batch_idx: int) -> None:
-        """Prepare the model if it is not, and give every optimizer its multipliers."""
-        module = strategy.lightning_module
-        assert module is not None
-        plan = self._plan_to_go_on_with(module)
+        """See to it that a plan is in force, and to all that goes with it.
+
+        Raises:
+            UnitScalingError: the model can't be prepared, or its plan was made with other options.
+        """
+        module = _module_of(strategy)
+        step = _training_step(batch, batch_idx)
+        plan = self._plan_in_force(module)
         if plan is None:
-            if self.options.scheme != "preserve":
-                for optimizer in strategy.optimizers:
-                    self._family(optimizer)  # before anything is changed
-            try:
-                plan = prepare(
-                    module,
-                    lambda run: run.training_step(batch, batch_idx),
-                    self.options,
-                    module.trainer,
-                    agree=lambda plan: strategy.broadcast(plan, src=0),
-                )
-            except NoLossError as error:
-                if module.trainer.world_size > 1:  # another process may have a loss, and waits for this one
-                    raise
-                if self._without_loss is None:
-                    warnings.warn(
-                        f"unit scaling: the step on batch {batch_idx} gives no loss; the model stays as it is until a "
-                        "batch has one.",
-                        stacklevel=2,
-                    )
-                self._without_loss = error
-                return
-            rank_zero_info(headline(plan))
-            if not plan.is_plain:
-                rank_zero_info(
-                    "unit scaling: the weights in checkpoints of this model are its function only together with the "
-                    "plan beside them. Where lightning_unitscale is imported it is put in force as they are loaded; "
-                    "elsewhere they are refused."
-                )
-            for average in _averages(module.trainer):
-                rescale_parameters(average, plan)
-                put_in_force(average, Plan.from_dict(plan.to_dict()))
-        elif plan is not self.plan:
-            self._check_options(plan)
+            plan = self._prepare(strategy, module, step, batch_idx)
+        if plan is None:
+            return  # this batch has no loss, the next may have one
         self.plan, self._without_loss = plan, None
-        if plan.scheme != "preserve" or any(p.lr_override is not None for p in plan.parameters.values()):
+        for optimizer in strategy.optimizers:
+            self._scale_steps(optimizer, plan, module)
+        self._scale_losses(strategy, module, plan, step)
+        self._measure_if_due(module, plan)
+
+    def _plan_in_force(self, module: pl.LightningModule) -> Plan | None:
+        """The model's plan; None if it is to be prepared.
+
+        Where training is to stay as it was, a plan whose weights alone are the function gives way to one of our own.
+        """
+        models = [module, *_averages(module.trainer)]
+        plan, *_ = [adopt(model) for model in models]
+        if plan is None or plan is self.plan:
+            return plan
+        if not self._changes_training and plan.is_plain and self._other_options(plan):
+            for model in models:
+                if plan_of(model) is not None:
+                    forget(model)
+            return None
+        self._check_options(plan)
+        return plan
+
+    def _prepare(self, strategy: Strategy, module: pl.LightningModule, step: Step, batch_idx: int) -> Plan | None:
+        """Rehearse the step and put its plan in force on the model and its averages; None if the step has no loss."""
+        if self._changes_training:
             for optimizer in strategy.optimizers:
-                self._scale_steps(optimizer, plan, module)
-        if self.options.format == "fp16" and self.options.gradients and self._loss_scale is None:
-            self._scale_loss(strategy, module, plan, lambda run: run.training_step(batch, batch_idx))
-        if self._calibration is None or self._calibration.plan is not plan:
-            check_device(module, plan)
-            self._calibration = Calibration(module, plan, self.options.recalibrate)
-        if self._calibration.step is None and self._calibration.due(module.trainer.global_step):
-            self._calibration.begin(module.trainer.global_step)
+                self._family(optimizer)  # is known, before anything is changed
+        try:
+            plan = prepare(
+                module, step, self.options, module.trainer, agree=lambda plan: strategy.broadcast(plan, src=0)
+            )
+        except NoLossError as error:
+            self._wait_for_a_loss(error, module.trainer, batch_idx)
+            return None
+        _announce(plan)
+        for average in _averages(module.trainer):
+            rescale_parameters(average, plan)
+            put_in_force(average, Plan.from_dict(plan.to_dict()))
+        return plan
 
-    def after_train_batch(self, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Once a measured step is complete, cast with what it showed; the first time, check the casts."""
-        calibration, trainer = self._calibration, module.trainer
-        if calibration is None or calibration.step is None or trainer.global_step <= calibration.step:
+    def _wait_for_a_loss(self, error: NoLossError, trainer: pl.Trainer, batch_idx: int) -> None:
+        if trainer.world_size > 1:  # another process may have a loss, and waits for this one
+            raise error
+        if self._without_loss is None:
+            warnings.warn(
+                f"unit scaling: the step on batch {batch_idx} gives no loss; the model stays as it is until a "
+                "batch has one.",
+                stacklevel=2,
+            )
+        self._without_loss = error
+
+    def _scale_steps(self, optimizer: Optimizer, plan: Plan, module: pl.LightningModule) -> None:
+        """Give an optimizer the plan's learning-rate multipliers, if it has not got them and any is not 1."""
+        known, step = self._steps.get(optimizer, (None, None))
+        if known is plan:
             return
-        first = not calibration.plan.measured_at
-        calibration.finish()
-        if first and self.options.verify:
-            problems = verify_casts(module, calibration.plan, lambda run: run.training_step(batch, batch_idx), trainer)
-            for use, problem in trainer.strategy.broadcast(problems, src=0).items():
-                fall_back(module, calibration.plan, use, problem)
+        if step is not None:
+            step.remove()
+        step = None
+        if changes_steps(plan):
+            step = scale_learning_rates(optimizer, plan, module=module, family=self._family(optimizer))
+            if plan.lr_units == "umup":
+                warn_of_ordinary_units(optimizer)
+        self._steps[optimizer] = plan, step
 
-    def _scale_loss(self, strategy: Strategy, module: pl.LightningModule, plan: Plan, step: Step) -> None:
+    def _family(self, optimizer: Optimizer) -> str:
+        return optimizer_family(optimizer, otherwise=self.optimizer_family)
+
+    def _scale_losses(self, strategy: Strategy, module: pl.LightningModule, plan: Plan, step: Step) -> None:
         """Give losses a scale if gradients travel in FP16 and no GradScaler sees to it."""
+        if self._loss_scale is not None or self.options.format != "fp16" or not self.options.gradients:
+            return
         if not needs_loss_scale(module) or getattr(strategy.precision_plugin, "scaler", None) is not None:
             return
         if plan.loss_scale is None:
             plan.loss_scale = strategy.broadcast(find_loss_scale(module, step, module.trainer), src=0)
         self._loss_scale = LossScale(module, plan.loss_scale)
+
+    def _measure_if_due(self, module: pl.LightningModule, plan: Plan) -> None:
+        """Watch the operands of this step's casts, if the schedule names it; over all micro-batches of the step."""
+        if self._calibration is None or self._calibration.plan is not plan:
+            check_device(module, plan)
+            self._calibration = Calibration(module, plan, self.options.recalibrate)
+        step = module.trainer.global_step
+        if self._calibration.step is None and self._calibration.due(step):
+            self._calibration.begin(step)
+
+    # --- in a step, and after it ------------------------------------------------------------------------------
 
     def around_backward(
         self, strategy: Strategy, proceed: Callable[..., Any], closure_loss: torch.Tensor, *args: Any, **kwargs: Any
@@ -223,8 +263,7 @@ class TrainerScaling:
         scale, plan = self._loss_scale, self.plan
         if scale is None or plan is None:
             return proceed(optimizer, closure, *args, **kwargs)
-        assert strategy.lightning_module is not None
-        step = strategy.lightning_module.trainer.global_step
+        step = _module_of(strategy).trainer.global_step
 
         def checked() -> Any:
             output = closure()
@@ -234,51 +273,19 @@ class TrainerScaling:
 
         return proceed(optimizer, checked, *args, **kwargs)
 
-    def _scale_steps(self, optimizer: Optimizer, plan: Plan, module: pl.LightningModule) -> None:
-        _, known, _ = self._steps.get(id(optimizer), (None, None, None))
-        if known is plan:
+    def after_train_batch(self, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Once a measured step is complete, cast with what it showed; the first time, check the casts."""
+        calibration, trainer = self._calibration, module.trainer
+        if calibration is None or calibration.step is None or trainer.global_step <= calibration.step:
             return
-        step = scale_learning_rates(optimizer, plan, module=module, family=self._family(optimizer))
-        self._steps[id(optimizer)] = (optimizer, plan, step)
-        if plan.lr_units == "umup":
-            for group in optimizer.param_groups:
-                _warn_of_units(group)
+        first = not calibration.plan.measured_at
+        calibration.finish()
+        if first and self.options.verify:
+            problems = verify_casts(module, calibration.plan, _training_step(batch, batch_idx), trainer)
+            for use, problem in trainer.strategy.broadcast(problems, src=0).items():
+                fall_back(module, calibration.plan, use, problem)
 
-    def _family(self, optimizer: Optimizer) -> str:
-        try:
-            return optimizer_family(optimizer)
-        except UnitScalingError as error:
-            if self.optimizer_family is not None:
-                return self.optimizer_family
-            raise UnitScalingError(
-                f"{error} With a Trainer, say it as UnitScaling(optimizer_family=…) or as the same argument of the "
-                "strategy."
-            ) from None
-
-    def _plan_to_go_on_with(self, module: pl.LightningModule) -> Plan | None:
-        """The plan in force, unless its weights alone are the function and `preserve` is to keep that."""
-        models = [module, *_averages(module.trainer)]
-        plan, *_ = [adopt(model) for model in models]
-        if plan is None or plan is self.plan or not self._other_options(plan):
-            return plan
-        if self.options.scheme != "preserve" or not plan.is_plain:
-            return plan
-        for model in models:
-            if plan_of(model) is not None:
-                forget(model)
-        return None
-
-    def _other_options(self, plan: Plan) -> dict[str, tuple[Any, Any]]:
-        """The options under which the plan was made and ours, where they differ."""
-        theirs, ours = as_plain_data(plan.options), as_plain_data(self.options.to_dict())
-        return {name: (theirs[name], ours[name]) for name in _OF_THE_PLAN if theirs.get(name, ours[name]) != ours[name]}
-
-    def _check_options(self, plan: Plan) -> None:
-        for name, (theirs, ours) in self._other_options(plan).items():
-            raise UnitScalingError(
-                f"the model (or its checkpoint) was prepared with {name}={theirs!r}, but UnitScaling has "
-                f"{name}={ours!r}. Use the same, or start from an unprepared model."
-            )
+    # --- checkpoints ------------------------------------------------------------------------------------------
 
     def before_loading(self, strategy: Strategy, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Put the checkpoint's plan in force before its weights are loaded.
@@ -287,13 +294,12 @@ class TrainerScaling:
             UnitScalingError: a run would be resumed under another scaling than it was trained with, or the plan is
                 of another model.
         """
-        module = strategy.lightning_module
-        assert module is not None
+        module = _module_of(strategy)
         plan = plan_in(checkpoint)
         if module.trainer.state.fn == TrainerFn.FITTING:
             if plan is not None:
                 self._check_options(plan)
-            elif self.options.scheme != "preserve" and _is_of_a_run(checkpoint):
+            elif self._changes_training and _is_of_a_run(checkpoint):
                 raise UnitScalingError(
                     f"the checkpoint (step {checkpoint['global_step']}) was trained without unit scaling, and "
                     f"scheme={self.options.scheme!r} would change its weights and learning rates. Go on with "
@@ -308,25 +314,27 @@ class TrainerScaling:
         if plan is not None:
             checkpoint[PLAN_KEY] = as_plain_data(plan.to_dict())
 
+    def _check_options(self, plan: Plan) -> None:
+        for name, (theirs, ours) in self._other_options(plan).items():
+            raise UnitScalingError(
+                f"the model (or its checkpoint) was prepared with {name}={theirs!r}, but UnitScaling has "
+                f"{name}={ours!r}. Use the same, or start from an unprepared model."
+            )
 
-class _Wrapper:
-    """A method of a strategy instance, run after ours or inside it; picklable, as a Trainer that spawns must be."""
+    def _other_options(self, plan: Plan) -> dict[str, tuple[Any, Any]]:
+        """The options under which the plan was made and ours, where they differ."""
+        theirs, ours = as_plain_data(plan.options), as_plain_data(self.options.to_dict())
+        return {name: (theirs[name], ours[name]) for name in PLAN_OPTIONS if theirs.get(name, ours[name]) != ours[name]}
 
-    def __init__(self, ours: Callable[..., Any], strategy: Strategy, name: str, *, around: bool) -> None:
-        self.ours, self.strategy, self.name, self.around = ours, strategy, name, around
-        self.replaced = strategy.__dict__.get(name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.around:
-            return self.ours(self.strategy, self.proceed, *args, **kwargs)
-        self.ours(self.strategy, *args, **kwargs)
-        return self.proceed(*args, **kwargs)
+def _module_of(strategy: Strategy) -> pl.LightningModule:
+    module = strategy.lightning_module
+    assert module is not None
+    return module
 
-    def proceed(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the method that this one stands in for."""
-        if self.replaced is not None:
-            return self.replaced(*args, **kwargs)
-        return getattr(type(self.strategy), self.name)(self.strategy, *args, **kwargs)
+
+def _training_step(batch: Any, batch_idx: int) -> Step:
+    return lambda run: run.training_step(batch, batch_idx)
 
 
 def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
@@ -341,25 +349,16 @@ def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
             yield average.module if isinstance(average, AveragedModel) else average
 
 
+def _announce(plan: Plan) -> None:
+    rank_zero_info(headline(plan))
+    if not plan.is_plain:
+        rank_zero_info(
+            "unit scaling: the weights in checkpoints of this model are its function only together with the plan "
+            "beside them. Where lightning_unitscale is imported it is put in force as they are loaded; elsewhere they "
+            "are refused."
+        )
+
+
 def _is_of_a_run(checkpoint: Mapping[str, Any]) -> bool:
     """Whether it has taken steps and can be resumed."""
     return bool(checkpoint.get("global_step", 0) > 0 and checkpoint.get("optimizer_states"))
-
-
-def _warn_of_units(group: Mapping[str, Any]) -> None:
-    """A learning rate or decay that would be usual in ordinary units, given in u-μP's."""
-    lr = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
-    decay = lr * float(group.get("weight_decay") or 0.0)
-    if lr < SMALL_LEARNING_RATE:
-        warnings.warn(
-            f"lr_units='umup' with a learning rate of {lr:g}: in u-μP units about 1 is usual (try 0.1 to 4), and below "
-            f"{SMALL_LEARNING_RATE} a model hardly learns. For a learning rate with its ordinary meaning use "
-            "lr_units='standard'.",
-            stacklevel=2,
-        )
-    if decay > LARGE_DECAY:
-        warnings.warn(
-            f"lr_units='umup' with lr · weight_decay = {decay:g}: decoupled weight decay would take that share of each "
-            "weight in each step. Divide weight_decay by what the learning rate grew by (1e-4 is usual at lr 1 to 2).",
-            stacklevel=2,
-        )

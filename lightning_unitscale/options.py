@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from math import isfinite
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import FORMATS
 
-SCHEMES = ("umup", "preserve")
 STORAGES = ("folded", "unit")
 LR_UNITS = ("standard", "umup")
 ROLES = (
@@ -23,7 +22,11 @@ OVERRIDE_KEYS = ("role", "multiplier", "lr_multiplier", "format", "attention_for
 RECALIBRATE = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 
 
-def _choose(name: str, value: object, allowed: Sequence[str]) -> None:
+def choose(name: str, value: object, allowed: Sequence[str]) -> None:
+    """
+    Raises:
+        UnitScalingError: the value is not one of the allowed ones.
+    """
     if value in allowed:
         return
     near = get_close_matches(str(value), allowed, n=1)
@@ -88,11 +91,10 @@ class Options:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        _choose("scheme", self.scheme, SCHEMES)
-        _choose("storage", self.storage, STORAGES)
-        _choose("lr_units", self.lr_units, LR_UNITS)
+        choose("storage", self.storage, STORAGES)
+        choose("lr_units", self.lr_units, LR_UNITS)
         if self.format is not None:
-            _choose("format", self.format, tuple(FORMATS))
+            choose("format", self.format, tuple(FORMATS))
         for name in ("weights", "activations", "gradients", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise UnitScalingError(f"{name}={getattr(self, name)!r} must be True or False.")
@@ -101,15 +103,19 @@ class Options:
         overrides = _overrides(self.overrides)
         for glob, value in overrides.items():
             for key in value:
-                _choose(f"overrides[{glob!r}] key", key, OVERRIDE_KEYS)
+                choose(f"overrides[{glob!r}] key", key, OVERRIDE_KEYS)
             _check_override(glob, value)
             if "role" in value:
-                _choose(f"overrides[{glob!r}] role", value["role"], ROLES)
+                choose(f"overrides[{glob!r}] role", value["role"], ROLES)
             for key in ("format", "attention_format"):
                 if value.get(key) is not None:
-                    _choose(f"overrides[{glob!r}] {key}", value[key], tuple(FORMATS))
+                    choose(f"overrides[{glob!r}] {key}", value[key], tuple(FORMATS))
         object.__setattr__(self, "overrides", overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only, so that a checkpoint with it loads under `weights_only=True`."""
         return {**asdict(self), "skip": list(self.skip), "recalibrate": list(self.recalibrate)}
+
+
+# The options that decide what a plan says; the others say when to look, or whether to check.
+PLAN_OPTIONS = tuple(option.name for option in fields(Options) if option.name not in ("recalibrate", "verify"))

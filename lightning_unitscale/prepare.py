@@ -26,7 +26,8 @@ from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import install, rescale_parameters, restore_parameters, uninstall
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.options import Options
-from lightning_unitscale.schemes import SCHEMES
+from lightning_unitscale.schemes import find
+from lightning_unitscale.schemes.planner import make_plan
 
 Step = Callable[[Rehearsal], Any]  # runs one step's forward pass and returns its loss, or a dict with it
 
@@ -41,7 +42,7 @@ def prepare(
     """Record one step of the model and put its plan in force, in place.
 
     Args:
-        module: the untouched model, or, under `preserve`, one whose weights alone are the function.
+        module: the untouched model, or, under a scheme that changes nothing, one whose weights alone are the function.
         step: runs one step's forward pass on real data and returns the loss.
         trainer: the Lightning trainer, if there is one, whose loggers and optimizers the step must not reach.
         agree: makes all processes use one process's plan (data-dependent routing may show each another model).
@@ -49,17 +50,18 @@ def prepare(
     Raises:
         UnitScalingError: see `unit_scale`.
     """
+    scheme = find(options.scheme)
     current = plan_of(module)
-    if current is not None and options.scheme == "preserve" and current.is_plain:
+    if current is not None and not scheme.changes_training and current.is_plain:
         forget(module)
     elif current is not None:
         raise UnitScalingError(
             f"{type(module).__name__} is already unit-scaled; call remove_unit_scaling() first to prepare it anew."
         )
     trace = record(module, step, trainer)
-    plan = SCHEMES[options.scheme](module, trace, options)
+    plan = make_plan(scheme, module, trace, options)
     _refuse_nothing(module, trace, plan)
-    if options.scheme != "preserve":
+    if plan.changes_training:
         refuse_trained(module, trace, plan)
     plan = Plan.from_dict(agree(plan.to_dict()))
     check_device(module, plan)

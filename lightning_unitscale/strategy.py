@@ -1,4 +1,4 @@
-"""The named strategies: `Trainer(strategy="unitscale")`. See `trainer_scaling` for what they do and when."""
+"""The named strategies: `Trainer(strategy="unitscale")`. See `lifecycle` for what they do and when."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.lifecycle import TrainerScaling
+from lightning_unitscale.lifecycle import Lifecycle
 from lightning_unitscale.options import Options
 
 
 class _BatchEnd(pl.Callback):
     """What a strategy is not told: that a batch is done. Stands in for `UnitScaling` where that is not there."""
 
-    def __init__(self, scaling: TrainerScaling) -> None:
-        self.scaling = scaling
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self.lifecycle = lifecycle
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.scaling.after_train_batch(pl_module, batch, batch_idx)
+        self.lifecycle.after_train_batch(pl_module, batch, batch_idx)
 
 
 class UnitScalingMixin(Strategy):
@@ -40,7 +40,7 @@ class UnitScalingMixin(Strategy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         options = {f.name: kwargs.pop(f.name) for f in fields(Options) if f.name in kwargs}
         family = kwargs.pop("optimizer_family", None)
-        self.unit_scaling = TrainerScaling(Options(**options), family)
+        self.unit_scaling = Lifecycle(Options(**options), family)
         self._callbacks: list[pl.Callback] = []  # the Trainer's, during a run in this process
         super().__init__(*args, **kwargs)
 

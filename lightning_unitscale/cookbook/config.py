@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import GenericAlias
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from lightning_unitscale.options import RECALIBRATE
+from lightning_unitscale.options import Options
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -22,24 +25,32 @@ def shipped(folder: str) -> Path:
     raise FileNotFoundError(f"{folder}/ is neither in {PACKAGE} nor beside it; reinstall lightning-unitscale")
 
 
-@dataclass
-class UnitScalingNode:
-    """The node `unitscale`: the arguments of `UnitScaling`, typed so that Hydra names a wrong key or value."""
+def _mutable(annotation: Any) -> Any:
+    """A type as OmegaConf wants it: a list for a Sequence, a dict for a Mapping."""
+    container = {Sequence: list, Mapping: dict}.get(get_origin(annotation))
+    return annotation if container is None else GenericAlias(container, tuple(map(_mutable, get_args(annotation))))
 
-    _target_: str = "lightning_unitscale.UnitScaling"
-    _convert_: str = "all"  # plain containers: a DictConfig would make checkpoints unreadable
-    scheme: str = "umup"
-    format: str | None = None
-    storage: str = "folded"
-    weights: bool = True
-    activations: bool = True
-    gradients: bool = True
-    lr_units: str = "standard"
-    skip: list[str] = field(default_factory=list)
-    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
-    recalibrate: list[int] = field(default_factory=lambda: list(RECALIBRATE))
-    verify: bool = True
-    optimizer_family: str | None = None
+
+def _node_field(option: Field[Any]) -> tuple[str, Any, Any]:
+    """An option as `make_dataclass` takes it: name, type and default."""
+    annotation, default = _mutable(get_type_hints(Options)[option.name]), getattr(Options(), option.name)
+    container = get_origin(annotation)
+    if container in (list, dict):
+        return option.name, annotation, field(default_factory=partial(container, default))
+    return option.name, annotation, field(default=default)
+
+
+# The node `unitscale`: the arguments of `UnitScaling`, typed so that Hydra names a wrong key or value. Converted to
+# plain containers, as a DictConfig would make checkpoints unreadable.
+UnitScalingNode = make_dataclass(
+    "UnitScalingNode",
+    [
+        ("_target_", str, field(default="lightning_unitscale.UnitScaling")),
+        ("_convert_", str, field(default="all")),
+        *map(_node_field, fields(Options)),
+        ("optimizer_family", str | None, field(default=None)),
+    ],
+)
 
 
 def register() -> None:

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import Plan, Site, plan_of
+from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.engine.record.recorder import rms
 from lightning_unitscale.errors import InputError, UnitScalingError
 from lightning_unitscale.formats import FORMATS, cast, exponent
@@ -97,7 +98,7 @@ def narrow_weights(model: nn.Module, format: str, plan: Plan | None = None) -> N
     dtype = WEIGHT_FORMATS[format]
     sites = _plain_cast_sites(plan) if plan is not None else []
     same_weights = plan is not None and plan.storage == "folded"
-    scales = {
+    scales: dict[str, float] = {
         site.params[0]: site.operand_scales["weight"]
         for site in sites
         if same_weights and FORMATS[str(site.format)].weight == dtype
@@ -143,9 +144,10 @@ def _narrow(model: nn.Module, dtype: torch.dtype, scales: Mapping[str, float], c
         model.get_submodule(name).register_forward_pre_hook(_RoundedInput(target, scale))
 
 
-def _is_made(name: str) -> bool:
+def _is_made(key: str) -> bool:
     """Whether a parameter only goes into making a weight (weight norm), or weights are made of it together."""
-    return "parametrizations" in name.split(".") or "+" in name
+    names = ParameterKey(key).names
+    return len(names) > 1 or "parametrizations" in names[0].split(".")
 
 
 def stored_bytes(model: nn.Module) -> int:

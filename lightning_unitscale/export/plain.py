@@ -22,7 +22,8 @@ from torch.nn.utils import parametrize
 
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.fold import folded_copy
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, Plan, Site, plan_of
+from lightning_unitscale.engine.plan.plan import Plan, Site, plan_of
+from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.engine.runtime.install import restore_parameters
 from lightning_unitscale.errors import UnitScalingError
@@ -132,14 +133,8 @@ class _Mover:
             raise NotScalableError(site.reason or "no weight of its own takes it")
 
     def _calls_of(self, site: Site) -> list[Call]:
-        calls = [a.call for a in self.structure.attentions if a.call.frame is not None and a.call.name == site.op]
-        found = [
-            call
-            for call in calls
-            if call.frame is not None
-            and (call.frame.module, call.frame.method) == (site.module, site.method)
-            and site.ordinal in (EVERY_CALL, call.ordinal)
-        ]
+        calls = [attention.call for attention in self.structure.attentions]
+        found = [call for call in calls if site.place in (call.place, call.place.at_every_call)]
         if not found:
             raise NotScalableError("the example inputs do not reach it")
         return found
@@ -154,7 +149,7 @@ class _Mover:
     # --- factors of weights -----------------------------------------------------------------------------------------
 
     def _move_weight(self, site: Site, key: str, factor: float) -> None:
-        owner = key.split("+")[0].partition(".parametrizations.")
+        owner = ParameterKey(key).names[0].partition(".parametrizations.")
         if owner[1]:
             self._scale_parametrized(owner[0], owner[2].split(".")[0], factor)
             return
@@ -175,7 +170,7 @@ class _Mover:
         """What the weight is multiplied with; for a gain, itself, as its expression (1 + w) is its own."""
         if call not in self.structure.sites:
             return next(v for v in call.inputs if v.key == key)
-        operands = MATMULS[call.name].operands(call.args, call.kwargs).values()
+        operands = MATMULS[call.name].operands(call).values()
         moving = [v for v in operands if isinstance(v, Value) and v.is_float and not v.parameters]
         if len(moving) != 1:
             raise NotScalableError("its matmul has no single input")

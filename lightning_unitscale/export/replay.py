@@ -9,8 +9,7 @@ For an element p that enters through an expression e(p), such as the gain 1 + p,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ def scaled_parameters(
     slopes: tuple[Tensor | None, ...] = torch.autograd.grad(
         (before * torch.randn_like(before)).sum(), [replay.leaves[v.key] for v in weights], allow_unused=True
     )
-    changed = {}
+    changed: dict[str, Tensor] = {}
     for weight, slope in zip(weights, slopes, strict=True):
         if slope is None:
             continue
@@ -130,18 +129,12 @@ class _Replay:
         return list(taken.values())
 
     def _call(self, call: Call) -> None:
-        function: Callable[..., Any] = call.function
-        args = [self._argument(argument) for argument in call.args]
-        if is_in_place(function):  # a leaf, or a value that is read again, must stay
-            args[0] = args[0].clone()
-        result = function(*args, **{name: self._argument(argument) for name, argument in call.kwargs.items()})
+        again = call.with_each(lambda argument: self.run(argument) if isinstance(argument, Value) else argument)
+        if is_in_place(call.function):  # a leaf, or a value that is read again, must stay
+            again.args = (again.args[0].clone(), *again.args[1:])
+        result = again.run()
         results = list(result) if isinstance(result, (list, tuple)) else [result]
         self._values.update(zip(call.outputs, results, strict=True))
-
-    def _argument(self, argument: Any) -> Any:
-        if isinstance(argument, Value):
-            return self.run(argument)
-        return tuple(map(self._argument, argument)) if type(argument) is tuple else argument
 
     def _leaf(self, name: str) -> Tensor:
         return self.leaves.setdefault(name, self.parameters[name].detach().clone().requires_grad_())

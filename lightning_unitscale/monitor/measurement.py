@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unitscale.engine.plan.plan import Plan, Use, plan_of
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator, Statistics
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.formats import FORMATS, OPERANDS, kind
 from lightning_unitscale.monitor.exponents import Exponents, count_exponents
 
-Scales = Mapping[tuple[Use, str], float]  # by use and operand
+Scales = Mapping[tuple[UseId, str], float]  # by use and operand
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ class Record:
         """The measurements of activations ("x"), weights or gradients, in the order of the sites' first calls."""
         return [measurement for measurement in self.measurements if measurement.kind == kind]
 
-    def scales(self) -> dict[tuple[Use, str], float]:
+    def scales(self) -> dict[tuple[UseId, str], float]:
         """The powers of two that were in front of the casts."""
-        return {((m.parameter, m.op), m.operand): m.scale for m in self.measurements if m.scale is not None}
+        return {(UseId(m.parameter, m.op), m.operand): m.scale for m in self.measurements if m.scale is not None}
 
     def append_to(self, file: Path) -> None:
         """One more line of JSON."""
@@ -158,7 +159,7 @@ class Probes:
         self.format, self._scales = check_format(format), scales or {}
         self.observer = OperandObserver(module, self._probe)
 
-    def _probe(self, use: Use, operand: str) -> Probe:
+    def _probe(self, use: UseId, operand: str) -> Probe:
         return Probe(FORMATS[self.format].dtype(operand), self._scales.get((use, operand)))
 
     def record(self, label: str, step: int) -> Record:
@@ -172,8 +173,8 @@ class Probes:
                 if not isinstance(probe, Probe) or unscaled is None or probe.exponents is None:
                     continue  # a frozen layer at the bottom has no gradient
                 yield Measurement(
-                    parameter=use[0],
-                    op=use[1],
+                    parameter=use.key,
+                    op=use.op,
                     operand=operand,
                     exponents=Exponents.of(probe.exponents),
                     unscaled=unscaled,
@@ -214,7 +215,7 @@ def measure(
     return probes.record(label, step=0)
 
 
-def plan_scales(plan: Plan | None) -> dict[tuple[Use, str], float]:
+def plan_scales(plan: Plan | None) -> dict[tuple[UseId, str], float]:
     """The operand scales of a plan."""
     return {
         (site.use, operand): scale

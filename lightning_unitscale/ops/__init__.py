@@ -1,26 +1,67 @@
-"""The matmul-like functions, by short name."""
+"""The matmul-like functions, by short name: one row for each."""
+
+from collections.abc import Callable
+from typing import Any
 
 from lightning_unitscale.ops.attention import DotProductAttention
-from lightning_unitscale.ops.linear import AddMm, Bilinear, Einsum, GroupedProduct, Linear, Product
+from lightning_unitscale.ops.call import FunctionCall
+from lightning_unitscale.ops.convolution import Convolution
+from lightning_unitscale.ops.einsum import Einsum
+from lightning_unitscale.ops.embedding import Embedding
+from lightning_unitscale.ops.linear import (
+    AddMm,
+    Bilinear,
+    GroupedProduct,
+    InnerProduct,
+    Linear,
+    Product,
+)
 from lightning_unitscale.ops.matmul import Matmul
-from lightning_unitscale.ops.weights import RECURRENT_OPS, Convolution, Embedding
+from lightning_unitscale.ops.recurrent import Recurrent
+from lightning_unitscale.ops.torch_functions import functions_by_name
 
 MATMULS: dict[str, Matmul] = {
     op.name: op
     for op in (
-        Linear(),
-        AddMm("addmm"),
-        AddMm("baddbmm"),
-        *(Product(name) for name in ("matmul", "rmatmul", "mm", "bmm", "mv", "inner")),
-        GroupedProduct(),
-        Einsum(),
-        Bilinear(),
-        *(Convolution(f"conv{kind}{n}d") for kind in ("", "_transpose") for n in (1, 2, 3)),
-        *RECURRENT_OPS,
-        Embedding("embedding"),
-        Embedding("embedding_bag"),
-        DotProductAttention(),
+        Linear("linear", x="input", weight="weight", bias="bias"),
+        AddMm("addmm", bias="input", left="mat1", right="mat2"),
+        AddMm("baddbmm", bias="input", left="batch1", right="batch2", is_batched=True),
+        Product("matmul", left="input", right="other", is_batched=True),
+        Product("rmatmul", right="input", left="other", is_batched=True),
+        Product("mm", left="input", right="mat2"),
+        Product("bmm", left="input", right="mat2", is_batched=True),
+        Product("mv", left="input", right="vec"),
+        InnerProduct("inner", left="input", right="other"),
+        GroupedProduct("_grouped_mm", left="input", right="mat2"),
+        Einsum("einsum", is_batched=True),
+        Bilinear("bilinear", x="input1", y="input2", weight="weight", bias="bias"),
+        *(
+            Convolution(f"conv{kind}{n}d", x="input", weight="weight", bias="bias")
+            for kind in ("", "_transpose")
+            for n in (1, 2, 3)
+        ),
+        *(Recurrent(f"{kind}{cell}") for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu") for cell in ("", "_cell")),
+        Embedding("embedding", indices="input", weight="weight"),
+        Embedding("embedding_bag", indices="input", weight="weight"),
+        DotProductAttention("scaled_dot_product_attention", query="query", key="key", value="value"),
     )
 }
 
-__all__ = ["MATMULS", "Matmul"]
+
+def is_lookup(name: str) -> bool:
+    """Whether a function of this short name takes rows of its weight: a tied weight is used both ways."""
+    return name in MATMULS and MATMULS[name].is_lookup
+
+
+def is_attention(name: str) -> bool:
+    """Whether a function of this short name is all of attention."""
+    return name in MATMULS and MATMULS[name].is_attention
+
+
+def functions_named(name: str) -> tuple[Callable[..., Any], ...]:
+    """Every function of this short name that a function mode can see."""
+    own = MATMULS[name].functions if name in MATMULS else ()
+    return (*functions_by_name().get(name, ()), *own)
+
+
+__all__ = ["MATMULS", "FunctionCall", "Matmul", "functions_named", "is_attention", "is_lookup"]

@@ -3,57 +3,50 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
 
-from lightning_unitscale.ops.matmul import Matmul, Shape, argument, present
+from lightning_unitscale.ops.call import FunctionCall
+from lightning_unitscale.ops.matmul import Matmul
 
 
 class DotProductAttention(Matmul):
     """`F.scaled_dot_product_attention(query, key, value, …, scale=None)`; None means d_head^-½."""
 
     uncastable = "attention's own products"
-    name = "scaled_dot_product_attention"
+    is_attention = True
 
-    def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        names = ("query", "key", "value")
-        return present(**{name: argument(args, kwargs, i, name) for i, name in enumerate(names)})
+    def fan_in(self, call: FunctionCall, label: str) -> int:
+        return int(self.operands(call)["query"].shape[-1])
 
-    def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        return shapes["query"][-1]
+    def query_and_key(self, call: FunctionCall) -> tuple[Any, Any]:
+        operands = self.operands(call)
+        return operands["query"], operands["key"]
 
-    def scaled(
-        self,
-        function: Callable[..., Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        factors: Mapping[str, float],
-    ) -> Tensor:
+    def logit_scale(self, call: FunctionCall) -> Any:
+        return call.argument(6, "scale")
+
+    def logit_bias(self, call: FunctionCall) -> Any:
+        return call.argument(3, "attn_mask")
+
+    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Any:
         """A learned query, key or value is multiplied itself; `scaled_logits` takes the factor of the logits."""
-        operands = self.operands(args, kwargs)
-        scaled = {name: operand * factors.get(name, 1.0) for name, operand in operands.items()}
-        rest = {name: value for name, value in kwargs.items() if name not in scaled}
-        rest |= dict(zip(("attn_mask", "dropout_p", "is_causal"), args[3:], strict=False))
-        return function(**scaled, **rest)
+        scaled = {label: operand * factors.get(label, 1.0) for label, operand in self.operands(call).items()}
+        rest = {name: value for name, value in call.kwargs.items() if name not in scaled}
+        return call.function(*scaled.values(), *call.args[3:], **rest)
 
-    @staticmethod
-    def scaled_logits(function: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], a: float) -> Any:
-        """The same attention with its logits multiplied by `a`: free, as the function has a `scale`."""
-        query = argument(args, kwargs, 0, "query")
-        own = argument(args, kwargs, 6, "scale")
-        kwargs = dict(kwargs)
-        kwargs["scale"] = a * (query.shape[-1] ** -0.5 if own is None else own)
-        return function(*args[:6], **kwargs)
+    def scaled_logits(self, call: FunctionCall, a: float, query: int | None) -> Any:
+        """Free, as the function has a `scale`."""
+        own = self.logit_scale(call)
+        scale = a * (self.fan_in(call, "query") ** -0.5 if own is None else own)
+        return call.function(*call.args[:6], **{**call.kwargs, "scale": scale})
 
-    @staticmethod
-    def without_dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of the same attention, so that two runs can be compared."""
-        if len(args) > 4:
-            return (*args[:4], 0.0, *args[5:]), kwargs
-        return args, {**kwargs, "dropout_p": 0.0}
+    def without_dropout(self, call: FunctionCall) -> FunctionCall:
+        if len(call.args) > 4:
+            return FunctionCall(call.function, (*call.args[:4], 0.0, *call.args[5:]), call.kwargs)
+        return FunctionCall(call.function, call.args, {**call.kwargs, "dropout_p": 0.0})
 
 
 # `F.multi_head_attention_forward` hides its projections from a function mode by handing itself over whole.

@@ -19,50 +19,111 @@ import torch
 from torch import Tensor
 
 from lightning_unitscale.errors import UncastableError
+from lightning_unitscale.ops.call import FunctionCall
 from lightning_unitscale.ops.products import Products
 
-Shape = tuple[int, ...]
 Casting = Callable[[Tensor, Tensor, Products], Tensor]  # the product of x and a weight with both cast
 
 
 class Matmul(ABC):
     """A matmul-like torch function.
 
-    Operands are called by label; those in `bias_labels` are added, the others multiply. The same labels index
-    shapes (while planning), values (while recording) and tensors (while running).
+    Operands are called by label; "bias" is added, the others multiply. Questions about a call are the same whether
+    its operands are tensors (while running) or recorded values (while planning): they need nothing but a shape.
+
+    Args:
+        name: its short name, see `torch_functions`.
+        functions: its functions beside those that torch itself has by that name (a kernel of one's own).
+        is_batched: both operands may have batch dimensions, as queries and keys do.
+        arguments: what torch calls the operands, by label, in the order of its arguments.
+
+    Attributes:
+        uncastable: why its operands are never cast to a narrow format.
+        is_lookup: it takes rows of its weight, and makes no product.
+        is_attention: it is all of attention, softmax included.
     """
 
-    name: str
-    bias_labels: frozenset[str] = frozenset()
-    uncastable = ""  # why its operands are never cast to a narrow format
+    uncastable = ""
+    is_lookup = False
+    is_attention = False
 
-    @abstractmethod
-    def operands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def __init__(self, name: str, *functions: Callable[..., Any], is_batched: bool = False, **arguments: str) -> None:
+        self.name, self.functions, self.is_batched, self.arguments = name, functions, is_batched, arguments
+
+    def operands(self, call: FunctionCall) -> dict[str, Any]:
         """The tensor operands by label, in the order of the arguments; absent ones are left out."""
+        found = {}
+        for position, (label, name) in enumerate(self.arguments.items()):
+            operand = call.argument(position, name)
+            if operand is not None:
+                found[label] = operand
+        return found
 
-    def is_bias(self, label: str, shape: Shape) -> bool:
+    def is_bias(self, label: str, operand: Any) -> bool:
         """Whether the operand is added rather than multiplied."""
-        return label in self.bias_labels
+        return label == "bias"
+
+    def multiplicands(self, call: FunctionCall) -> dict[str, Any]:
+        """The operands that are multiplied, not added."""
+        return {label: operand for label, operand in self.operands(call).items() if not self.is_bias(label, operand)}
 
     @abstractmethod
-    def fan_in(self, label: str, shapes: Mapping[str, Shape], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    def fan_in(self, call: FunctionCall, label: str) -> int:
         """Number of terms summed into one output element, `label` being the weight."""
 
-    def cast_operands(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], is_weight: Callable[[Any], bool]
-    ) -> tuple[Any, Any] | None:
+    # --- scaled ------------------------------------------------------------------------------------------------
+
+    def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Any:
+        """Run the call with the operands multiplied by their factors (by label; 1 where absent).
+
+        Where the function has no room for the constant it multiplies the output.
+        """
+        return call.run() * self.product_factor(factors)
+
+    def product_factor(self, factors: Mapping[str, float]) -> float:
+        """The product of the multiplicands' factors."""
+        product = 1.0
+        for label, factor in factors.items():
+            if label != "bias":
+                product *= factor
+        return product
+
+    # --- as a part of attention --------------------------------------------------------------------------------
+
+    def query_and_key(self, call: FunctionCall) -> tuple[Any, Any]:
+        """The two operands whose product attention logits are."""
+        query, key = list(self.multiplicands(call).values())[-2:]
+        return query, key
+
+    def logit_scale(self, call: FunctionCall) -> Any:
+        """The caller's own factor of the logits; None where the function has none, or takes its default."""
+        return None
+
+    def logit_bias(self, call: FunctionCall) -> Any:
+        """What the function itself adds to the logits; None for nothing."""
+        return None
+
+    def scaled_logits(self, call: FunctionCall, a: float, query: int | None) -> Any:
+        """Run the call with its logits multiplied by `a`, where the query is the argument at this position."""
+        if query is None:
+            return call.run() * a
+        args = call.args
+        return call.function(*args[:query], args[query] * a, *args[query + 1 :], **call.kwargs)
+
+    def without_dropout(self, call: FunctionCall) -> FunctionCall:
+        """The same call, such that two runs can be compared."""
+        return call
+
+    # --- with operands in narrow formats -----------------------------------------------------------------------
+
+    def cast_operands(self, call: FunctionCall, is_weight: Callable[[Any], bool]) -> tuple[Any, Any] | None:
         """The activation and the weight, if the call is the product of just these two; None for any other."""
-        found = list(self.multiplicands(args, kwargs).values())
+        found = list(self.multiplicands(call).values())
         if self.uncastable or len(found) != 2 or is_weight(found[0]) == is_weight(found[1]):
             return None
         return (found[1], found[0]) if is_weight(found[0]) else (found[0], found[1])
 
-    def multiplicands(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The operands that are multiplied, not added."""
-        operands = self.operands(args, kwargs)
-        return {label: operand for label, operand in operands.items() if label not in self.bias_labels}
-
-    def products(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any, weight: Any) -> Products:
+    def products(self, call: FunctionCall, x: Any, weight: Any) -> Products:
         """The bilinear product that the call is; `x` and `weight` need nothing but a shape.
 
         Raises:
@@ -70,61 +131,9 @@ class Matmul(ABC):
         """
         raise UncastableError(f"{self.name} has no product with cast operands")
 
-    def cast(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        x: Tensor,
-        weight: Tensor,
-        casting: Casting,
-        bias_factor: float,
-    ) -> Tensor:
+    def cast(self, call: FunctionCall, x: Tensor, weight: Tensor, casting: Casting, bias_factor: float) -> Tensor:
         """Run the call with its multiplicands cast; the bias, if there is one, is added as it is."""
-        return casting(x, weight, self.products(args, kwargs, x, weight))
-
-    def scaled(
-        self,
-        function: Callable[..., Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        factors: Mapping[str, float],
-    ) -> Any:
-        """Run `function` with the operands multiplied by their factors (by label; 1 where absent).
-
-        Where the function has no room for the constant it multiplies the output.
-        """
-        return function(*args, **kwargs) * self.product_factor(factors)
-
-    def product_factor(self, factors: Mapping[str, float]) -> float:
-        """The product of the multiplicands' factors."""
-        product = 1.0
-        for label, factor in factors.items():
-            if label not in self.bias_labels:
-                product *= factor
-        return product
-
-
-def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str, default: Any = None) -> Any:
-    """The argument at `position`, or by `name`."""
-    return args[position] if len(args) > position else kwargs.get(name, default)
-
-
-def with_tensors(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with `new(tensor)` in place of each tensor, in lists too."""
-
-    def replaced(argument: Any) -> Any:
-        if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
-            return type(argument)([replaced(item) for item in argument])
-        return new(argument) if isinstance(argument, Tensor) else argument
-
-    return tuple(replaced(argument) for argument in args), {name: replaced(value) for name, value in kwargs.items()}
-
-
-def present(**operands: Any) -> dict[str, Any]:
-    """The operands that were given."""
-    return {label: operand for label, operand in operands.items() if operand is not None}
+        return casting(x, weight, self.products(call, x, weight))
 
 
 def add_bias(product: Tensor, bias: Tensor | None, factor: float) -> Tensor:

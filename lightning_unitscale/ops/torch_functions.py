@@ -62,8 +62,6 @@ def is_in_place(function: Callable[..., Any]) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
-RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-
 # One tensor in, the same numbers out (perhaps fewer, more, or elsewhere): scale and linearity pass unchanged.
 VIEWS = frozenset({
     "view", "reshape", "transpose", "permute", "contiguous", "flatten", "unflatten", "squeeze", "unsqueeze",
@@ -94,6 +92,13 @@ ACCUMULATES = frozenset({
     "copy",
 })  # fmt: skip
 
+# They change their first argument and return nothing.
+RETURN_NOTHING = frozenset({"setitem", "set_data"})
+
+# Their backward pass reads their input alone, so multiplying their output in place spares a tensor of its size. Others
+# (relu, tanh) have saved the output, and autograd would refuse.
+OUTPUT_IS_FREE = frozenset({"silu", "gelu", "mish"})
+
 # What they return is data, though no tensor went in.
 RANDOM = frozenset({
     "rand", "randn", "randint", "randperm", "normal", "bernoulli", "poisson", "multinomial", "rand_like", "randn_like",
@@ -121,8 +126,8 @@ SOFTMAX = frozenset({"softmax"})
 # them: their outputs are probabilities or gates, and a loss such as BCE raises on values above 1.
 ACTIVATIONS = frozenset({
     "gelu", "silu", "relu", "relu6", "leaky_relu", "elu", "celu", "selu", "mish", "hardswish", "tanh",
-    "hardtanh", "rrelu", "prelu", "softplus", "softsign", "glu", "hardshrink", "softshrink", "tanhshrink",
-}) - {"prelu", "rrelu"}  # fmt: skip
+    "hardtanh", "softplus", "softsign", "glu", "hardshrink", "softshrink", "tanhshrink",
+})  # fmt: skip
 ELEMENTWISE = frozenset({
     "add", "sub", "rsub", "mul", "div", "rdiv", "pow", "neg", "tanh", "sigmoid", "exp", "erf", "sqrt", "square",
     "abs", "relu", "clamp", "minimum", "maximum", "log1p", "softplus", "sin", "cos", "clamp_min", "clamp_max",

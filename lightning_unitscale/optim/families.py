@@ -1,76 +1,153 @@
-"""How an optimizer's update answers to the scale of a gradient, which decides its learning-rate multipliers."""
+"""The families of optimizers: one class each, with its rule; see `engine.plan.step_scales` for what they share.
+
+In the formulas F = multiplier · U is what the function sees, S = stored · U what is kept, r = multiplier/stored.
+`lr(F)` is the scheme's learning rate of F, which under `lr_units="standard"` is relative_lr · |multiplier|, and under
+"umup" follows from that of U.
+"""
 
 from __future__ import annotations
 
-import torch
 from torch.optim import Optimizer
+from typing_extensions import override
 
+from lightning_unitscale.engine.plan.plan import ParameterPlan
+from lightning_unitscale.engine.plan.step_scales import FAMILIES, Family, gradient_ratio, register
 from lightning_unitscale.errors import UnitScalingError
 
-FAMILIES = ("adam", "sgd", "muon")
 
-# "adam" needs an update that does not change when gradient and eps are multiplied by one constant.
-_TORCH_FAMILIES = {
-    "Adam": "adam",
-    "AdamW": "adam",
-    "NAdam": "adam",
-    "Adamax": "adam",
-    "Adagrad": "adam",
-    "RMSprop": "adam",
-    "SparseAdam": "adam",
-    "SGD": "sgd",
-    "Muon": "muon",
-}
-# Optimizers of other packages (torchao, bitsandbytes, apex, DeepSpeed, lion-pytorch) that keep the same symmetry.
-_NAMED_FAMILIES = {
-    "Lion": "adam",
-    "FusedAdam": "adam",
-    "DeepSpeedCPUAdam": "adam",
-    "AdamW8bit": "adam",
-    "AdamW4bit": "adam",
-    "AdamWFp8": "adam",
-    "PagedAdamW": "adam",
-    "PagedAdamW8bit": "adam",
-}
+@register
+class Adam(Family):
+    """The update does not change when gradient and eps are multiplied by one constant.
+
+        lr(S)  = lr(F) / r = stored · lr(U)
+        eps(S) = |r| · eps
+
+    Source: the abc-symmetry of Adam (u-μP, arXiv 2407.17465, section 2.1); `unit_lr` is table 2's rule.
+    """
+
+    name = "adam"
+    condition = "its update does not depend on the gradient's scale"
+    torch_classes = ("Adam", "AdamW", "NAdam", "Adamax", "Adagrad", "RMSprop", "SparseAdam")
+    # Of lion-pytorch, apex, DeepSpeed, torchao and bitsandbytes.
+    other_classes = (
+        *("Lion", "FusedAdam", "DeepSpeedCPUAdam"),
+        *("AdamW8bit", "AdamW4bit", "AdamWFp8", "PagedAdamW", "PagedAdamW8bit"),
+    )
+    decoupled_decay = ("*AdamW*", "Lion")
+
+    @override
+    def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
+        if lr_units == "standard":
+            return parameter.relative_lr * abs(parameter.multiplier) / gradient_ratio(parameter)
+        return parameter.unit_lr * parameter.stored
+
+    @override
+    def eps(self, parameter: ParameterPlan) -> float:
+        return abs(gradient_ratio(parameter))
+
+
+@register
+class SGD(Family):
+    """The update is proportional to the gradient, with or without momentum.
+
+        lr(S) = lr(F) / r² = stored² · lr(U)
+
+    Under `lr_units="standard"` a readout keeps the user's own rate, as the scheme's would be smaller still.
+
+    Source: u-μP (arXiv 2407.17465), section 2.1; `sgd_lr` is μP's rule for SGD (arXiv 2203.03466, table 8).
+    """
+
+    name = "sgd"
+    condition = "its update is proportional to the gradient"
+    torch_classes = ("SGD",)
+
+    @override
+    def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
+        if lr_units == "standard":
+            function_lr = 1.0 if parameter.role == "readout" else parameter.relative_lr * abs(parameter.multiplier)
+            return function_lr / gradient_ratio(parameter) ** 2
+        return parameter.sgd_lr * parameter.stored**2
+
+
+@register
+class Muon(Family):
+    """The update of a matrix is its gradient made orthogonal: of a fixed spectral norm, which suits any width.
+
+        lr(S) = depth_lr / r                in either unit: of the scheme's rule the part that comes from depth is left
+
+    Source: Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon), and the same symmetry as Adam's.
+    """
+
+    name = "muon"
+    condition = "it orthogonalises the gradient"
+    torch_classes = ("Muon",)
+    decoupled_decay = ("*",)
+
+    @override
+    def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
+        return parameter.depth_lr / gradient_ratio(parameter)
+
+
+# Optimizers that no family suits. Who names one for them takes the consequences.
 _WHY_NOT = {
     "RAdam": "its first steps, before rectification, are plain momentum and follow the gradient's scale",
     "Adafactor": "its step is relative to the parameter's own RMS",
     "Adadelta": "its step is made from the size of former steps",
     "ASGD": "its decay `lambd` can't be matched to a parameter's scale",
     "Rprop": "its step sizes live in its state, where no learning rate reaches them",
-    "LBFGS": "it takes one step size for all parameters",
     "LAMB": "its step is relative to the parameter's own norm",
     "Lamb": "its step is relative to the parameter's own norm",
     "LARS": "its step is relative to the parameter's own norm",
 }
+# For these a family is no way out: different multipliers are refused with any.
+_ONE_STEP_SIZE = {"LBFGS": "it takes one step size for all parameters"}
 
 
-def optimizer_family(optimizer: Optimizer) -> str:
-    """How the optimizer's update answers to the scale of a gradient: `"adam"`, `"sgd"` or `"muon"`.
+def optimizer_family(optimizer: Optimizer, otherwise: str | None = None) -> str:
+    """How the optimizer's update answers to the scale of a gradient: the name of its family, such as `"adam"`.
 
-    "adam": not at all, up to an eps in units of the gradient (Adam, AdamW, NAdam, Adamax, Adagrad, RMSprop, SparseAdam
-    and, by name, Lion and the fused or quantised Adams); "sgd": in proportion; "muon": not at all, and the update of a
-    matrix has a fixed spectral norm. A subclass is of its parent's family.
+    A subclass is of its parent's family.
+
+    Args:
+        otherwise: the family of an optimizer whose class is of none.
 
     Raises:
-        UnitScalingError: the class is of none of these families; the message says how to name one.
+        UnitScalingError: the class is of no family; the message says how to name one.
     """
-    torch_families = {getattr(torch.optim, name, None): family for name, family in _TORCH_FAMILIES.items()}
-    reason = ""
+    reason, can_be_named = "", True
     for cls in type(optimizer).__mro__:
-        family = torch_families.get(cls) or _NAMED_FAMILIES.get(cls.__name__)
-        if family and optimizer.defaults.get("initial_accumulator_value"):
-            reason = ": its initial_accumulator_value is not 0 and has the unit of a squared gradient"
+        family = next((family for family in FAMILIES.values() if family.includes(cls)), None)
+        if family is not None and not optimizer.defaults.get("initial_accumulator_value"):
+            return family.name
+        if family is not None:
+            reason = "its initial_accumulator_value is not 0 and has the unit of a squared gradient"
+        elif cls.__name__ in _WHY_NOT:
+            reason = _WHY_NOT[cls.__name__]
+        elif cls.__name__ in _ONE_STEP_SIZE:
+            reason, can_be_named = _ONE_STEP_SIZE[cls.__name__], False
+        if reason:
             break
-        if family:
-            return family
-        if cls.__name__ in _WHY_NOT:
-            reason = f": {_WHY_NOT[cls.__name__]}"
-            break
+    if otherwise is not None:
+        return otherwise
     name = type(optimizer).__name__
+    known = ", ".join(cls for family in FAMILIES.values() for cls in family.torch_classes)
+    conditions = ", ".join(f'family="{family.name}" if {family.condition}' for family in FAMILIES.values())
     raise UnitScalingError(
-        f"Unit scaling doesn't know which learning-rate multipliers the optimizer {name} needs{reason}. Use one of "
-        f"{', '.join(_TORCH_FAMILIES)}, or say which family {name} "
-        'belongs to: scale_learning_rates(optimizer, plan, family="adam") if its update does not depend on the '
-        'gradient\'s scale, family="sgd" if it is proportional to it, family="muon" if it orthogonalises it.'
+        f"Unit scaling doesn't know which learning-rate multipliers the optimizer {name} needs"
+        f"{': ' if reason else ''}{reason}. Use one of {known}, or "
+        + (
+            f"say which family {name} belongs to, as scale_learning_rates(optimizer, plan, family=…) or, with a "
+            f"Trainer, as UnitScaling(optimizer_family=…) or the same argument of the strategy: {conditions}."
+            if can_be_named
+            else 'scheme="preserve", which needs no multipliers.'
+        )
     )
+
+
+def check_family(name: str | None, argument: str) -> None:
+    """
+    Raises:
+        UnitScalingError: the value that the argument of that name was given is no family.
+    """
+    if name is not None and name not in FAMILIES:
+        raise UnitScalingError(f"{argument}={name!r} is not known; choose one of {', '.join(map(repr, FAMILIES))}.")

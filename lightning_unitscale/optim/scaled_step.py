@@ -18,48 +18,24 @@ Schedulers, checkpoints, loggers and callbacks thus never meet a multiplier.
 
 from __future__ import annotations
 
-import copy
 import functools
-import operator
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.step_scales import FAMILIES, PLAIN, StepScale
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.optim.families import FAMILIES, optimizer_family
+from lightning_unitscale.optim.families import check_family, optimizer_family
+from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup
 
-if TYPE_CHECKING:
-    from lightning_unitscale.engine.plan.plan import Plan
-
-# The keys of a parameter group that have one entry per parameter.
-_PER_PARAMETER = ("params", "param_names")
-# Where an optimizer keeps its ScaledStep.
-_ATTRIBUTE = "_unit_scaled_step"
-
-
-@dataclass(frozen=True)
-class StepScale:
-    """Factors on one parameter's optimizer hyperparameters, as a scheme gives them; 1 leaves a hyperparameter alone.
-
-    Attributes:
-        lr: factor on the learning rate.
-        weight_decay: factor on the weight decay coefficient, which the optimizer still multiplies by the scaled `lr`.
-        eps: factor on eps, in units of the gradient.
-    """
-
-    lr: float = 1.0
-    weight_decay: float = 1.0
-    eps: float = 1.0
-
-
-_PLAIN = StepScale()
+_ATTRIBUTE = "_unit_scaled_step"  # where an optimizer keeps its ScaledStep
 
 
 def scale_learning_rates(
@@ -94,11 +70,27 @@ def scale_learning_rates(
             but the optimizer takes a single step size (LBFGS) or is not stepped by torch's own `step` machinery.
     """
     optimizer = _innermost(optimizer)
-    if family is None:
-        family = _family_under(plan, optimizer)
-    elif family not in FAMILIES:
-        raise UnitScalingError(f"family={family!r} is not known; choose one of {', '.join(map(repr, FAMILIES))}.")
-    return ScaledStep(optimizer, plan, family, module)
+    check_family(family, "family")
+    return ScaledStep(optimizer, plan, family or _family_under(plan, optimizer), module)
+
+
+def _family_under(plan: Plan, optimizer: Optimizer) -> str:
+    try:
+        return optimizer_family(optimizer)
+    except UnitScalingError:
+        if changes_steps(plan):
+            raise
+        return next(iter(FAMILIES))  # where no multiplier differs from 1, all families are the same
+
+
+def changes_steps(plan: Plan) -> bool:
+    """Whether an optimizer of any family is to take other steps than its groups say."""
+    return any(
+        scale != PLAIN
+        for family in FAMILIES
+        for decoupled in (False, True)
+        for scale in plan.step_scales(family, decoupled_decay=decoupled).values()
+    )
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
@@ -106,103 +98,6 @@ def _innermost(optimizer: Optimizer) -> Optimizer:
         if isinstance(inner := getattr(optimizer, attribute, None), Optimizer):
             return _innermost(inner)
     return optimizer
-
-
-def _family_under(plan: Plan, optimizer: Optimizer) -> str:
-    try:
-        return optimizer_family(optimizer)
-    except UnitScalingError:
-        # Where no multiplier differs from 1 (scheme="preserve") any optimizer will do: all families are the same.
-        for family in FAMILIES:
-            for decoupled in (False, True):
-                if any(scale != _PLAIN for scale in plan.step_scales(family, decoupled_decay=decoupled).values()):
-                    raise
-        return FAMILIES[0]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How the parameters of one group fall into pieces of equal scale: `(scale, positions in the group)` each."""
-
-    params: tuple[Tensor, ...]
-    decoupled: bool
-    pieces: tuple[tuple[StepScale, tuple[int, ...]], ...]
-
-    def fits(self, params: list[Tensor], decoupled: bool) -> bool:
-        # Compared by identity: `==` of two tensors is elementwise.
-        same_length = len(params) == len(self.params) and decoupled == self.decoupled
-        return same_length and all(map(operator.is_, params, self.params))
-
-    @property
-    def plain(self) -> bool:
-        return all(scale == _PLAIN for scale, _ in self.pieces)
-
-
-class _SplitGroup:
-    """One of the user's groups and the pieces that stand in for it during a step."""
-
-    def __init__(self, group: dict[str, Any], layout: _Layout) -> None:
-        self._group = group
-        self._scale = layout.pieces[0][0]
-        self.pieces = [_piece(group, scale, positions) for scale, positions in layout.pieces]
-        for piece in self.pieces[1:]:
-            # What an optimizer counts or caches in a group in place must not be counted once per piece.
-            piece.update({key: _own(value) for key, value in piece.items() if key not in _PER_PARAMETER})
-        self._given = {key: (value, _version(value)) for key, value in self.pieces[0].items()}
-
-    def take_back(self) -> None:
-        """Write what the optimizer changed in the (first) piece, such as a step counter, to the user's group."""
-        factors = vars(self._scale)
-        for key, value in self.pieces[0].items():
-            factor = factors.get(key, 1.0)
-            if key in _PER_PARAMETER or factor == 0.0:
-                continue
-            if factor == 1.0:
-                self._group[key] = value
-            elif not self._unchanged(key, value):
-                _assign(self._group, key, value / factor)
-
-    def _unchanged(self, key: str, value: Any) -> bool:
-        given, version = self._given[key]
-        if isinstance(value, Tensor):
-            # Not by value, which would wait for the device.
-            return value is given and value._version == version
-        return bool(value == given)
-
-
-def _piece(group: dict[str, Any], scale: StepScale, positions: tuple[int, ...]) -> dict[str, Any]:
-    piece = dict(group)
-    for key in _PER_PARAMETER:
-        if key in group:
-            piece[key] = [group[key][i] for i in positions]
-    for key, factor in vars(scale).items():
-        if key in group and factor != 1.0:
-            if not isinstance(group[key], (int, float, Tensor)):
-                raise UnitScalingError(
-                    f"The parameter group's {key}={group[key]!r} is to be multiplied by {factor:g}, which needs a "
-                    "number or a tensor. This optimizer's update is not of the family it was said to belong to."
-                )
-            piece[key] = group[key] * factor
-    return piece
-
-
-def _own(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return copy.deepcopy(value) if isinstance(value, (list, dict, set)) else value
-
-
-def _version(value: Any) -> int:
-    return value._version if isinstance(value, Tensor) else 0
-
-
-def _assign(group: dict[str, Any], key: str, value: Any) -> None:
-    if isinstance(group[key], Tensor):
-        # Captured graphs and compiled steps read this very tensor.
-        with torch.no_grad():
-            group[key].copy_(value)
-    else:
-        group[key] = value
 
 
 class ScaledStep:
@@ -217,9 +112,9 @@ class ScaledStep:
         self._plan = plan
         self._module = module
         self._optimizer = weakref.ref(optimizer)
-        self._layouts: list[_Layout] = []
+        self._layouts: list[GroupLayout] = []
         self._users: list[dict[str, Any]] | None = None
-        self._split_groups: list[_SplitGroup] = []
+        self._split_groups: list[SplitGroup] = []
         self._depth = 0
         self._reached = False
         self._steps = 0
@@ -356,7 +251,7 @@ class ScaledStep:
             if layout.plain:
                 groups.append(group)
                 continue
-            split = _SplitGroup(group, layout)
+            split = SplitGroup(group, layout)
             self._split_groups.append(split)
             groups += split.pieces
         # In place: a wrapping optimizer (Lookahead, SAM) may share this list.
@@ -376,15 +271,16 @@ class ScaledStep:
 
     def _lay_out(self, optimizer: Optimizer) -> None:
         """Bring `_layouts` up to date with the optimizer's groups, which in all but a few steps they are."""
-        groups = [(group["params"], self._decay_is_decoupled(optimizer, group)) for group in optimizer.param_groups]
+        is_decoupled = FAMILIES[self.family].decay_is_decoupled
+        groups = [(group["params"], is_decoupled(optimizer, group)) for group in optimizer.param_groups]
         if len(groups) == len(self._layouts) and all(
             layout.fits(params, decoupled) for layout, (params, decoupled) in zip(self._layouts, groups, strict=True)
         ):
             return
         named = list(self._named_parameters())
         scales = {decoupled: self._scales(named, decoupled) for decoupled in {decoupled for _, decoupled in groups}}
-        self._layouts = [_layout(params, decoupled, scales[decoupled]) for params, decoupled in groups]
-        self._check(optimizer, named, any(scale != _PLAIN for known in scales.values() for scale in known.values()))
+        self._layouts = [GroupLayout.of(params, decoupled, scales[decoupled]) for params, decoupled in groups]
+        self._check(optimizer, named, any(scale != PLAIN for known in scales.values() for scale in known.values()))
 
     def _check(self, optimizer: Optimizer, named: list[tuple[str, Tensor]], scaled: bool) -> None:
         if not scaled:
@@ -420,18 +316,3 @@ class ScaledStep:
             if name in by_name:
                 scales.setdefault(parameter, by_name[name])
         return scales
-
-    def _decay_is_decoupled(self, optimizer: Optimizer, group: dict[str, Any]) -> bool:
-        if "decoupled_weight_decay" in group:
-            return bool(group["decoupled_weight_decay"])
-        if hasattr(optimizer, "adam_w_mode"):  # apex and DeepSpeed
-            return bool(optimizer.adam_w_mode)
-        names = [cls.__name__ for cls in type(optimizer).__mro__]
-        return self.family == "muon" or any("AdamW" in name or name == "Lion" for name in names)
-
-
-def _layout(params: list[Tensor], decoupled: bool, scales: dict[Tensor, StepScale]) -> _Layout:
-    positions: dict[StepScale, list[int]] = {}
-    for i, parameter in enumerate(params):
-        positions.setdefault(scales.get(parameter, _PLAIN), []).append(i)
-    return _Layout(tuple(params), decoupled, tuple((scale, tuple(where)) for scale, where in positions.items()))

@@ -1,13 +1,6 @@
-"""Schemes: from a recorded step to a plan."""
+"""Schemes: what function is trained, with what step sizes. One file of pure rules each; see README.md to add one."""
 
-from collections.abc import Callable
+from lightning_unitscale.schemes import preserve, umup
+from lightning_unitscale.schemes.scheme import SCHEMES, Scheme, find, register
 
-from torch import nn
-
-from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.engine.record.trace import Trace
-from lightning_unitscale.options import Options
-from lightning_unitscale.schemes.preserve import preserve
-from lightning_unitscale.schemes.umup import umup
-
-SCHEMES: dict[str, Callable[[nn.Module, Trace, Options], Plan]] = {"umup": umup, "preserve": preserve}
+__all__ = ["SCHEMES", "Scheme", "find", "preserve", "register", "umup"]

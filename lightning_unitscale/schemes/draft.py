@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from math import exp, log
-from typing import Any
 
 from torch import nn
 
@@ -14,14 +11,18 @@ from lightning_unitscale.engine.analysis.attention import attention_products
 from lightning_unitscale.engine.analysis.castable import reason_not_to_cast
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, ParameterPlan, Plan, Site
-from lightning_unitscale.engine.record.trace import Call, Frame, Trace, Value
+from lightning_unitscale.engine.plan.factors import Factor, averaged
+from lightning_unitscale.engine.plan.plan import FramePlan, ParameterPlan, Plan, Site
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
+from lightning_unitscale.engine.record.places import Place
+from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.options import Options
+from lightning_unitscale.schemes.overrides import matches, overrides_by_parameter
 
 SKIPPED = "skipped by the options"
-ALONE_REASONS = {
+LEFT_ALONE_ROLES = {
     "scale": "multiplies activations elementwise; kept as the model initialises it",
     "relative_position": "added to attention logits; kept as the model initialises it",
     "other": "used in a way no rule is known for",
@@ -36,32 +37,32 @@ class Draft:
     Attributes:
         structure: of the recorded step.
         uses: every use of every parameter.
-        alone: parameters that nothing may be done to, with the reason.
+        left_alone: parameters that nothing may be done to, with the reason.
 
     Args:
-        left_alone: parameters that a scheme has found no place for a factor of, with the reason.
+        homeless: parameters that a scheme has found no place for a factor of, with the reason.
     """
 
     def __init__(
-        self, module: nn.Module, trace: Trace, options: Options, left_alone: Mapping[str, str] | None = None
+        self, module: nn.Module, trace: Trace, options: Options, homeless: Mapping[str, str] | None = None
     ) -> None:
         self.module, self.trace, self.options = module, trace, options
         self.structure = Structure(trace)
-        self.overrides = _overrides_by_parameter(module, trace, options)
+        self.overrides = overrides_by_parameter(module, trace, options)
         self.uses = find_uses(self.structure)
         for use in self.uses.values():
             for name in use.parameters:
                 use.role = self.overrides.get(name, {}).get("role", use.role)
         self.roles = self._roles()
-        self.alone = {**(left_alone or {}), **self._alone()}
+        self.left_alone = {**(homeless or {}), **self._left_alone()}
 
-    def is_alone(self, key: str) -> bool:
+    def is_left_alone(self, key: str) -> bool:
         """Whether any parameter of the use's key is left alone."""
-        return any(name in self.alone for name in key.split("+"))
+        return any(name in self.left_alone for name in ParameterKey(key).names)
 
     def is_skipped(self, module: str) -> bool:
         """Whether the options leave a module, or one that it belongs to, alone."""
-        return _matches(module, self.options.skip)
+        return matches(module, self.options.skip)
 
     def no_place(self, call: Call) -> str:
         """Why a parameter-free factor or cast can't stand at a call; empty if it can."""
@@ -73,21 +74,17 @@ class Draft:
             return "its frame is loss code"
         return ""
 
-    def plan(self, multipliers: dict[tuple[int, str], float], free_sites: list[Site]) -> Plan:
-        """The plan with these multipliers by (call index, key) and these parameter-free sites."""
+    def plan(self, factors: Mapping[tuple[int, str], Sequence[Factor]], free_sites: list[Site]) -> Plan:
+        """The plan with these factors by (call index, key) and these parameter-free sites."""
         options = self.options
         plan = Plan(options.scheme, options.storage, options.lr_units, options=options.to_dict())
         plan.parameters = {name: self._parameter(name) for name in self.trace.facts}
-        plan.sites = [*self._parameter_sites(multipliers), *free_sites]
-        named = {(site.module, site.method, site.op, site.ordinal) for site in free_sites}
-        plan.sites += [
-            site
-            for site in self._bare_products()
-            if not named & {(site.module, site.method, site.op, ordinal) for ordinal in (site.ordinal, EVERY_CALL)}
-        ]
+        plan.sites = [*self._parameter_sites(factors), *free_sites]
+        places = {site.place for site in free_sites}
+        plan.sites += [s for s in self._bare_products() if not places & {s.place, s.place.at_every_call}]
         cast = self._cast_attention(plan.sites)
-        plan.frames = [[frame.module, frame.method, keys] for frame, keys in self.trace.touched.items() if keys]
-        plan.frames += self._counting_frames([*free_sites, *cast], {(frame[0], frame[1]) for frame in plan.frames})
+        plan.frames = [FramePlan(*frame, keys) for frame, keys in self.trace.touched.items() if keys]
+        self._count_in_frames(plan, [*free_sites, *cast])
         plan.followed = sorted({call.name for call in self.trace.calls if call.outputs and call.outputs[0].parameters})
         return plan
 
@@ -98,19 +95,19 @@ class Draft:
                 by_name.setdefault(name, []).append(use)
         return {name: primary_use(by_name[name]).role if name in by_name else "unused" for name in self.trace.facts}
 
-    def _alone(self) -> dict[str, str]:
+    def _left_alone(self) -> dict[str, str]:
         reasons = {}
         for name, facts in self.trace.facts.items():
             if not facts.trainable:
                 reasons[name] = "frozen"
             elif self._is_skipped(name):
                 reasons[name] = SKIPPED
-            elif self.roles[name] in ALONE_REASONS:
-                reasons[name] = ALONE_REASONS[self.roles[name]]
+            elif self.roles[name] in LEFT_ALONE_ROLES:
+                reasons[name] = LEFT_ALONE_ROLES[self.roles[name]]
         return reasons
 
     def _is_skipped(self, name: str) -> bool:
-        return bool(self.overrides.get(name, {}).get("skip")) or _matches(name, self.options.skip)
+        return bool(self.overrides.get(name, {}).get("skip")) or matches(name, self.options.skip)
 
     def _parameter(self, name: str) -> ParameterPlan:
         facts = self.trace.facts[name]
@@ -120,18 +117,19 @@ class Draft:
             shape=list(facts.shape),
             initial_rms=facts.rms,
             aliases=list(facts.aliases),
-            reason=self.alone.get(name, ""),
+            reason=self.left_alone.get(name, ""),
             lr_override=self.overrides.get(name, {}).get("lr_multiplier"),
         )
 
-    def _parameter_sites(self, multipliers: dict[tuple[int, str], float]) -> list[Site]:
+    def _parameter_sites(self, factors: Mapping[tuple[int, str], Sequence[Factor]]) -> list[Site]:
         """One site for each set of parameters that some function takes together."""
         sites: dict[tuple[str, ...], Site] = {}
-        by_use: dict[tuple[str, str], list[float]] = {}
-        for use in self.uses.values():
-            by_use[use.id] = [multipliers.get((call.index, use.key), 1.0) for call in use.calls]
+        by_use = {
+            use.id: averaged([factors.get((call.index, use.key), ()) for call in use.calls])
+            for use in self.uses.values()
+        }
         for call in self.trace.calls:
-            keys = [v.key for v in dict.fromkeys(call.inputs) if v.parameters and (v.key, call.name) in self.uses]
+            keys = [v.key for v in dict.fromkeys(call.inputs) if v.parameters and UseId(v.key, call.name) in self.uses]
             if not keys or call.outputs[0].parameters or call.outputs[0].constant:
                 continue
             identity = (call.name, *keys)
@@ -139,15 +137,14 @@ class Draft:
                 sites[identity].calls += 1
                 self._cast(sites[identity], call)
                 continue
-            frame = call.frame or Frame("", "<hook>")
-            main = self.uses[self._main_key(call, keys), call.name]
+            main = self.uses[UseId(self._main_key(call, keys), call.name)]
             keys = [main.key, *(key for key in keys if key != main.key)]
-            site = Site(frame.module, frame.method, call.name, main.role, params=keys)
-            site.multipliers = {key: geometric_mean(by_use[key, call.name]) for key in keys}
-            site.multiplier = site.multipliers[main.key]
-            site.rms_before = _operand_rms(call)
-            if all(self.is_alone(key) for key in keys):
-                site.reason = self.alone[next(n for n in main.key.split("+") if n in self.alone)]
+            site = Site(*call.place[:3], main.role, params=keys)
+            for key in keys:
+                site.set_factors(key, by_use[UseId(key, call.name)])
+            site.rms_before = operand_rms(call)
+            if all(self.is_left_alone(key) for key in keys):
+                site.reason = self.left_alone[next(name for name in main.key.names if name in self.left_alone)]
             self._cast(site, call)
             sites[identity] = site
         self._check_format_overrides(sites.values())
@@ -155,11 +152,11 @@ class Draft:
 
     def _cast(self, site: Site, call: Call) -> None:
         """Decide whether the operands of a site are cast; one call that can't be leaves all of them as they are."""
-        name = next((name for name in site.params[0].split("+") if "format" in self.overrides.get(name, {})), None)
+        name = next((name for name in site.params[0].names if "format" in self.overrides.get(name, {})), None)
         wanted = self.options.format if name is None else self.overrides[name]["format"]
         if wanted is None or call.name not in MATMULS or site.format_reason:
             return
-        skipped = any(self._is_skipped(name) for name in site.params[0].split("+"))
+        skipped = any(self._is_skipped(name) for name in site.params[0].names)
         site.format_reason = (
             SKIPPED if skipped else IN_FUNCTION if call.in_function else reason_not_to_cast(call, wanted)
         )
@@ -169,7 +166,7 @@ class Draft:
         for glob, override in self.options.overrides.items():
             if override.get("format") is None:
                 continue
-            meant = [s for s in sites if any(_matches(name, (glob,)) for key in s.params for name in key.split("+"))]
+            meant = [s for s in sites if any(matches(name, (glob,)) for key in s.params for name in key.names)]
             if not any(site.format for site in meant):
                 why = _reasons(meant) or "its parameters are used by no matmul"
                 raise UnitScalingError(
@@ -186,14 +183,12 @@ class Draft:
         }
         if not wanted:
             return []
-        by_place = {(s.module, s.method, s.op, s.ordinal): s for s in sites if s.ordinal is not None}
+        by_place = {site.place: site for site in sites if site.ordinal is not None}
         attention: list[Site] = []
         for call in attention_products(self.structure):
-            frame = call.frame or Frame("", "<hook>")
-            places = ((frame.module, frame.method, call.name, ordinal) for ordinal in (call.ordinal, EVERY_CALL))
-            site = next(by_place[place] for place in places if place in by_place)
+            site = by_place.get(call.place) or by_place[call.place.at_every_call]
             attention.append(site)
-            format = next((wanted[glob] for glob in reversed(wanted) if _matches(site.module, (glob,))), None)
+            format = next((wanted[glob] for glob in reversed(wanted) if matches(site.module, (glob,))), None)
             if format is not None:
                 self._cast_product(site, call, format)
         self._check_attention_overrides(wanted, attention)
@@ -202,7 +197,7 @@ class Draft:
     def _check_attention_overrides(self, wanted: Mapping[str, str | None], attention: list[Site]) -> None:
         where = ", ".join(list(dict.fromkeys(site.module or "<root>" for site in attention))[:3])
         for glob, format in wanted.items():
-            meant = [site for site in attention if _matches(site.module, (glob,))]
+            meant = [site for site in attention if matches(site.module, (glob,))]
             if format is not None and not any(site.format for site in meant):
                 raise UnitScalingError(
                     f"overrides[{glob!r}]: attention_format={format!r}, but no attention there can be cast "
@@ -217,15 +212,15 @@ class Draft:
             site.format_reason = reason
         else:
             site.format = format
-            site.operands = [*MATMULS[call.name].multiplicands(call.args, call.kwargs), "gradient"]
+            site.operands = [*MATMULS[call.name].multiplicands(call), "gradient"]
 
-    def _main_key(self, call: Call, keys: list[str]) -> str:
+    def _main_key(self, call: Call, keys: list[ParameterKey]) -> ParameterKey:
         weights = [value.key for value in self.structure.weights_of(call)]
         return weights[0] if weights else keys[0]
 
     def _bare_products(self) -> list[Site]:
         """Matmul-like calls of two activations, which no scheme gives a factor unless they make attention logits."""
-        sites: dict[tuple[str, str, str, int], Site] = {}
+        sites: dict[Place, Site] = {}
         for call in self.trace.calls:
             if (
                 call.name not in MATMULS
@@ -234,87 +229,45 @@ class Draft:
                 or call.output.constant
             ):
                 continue
-            frame = call.frame or Frame("", "<hook>")
-            key = (frame.module, frame.method, call.name, call.ordinal)
-            if key in sites:
-                sites[key].calls += 1
+            if call.place in sites:
+                sites[call.place].calls += 1
             else:
-                sites[key] = Site(*key[:3], "product", ordinal=key[3], reason="product of two activations")
-                sites[key].calls_in_frame = self.calls_in_frame(*key[:3])
-                sites[key].rms_before = _operand_rms(call)
+                site = Site(*call.place[:3], "product", ordinal=call.ordinal, reason="product of two activations")
+                site.calls_in_frame = self.calls_in_frame(site.place)
+                site.rms_before = operand_rms(call)
+                sites[call.place] = site
         return list(sites.values())
 
-    def calls_in_frame(self, module: str, method: str, op: str) -> int:
-        """How many calls of a function one run of a frame makes at most, of those that have ordinals."""
-        return 1 + max((call.ordinal for call in self.counted_calls.get((module, method, op), ())), default=0)
+    def calls_in_frame(self, place: Place) -> int:
+        """How many calls of a place's function one run of its frame makes at most, of those that have ordinals."""
+        return 1 + max((call.ordinal for call in self.counted_calls.get(place.at_every_call, ())), default=0)
 
     @cached_property
-    def counted_calls(self) -> dict[tuple[str, str, str], list[Call]]:
-        """The calls that have ordinals, by module, method and function."""
-        found: dict[tuple[str, str, str], list[Call]] = {}
+    def counted_calls(self) -> dict[Place, list[Call]]:
+        """The calls that have ordinals, by the place that stands for all calls of their function in their frame."""
+        found: dict[Place, list[Call]] = {}
         for call in self.trace.calls:
             if call.frame is not None and call.inputs and call.inputs[0].is_float:
-                found.setdefault((call.frame.module, call.frame.method, call.name), []).append(call)
+                found.setdefault(call.place.at_every_call, []).append(call)
         return found
 
-    def _counting_frames(self, free_sites: list[Site], known: set[tuple[str, str]]) -> list[list[Any]]:
-        """Frames that must be told apart from those of parameter-free sites, as they call the same functions."""
+    def _count_in_frames(self, plan: Plan, free_sites: list[Site]) -> None:
+        """Add the frames that must be told apart from those of parameter-free sites: they call the same functions."""
         ops = {site.op for site in free_sites}
         frames = {call.frame for call in self.trace.calls if call.name in ops and call.frame is not None}
-        frames |= {Frame(site.module, site.method) for site in free_sites}
-        return [[f.module, f.method, []] for f in sorted(frames, key=str) if (f.module, f.method) not in known]
+        frames |= {site.place.frame for site in free_sites}
+        for frame in sorted(frames, key=str):
+            plan.frame_plan(frame)
 
 
-def parameter_free_site(call: Call, role: str, multiplier: float, operand: Value | None = None) -> Site:
-    """A site known by its frame and by how-manieth call of its function it is there; `operand` takes the factor."""
-    assert call.frame is not None
-    site = Site(call.frame.module, call.frame.method, call.name, role, multiplier=multiplier, ordinal=call.ordinal)
-    if operand is not None:
-        site.operand = next((i for i, argument in enumerate(call.args) if argument is operand), None)
-    site.rms_before = _operand_rms(call) if call.name in MATMULS else {}
-    return site
-
-
-def geometric_mean(numbers: Iterable[float]) -> float:
-    """Of the multipliers that one use has in its several calls; exact when they are all equal."""
-    numbers = list(numbers)
-    if len(set(numbers)) == 1:
-        return numbers[0]
-    return exp(sum(log(number) for number in numbers) / len(numbers))
-
-
-def _operand_rms(call: Call) -> dict[str, float]:
+def operand_rms(call: Call) -> dict[str, float]:
+    """RMS of the operands and of the output of a matmul-like call, as recorded."""
     if call.name not in MATMULS:
         return {}
-    operands = MATMULS[call.name].operands(call.args, call.kwargs)
+    operands = MATMULS[call.name].operands(call)
     found = {label: v.rms for label, v in operands.items() if isinstance(v, Value) and v.rms is not None and v.is_float}
     return {**found, "output": call.output.rms} if call.output.rms is not None else found
 
 
 def _reasons(sites: Iterable[Site]) -> str:
     return "; ".join(dict.fromkeys(f"{site.name}: {site.format_reason}" for site in sites if site.format_reason))
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    """Whether a parameter's name, or the name of a module it belongs to, matches a glob."""
-    parts = name.split(".")
-    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatchcase(prefix, glob) for prefix in prefixes for glob in globs)
-
-
-def _overrides_by_parameter(module: nn.Module, trace: Trace, options: Options) -> dict[str, dict[str, Any]]:
-    names = [*trace.facts, *(name for name, _ in module.named_modules() if name)]
-    for where, globs in (("skip", options.skip), ("overrides", tuple(options.overrides))):
-        for glob in globs:
-            if not any(_matches(name, (glob,)) for name in names):
-                shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-                raise UnitScalingError(
-                    f"{where}: the glob {glob!r} matches no parameter or module of {type(module).__name__}; "
-                    f"it has {shown}"
-                )
-    found: dict[str, dict[str, Any]] = {}
-    for glob, override in options.overrides.items():
-        for name in trace.facts:
-            if _matches(name, (glob,)):
-                found.setdefault(name, {}).update(override)
-    return found

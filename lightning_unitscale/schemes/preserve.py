@@ -6,17 +6,21 @@ adds is the plan itself, on which low-precision formats rest.
 
 from __future__ import annotations
 
-from torch import nn
-
-from lightning_unitscale.engine.plan.fold import resolve
-from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.engine.record.trace import Trace
-from lightning_unitscale.options import Options
-from lightning_unitscale.schemes.draft import Draft
+from lightning_unitscale.engine.plan.factors import Factor
+from lightning_unitscale.schemes.scheme import Rates, Scheme, Weight, register
 
 
-def preserve(module: nn.Module, trace: Trace, options: Options) -> Plan:
-    """The plan that changes nothing, for a recorded step."""
-    plan = Draft(module, trace, options).plan({}, [])
-    resolve(plan, options.storage)
-    return plan
+@register
+class Preserve(Scheme):
+    """Changes nothing."""
+
+    name = "preserve"
+    changes_training = False
+
+    def weight(self, weight: Weight) -> list[Factor]:
+        """As it is."""
+        return []
+
+    def rates(self, weight: Weight) -> Rates:
+        """The user's."""
+        return Rates()

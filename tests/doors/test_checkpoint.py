@@ -84,7 +84,7 @@ def test_a_resumed_run_is_the_whole_run(tmp_path: Path) -> None:
     for name in RESUMES:
         (tmp_path / name).mkdir()
         whole[name] = by_step(name, tmp_path / name, SaveAt(tmp_path / name))
-    run_python("import sys; from test_checkpoint import resume_all; resume_all(sys.argv[1])", tmp_path)
+    run_python("import sys; from doors.test_checkpoint import resume_all; resume_all(sys.argv[1])", tmp_path)
     for name, module in whole.items():
         assert len(module.losses) == 16
         for where, step in AT.items():

@@ -12,7 +12,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from lightning_unitscale import ScaleMonitor, UnitScaling, cli
+from lightning_unitscale import ScaleMonitor, cli
 from lightning_unitscale.cookbook import config
 from lightning_unitscale.errors import InputError
 
@@ -93,18 +93,6 @@ def test_every_option_composes(group: str, option: str) -> None:
     assert composed.optimizer.lr > 0
 
 
-def test_schema_has_the_arguments_and_defaults_of_the_callback() -> None:
-    arguments = inspect.signature(UnitScaling).parameters
-    schema = OmegaConf.to_container(OmegaConf.structured(config.UnitScalingNode))
-    assert isinstance(schema, dict)
-    defaults = {key: value for key, value in schema.items() if not key.startswith("_")}
-    assert set(defaults) == set(arguments)
-    for name, value in defaults.items():
-        expected = arguments[name].default
-        expected = list(expected) if isinstance(expected, tuple) else expected
-        assert value == expected or not (value or expected), name  # [] for (), {} for None
-
-
 def test_nodes_of_the_monitor_have_its_arguments_and_defaults() -> None:
     defaults = {name: argument.default for name, argument in inspect.signature(ScaleMonitor).parameters.items()}
     elsewhere = OmegaConf.load(config.PACKAGE / "hydra_plugin" / "conf" / "callbacks" / "scale_monitor.yaml")
@@ -116,8 +104,3 @@ def test_nodes_of_the_monitor_have_its_arguments_and_defaults() -> None:
     assert {name: ours[name] for name in defaults.keys() - own} == {
         name: defaults[name] for name in defaults.keys() - own
     }
-
-
-def test_the_node_for_other_applications_is_the_same() -> None:
-    node = OmegaConf.load(config.PACKAGE / "hydra_plugin" / "conf" / "callbacks" / "unitscale.yaml").unitscale
-    assert node == OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(config.UnitScalingNode)))

@@ -94,7 +94,7 @@ def test_preparing_leaves_no_trace_but_the_plan(name: str, storage: str) -> None
 def test_every_parameter_and_every_site_is_in_the_plan(name: str) -> None:
     model, plan = prepared(EVERY_CASE[name])
     assert list(plan.parameters) == [parameter_name for parameter_name, _ in model.named_parameters()]
-    used = {parameter for site in plan.sites for key in site.params for parameter in key.split("+")}
+    used = {parameter for site in plan.sites for key in site.params for parameter in key.names}
     for parameter_name, parameter in plan.parameters.items():
         assert parameter_name in used or parameter.role == "unused", parameter_name
         assert parameter.reason or math.isfinite(parameter.multiplier * parameter.stored), parameter_name

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_unitscale import UnitScalingError, unit_scale
 from lightning_unitscale.formats import FORMATS, OPERANDS, Format, cast
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.cast_product import Scales, cast_product
 from lightning_unitscale.ops.multiply import Cast, multiply
 from lightning_unitscale.ops.products import MatrixProducts
@@ -56,19 +56,19 @@ class Call:
 
     def cast(self, x: Tensor, weight: Tensor, format: Format = FP8, bias_factor: float = 1.0) -> Tensor:
         op = MATMULS[short_name(self.function)]
-        args = self.arguments(x, weight)
+        call = FunctionCall(self.function, self.arguments(x, weight), self.kwargs)
 
         def is_weight(operand: Any) -> bool:
             return operand is weight or (isinstance(operand, Tensor) and operand._base is weight)
 
-        operands = op.cast_operands(args, self.kwargs, is_weight)
+        operands = op.cast_operands(call, is_weight)
         assert operands is not None
         own_x, own_weight = operands
 
         def casting(x: Tensor, weight: Tensor, products: Any) -> Tensor:
             return cast_product(x, weight, products, format, scales())
 
-        return op.cast(args, dict(self.kwargs), own_x, own_weight, casting, bias_factor)
+        return op.cast(call, own_x, own_weight, casting, bias_factor)
 
 
 def _is_float(argument: Any) -> bool:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from lightning_unitscale.ops import MATMULS
-from lightning_unitscale.ops.linear import ScaledProduct, scaled_linear
+from lightning_unitscale.ops import MATMULS, FunctionCall
+from lightning_unitscale.ops.scaled_product import ScaledProduct, scaled_linear
 from lightning_unitscale.ops.torch_functions import short_name
-from lightning_unitscale.schemes.umup import gaussian_rms
+from lightning_unitscale.schemes.activation_constants import gaussian_rms
 
 sizes = st.integers(1, 5)
 factors = st.floats(1e-3, 1e3) | st.floats(-1e3, -1e-3)
@@ -174,13 +174,13 @@ def first(result: Any) -> Tensor:
 @pytest.mark.parametrize("name", CALLS)
 def test_scaled_call_equals_the_call_on_scaled_operands(name: str) -> None:
     function, args, kwargs, labels = CALLS[name]
-    op = MATMULS[name.split("-")[0]]
-    operands = op.operands(args, kwargs)
+    op, call = MATMULS[name.split("-")[0]], FunctionCall(function, args, kwargs)
+    operands = op.operands(call)
     assert labels <= operands.keys()
     by_label = dict(zip(sorted(labels), (0.3, 1.7, 0.6, -2.0, 0.9, 1.1, 0.7, 1.4, 1.2), strict=False))
     expected = first(function(*multiply(args, by_id := {id(operands[k]): v for k, v in by_label.items()}),
                               **multiply(kwargs, by_id)))  # fmt: skip
-    found = first(op.scaled(function, args, kwargs, by_label))
+    found = first(op.scaled(call, by_label))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     tensors = [t for t in operands.values() if isinstance(t, Tensor) and t.requires_grad]
     if tensors:
@@ -193,7 +193,7 @@ def test_scaled_call_equals_the_call_on_scaled_operands(name: str) -> None:
 def test_grouped_product() -> None:
     x, weight = draw(5, 16).float(), draw(2, 16, 8).float()
     op = MATMULS["_grouped_mm"]
-    found = op.scaled(torch._grouped_mm, (x, weight), {"offs": OFFSETS}, {"right": 0.3})
+    found = op.scaled(FunctionCall(torch._grouped_mm, (x, weight), {"offs": OFFSETS}), {"right": 0.3})
     expected = 0.3 * torch.cat([x[:2] @ weight[0], x[2:] @ weight[1]])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -218,14 +218,13 @@ def test_grouped_product() -> None:
 def test_fan_in_keeps_unit_scale(name: str, label: str, fan_in: int) -> None:
     """With operands of RMS 1 the product of a linear map, times fan_in^-½, has RMS 1."""
     function, args, kwargs, _ = CALLS[name]
-    op = MATMULS[name]
-    operands = op.operands(args, kwargs)
-    shapes = {key: tuple(operand.shape) for key, operand in operands.items()}
-    assert op.fan_in(label, shapes, args, kwargs) == fan_in
+    op, call = MATMULS[name], FunctionCall(function, args, kwargs)
+    operands = op.operands(call)
+    assert op.fan_in(call, label) == fan_in
     if name in ("lstm", "embedding", "conv1d", "conv2d"):  # not linear in one weight; padded
         return
     generator = torch.Generator().manual_seed(0)
-    replaced = {id(operand): key for key, operand in operands.items() if not op.is_bias(key, operand.shape)}
+    replaced = {id(operand): key for key, operand in operands.items() if not op.is_bias(key, operand)}
     total, repeats = 0.0, 300
     for _ in range(repeats):
         new = {
@@ -238,7 +237,7 @@ def test_fan_in_keeps_unit_scale(name: str, label: str, fan_in: int) -> None:
 
 def substitute(args: Any, new: dict[int, Tensor], op: Any, operands: dict[str, Any]) -> tuple[Any, ...]:
     """The arguments with fresh operands, and zero biases."""
-    biases = {id(value) for key, value in operands.items() if op.is_bias(key, value.shape)}
+    biases = {id(value) for key, value in operands.items() if op.is_bias(key, value)}
     return tuple(
         new.get(id(item), torch.zeros_like(item) if id(item) in biases else item) if isinstance(item, Tensor) else item
         for item in args
@@ -256,7 +255,7 @@ def test_scaled_attention_logits(a: float, scale: float | None, causal: bool, se
     q, k, v = (draw(2, 4, 6, 8, seed=seed + i, grad=False) for i in range(3))
     kwargs: dict[str, Any] = {"is_causal": causal} | ({} if scale is None else {"scale": scale})
     attention: Any = MATMULS["scaled_dot_product_attention"]
-    found = attention.scaled_logits(F.scaled_dot_product_attention, (q, k, v), kwargs, a)
+    found = attention.scaled_logits(FunctionCall(F.scaled_dot_product_attention, (q, k, v), kwargs), a, 0)
     logits = q @ k.transpose(-1, -2) * a * (8**-0.5 if scale is None else scale)
     if causal:
         logits = logits + torch.full((6, 6), -math.inf, dtype=torch.float64).triu(1)
@@ -269,7 +268,7 @@ def test_attention_keeps_its_other_arguments() -> None:
     mask = draw(6, 6, seed=3, grad=False)
     attention: Any = MATMULS["scaled_dot_product_attention"]
     plain = F.scaled_dot_product_attention
-    found = attention.scaled_logits(plain, (q, k, v, mask, 0.0, False), {"enable_gqa": True}, 0.5)
+    found = attention.scaled_logits(FunctionCall(plain, (q, k, v, mask, 0.0, False), {"enable_gqa": True}), 0.5, 0)
     torch.testing.assert_close(found, plain(0.5 * q, k, v, mask, enable_gqa=True))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lightning_unitscale.engine.analysis.graph import Graph, number_of
 from lightning_unitscale.engine.record.trace import Call, Value
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, is_attention
 from lightning_unitscale.ops.torch_functions import PASSTHROUGH, SOFTMAX
 
 _LOGITS_PASS = PASSTHROUGH | {"masked_fill", "where", "clamp", "tanh", "maximum", "minimum"}
@@ -20,20 +20,20 @@ class Attention:
 
     Attributes:
         call: `scaled_dot_product_attention`, or the matmul whose output reaches a softmax.
-        own: the model's own constant between the projections and the softmax.
+        model_constant: the model's own between the projections and the softmax.
         head_dim: number of terms in one query-key product.
     """
 
     call: Call
-    own: float
+    model_constant: float
     head_dim: int
     query: Value
     key: Value
 
 
 @dataclass
-class Logits:
-    """Attention logits: their products (with the own constants after them), softmaxes, additions and biases."""
+class AttentionLogits:
+    """Attention logits: their products (with the model's constants after them), softmaxes, additions and biases."""
 
     products: dict[int, tuple[Call, float]] = field(default_factory=dict)
     ends: set[int] = field(default_factory=set)
@@ -41,18 +41,17 @@ class Logits:
     biases: set[Value] = field(default_factory=set)
 
 
-def find_logits(graph: Graph) -> Logits:
+def find_logits(graph: Graph) -> AttentionLogits:
     """The attention logits of a step."""
-    found = Logits()
+    found = AttentionLogits()
     for call in graph.calls:
-        if call.name == "scaled_dot_product_attention":
-            query = MATMULS[call.name].operands(call.args, call.kwargs)["query"]
-            scale = number_of(call.argument(6, "scale"))
-            found.products[call.index] = (call, query.shape[-1] ** -0.5 if scale is None else abs(scale))
+        if is_attention(call.name):
+            op = MATMULS[call.name]
+            scale, bias = number_of(op.logit_scale(call)), op.logit_bias(call)
+            found.products[call.index] = (call, contraction(call) ** -0.5 if scale is None else abs(scale))
             found.ends.add(call.index)
-            mask = call.argument(3, "attn_mask")
-            if isinstance(mask, Value):
-                found.biases |= _ancestry(mask)
+            if isinstance(bias, Value):
+                found.biases |= _ancestry(bias)
         elif call.name in SOFTMAX:
             above = _product_above(graph, call.inputs[0], found)
             if above is not None:
@@ -61,17 +60,17 @@ def find_logits(graph: Graph) -> Logits:
     return found
 
 
-def _product_above(graph: Graph, value: Value, found: Logits) -> tuple[Call, float] | None:
+def _product_above(graph: Graph, value: Value, found: AttentionLogits) -> tuple[Call, float] | None:
     """The product of two activations above a softmax, with the constants on the way."""
-    own, depth = 1.0, 0
+    constant, depth = 1.0, 0
     while value.producer is not None and depth < 32:
         call = value.producer
         depth += 1
         if call.name in MATMULS:
-            return (call, own) if _is_query_key_product(graph, call) else None
+            return (call, constant) if _is_query_key_product(graph, call) else None
         if call.name in ("add", "sub"):
             terms = [v for v in call.inputs if v.is_float]
-            leading = [v for v in terms if _product_above(graph, v, Logits()) is not None]
+            leading = [v for v in terms if _product_above(graph, v, AttentionLogits()) is not None]
             if len(leading) != 1:
                 return None
             found.additions.add(call.index)
@@ -83,7 +82,7 @@ def _product_above(graph: Graph, value: Value, found: Logits) -> tuple[Call, flo
             above = graph.product_inputs(call)
             if above is None or len(above) != 1:
                 return None
-            value, own = above[0].value, own * above[0].own
+            value, constant = above[0].value, constant * above[0].model_constant
         elif call.name in _LOGITS_PASS:
             moving = [v for v in call.inputs if v.is_float and not v.constant and v.requires_grad]
             if not moving:
@@ -95,17 +94,17 @@ def _product_above(graph: Graph, value: Value, found: Logits) -> tuple[Call, flo
 
 
 def _is_query_key_product(graph: Graph, call: Call) -> bool:
-    if graph.is_site(call) or call.name not in ("matmul", "rmatmul", "bmm", "baddbmm", "einsum"):
+    op = MATMULS[call.name]
+    if graph.is_site(call) or not op.is_batched or len(op.multiplicands(call)) < 2:
         return False
-    operands = [v for v in MATMULS[call.name].operands(call.args, call.kwargs).values() if isinstance(v, Value)]
-    return all(not value.constant for value in operands[-2:])
+    return not any(operand.constant for operand in op.query_and_key(call))
 
 
 def attention_products(graph: Graph) -> list[Call]:
     """The products of two activations that attention consists of, whatever is added to its logits in between."""
     found: dict[int, Call] = {}
     for call in graph.calls:
-        if call.name == "scaled_dot_product_attention" and not graph.is_site(call):
+        if is_attention(call.name) and not graph.is_site(call):
             found[call.index] = call
         elif call.name in SOFTMAX and (logits := _products_above(graph, call.inputs[0])):
             found |= {product.index: product for product in (*logits, *_products_below(graph, call.output))}
@@ -143,11 +142,7 @@ def _products_below(graph: Graph, probabilities: Value) -> list[Call]:
 def contraction(call: Call) -> int:
     """Number of terms in one element of a product."""
     op = MATMULS[call.name]
-    shapes = {
-        label: value.shape for label, value in op.operands(call.args, call.kwargs).items() if isinstance(value, Value)
-    }
-    label = next(iter(shapes))
-    return max(1, op.fan_in(label, shapes, call.args, call.kwargs))
+    return max(1, op.fan_in(call, next(iter(op.operands(call)))))
 
 
 def _ancestry(value: Value) -> set[Value]:

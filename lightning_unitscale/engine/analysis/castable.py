@@ -17,12 +17,12 @@ def reason_not_to_cast(call: Call, format: str) -> str:
     op = MATMULS[call.name]
     if op.uncastable:
         return op.uncastable
-    operands = op.cast_operands(call.args, call.kwargs, lambda v: isinstance(v, Value) and bool(v.parameters))
+    operands = op.cast_operands(call, lambda v: isinstance(v, Value) and bool(v.parameters))
     if operands is None:
         return "its operands are not one activation and one weight"
     x, weight = operands
     try:
-        products = op.products(call.args, call.kwargs, x, weight)
+        products = op.products(call, x, weight)
     except UncastableError as error:
         return str(error)
     if FORMATS[format].x.itemsize == 1 and isinstance(products, MatrixProducts):

@@ -22,7 +22,7 @@ class Source:
     """Where a value comes from through linear calls: the value, and the model's own constant on the way."""
 
     value: Value
-    own: float
+    model_constant: float
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,11 @@ class Graph:
         if call.name not in MATMULS or not call.outputs or call.outputs[0].parameters:
             return {}
         op = MATMULS[call.name]
-        operands = op.operands(call.args, call.kwargs)
+        has_input = "weight" in op.operands(call)
         return {
             value: label
-            for label, value in operands.items()
-            if isinstance(value, Value)
-            and value.parameters
-            and not op.is_bias(label, value.shape)
-            and not (label == "x" and "weight" in operands)
+            for label, value in op.multiplicands(call).items()
+            if isinstance(value, Value) and value.parameters and not (label == "x" and has_input)
         }
 
     # --- norms -------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lightning_unitscale.engine.analysis.attention import Logits
+from lightning_unitscale.engine.analysis.attention import AttentionLogits
 from lightning_unitscale.engine.analysis.graph import Graph
 from lightning_unitscale.engine.record.trace import Call, Value
+from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.ops.torch_functions import ACTIVATIONS, PASSTHROUGH
 
 Addition = tuple[tuple[Call, ...], list[Value]]  # its calls, the last of which gives the sum, and its terms
@@ -74,7 +75,7 @@ def find_additions(graph: Graph) -> list[Addition]:
     return found[::-1]
 
 
-def find_residuals(graph: Graph, logits: Logits, additions: list[Addition]) -> list[Residual]:
+def find_residuals(graph: Graph, logits: AttentionLogits, additions: list[Addition]) -> list[Residual]:
     """Additions in which one term is an ancestor of the others through a matmul with a parameter."""
     found = []
     for calls, terms in additions:
@@ -142,7 +143,7 @@ def _carries(graph: Graph, value: Value, origin: Value) -> bool:
     return False
 
 
-def _branch(graph: Graph, logits: Logits, value: Value, skip: Value) -> Branch | None:
+def _branch(graph: Graph, logits: AttentionLogits, value: Value, skip: Value) -> Branch | None:
     """The branch from `skip` to `value`, if a matmul with a parameter lies on the way."""
     calls: set[int] = set()
     crossed: dict[Value, bool] = {}
@@ -160,7 +161,7 @@ def _branch(graph: Graph, logits: Logits, value: Value, skip: Value) -> Branch |
         if call is None or current.index < skip.index:
             continue
         calls.add(call.index)
-        through = through or (graph.is_site(call) and not call.name.startswith("embedding"))
+        through = through or (graph.is_site(call) and not is_lookup(call.name))
         pending.extend((above, through) for above in call.inputs)
     if not reached:
         return None

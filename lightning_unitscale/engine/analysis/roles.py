@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lightning_unitscale.engine.analysis.structure import Structure
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.torch_functions import JOINS, PASSTHROUGH
@@ -34,7 +35,7 @@ class Use:
     A use is what a factor can be attached to at run time; it may stand for many calls.
     """
 
-    key: str
+    key: ParameterKey
     op: str
     role: str
     values: list[Value] = field(default_factory=list)
@@ -42,9 +43,9 @@ class Use:
     fan_in: int = 1
 
     @property
-    def id(self) -> tuple[str, str]:
+    def id(self) -> UseId:
         """What rules are keyed by."""
-        return self.key, self.op
+        return UseId(self.key, self.op)
 
     @property
     def in_function(self) -> bool:
@@ -59,12 +60,12 @@ class Use:
     @property
     def parameters(self) -> tuple[str, ...]:
         """The names in the key."""
-        return tuple(self.key.split("+"))
+        return self.key.names
 
 
-def find_uses(structure: Structure) -> dict[tuple[str, str], Use]:
-    """Every use of every parameter in the trace, by (key, function name)."""
-    uses: dict[tuple[str, str], Use] = {}
+def find_uses(structure: Structure) -> dict[UseId, Use]:
+    """Every use of every parameter in the trace."""
+    uses: dict[UseId, Use] = {}
     for call in structure.trace.calls:
         if not call.outputs or call.outputs[0].parameters or call.outputs[0].constant:
             continue
@@ -72,7 +73,7 @@ def find_uses(structure: Structure) -> dict[tuple[str, str], Use]:
             if not value.parameters:
                 continue
             role, fan_in = _role(structure, call, value)
-            use = uses.setdefault((value.key, call.name), Use(value.key, call.name, role, fan_in=fan_in))
+            use = uses.setdefault(UseId(value.key, call.name), Use(value.key, call.name, role, fan_in=fan_in))
             use.calls.append(call)
             use.values.append(value)
             if use.role != role and use.role == "readout":
@@ -91,8 +92,7 @@ def _role(structure: Structure, call: Call, value: Value) -> tuple[str, int]:
     if value in weights:
         return _matmul_role(structure, call, weights[value])
     if call.name in MATMULS:
-        op = MATMULS[call.name]
-        is_input = op.operands(call.args, call.kwargs).get("x") is value
+        is_input = MATMULS[call.name].operands(call).get("x") is value
         return ("token" if is_input else "bias"), 1
     if call in structure.norms and structure.norms[call].x is value:
         return "token", 1
@@ -114,18 +114,15 @@ def _role(structure: Structure, call: Call, value: Value) -> tuple[str, int]:
 
 def _matmul_role(structure: Structure, call: Call, label: str) -> tuple[str, int]:
     op = MATMULS[call.name]
-    if call.name == "scaled_dot_product_attention":
+    if op.is_attention:
         return "token", 1
-    if call.name.startswith("embedding"):
+    if op.is_lookup:
         if call.output in structure.logit_biases:
             return "relative_position", 1
         index = call.argument(0, "input")
         return ("position" if isinstance(index, Value) and index.constant else "embedding"), 1
-    operands = op.operands(call.args, call.kwargs)
-    shapes = {name: v.shape for name, v in operands.items() if isinstance(v, Value)}
-    fan_in = op.fan_in(label, shapes, call.args, call.kwargs)
     direct = call.index in structure.to_loss and call.index not in structure.feeds_matmul
-    return ("readout" if direct else "hidden"), fan_in
+    return ("readout" if direct else "hidden"), op.fan_in(call, label)
 
 
 def _is_logit_bias(structure: Structure, call: Call, value: Value) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lightning_unitscale.engine.analysis.activations import Activation, find_activations
-from lightning_unitscale.engine.analysis.attention import Attention, Logits, contraction, find_logits
+from lightning_unitscale.engine.analysis.attention import Attention, AttentionLogits, contraction, find_logits
 from lightning_unitscale.engine.analysis.graph import Graph, Source
 from lightning_unitscale.engine.analysis.residuals import (
     Addition,
@@ -43,18 +43,17 @@ class Structure(Graph):
     # --- what was found ----------------------------------------------------------------------------------------
 
     @cached_property
-    def _logits(self) -> Logits:
+    def _logits(self) -> AttentionLogits:
         return find_logits(self)
 
     @cached_property
     def attentions(self) -> list[Attention]:
         """The products of queries and keys, in order."""
         found = []
-        for call, own in self._logits.products.values():
-            operands = list(MATMULS[call.name].operands(call.args, call.kwargs).values())
-            query, key = operands[:2] if call.name == "scaled_dot_product_attention" else operands[-2:]
-            own *= self._shared_own(query) * self._shared_own(key)
-            found.append(Attention(call, own, contraction(call), query, key))
+        for call, constant in self._logits.products.values():
+            query, key = MATMULS[call.name].query_and_key(call)
+            constant *= self._shared_constant(query) * self._shared_constant(key)
+            found.append(Attention(call, constant, contraction(call), query, key))
         return found
 
     @property
@@ -62,9 +61,9 @@ class Structure(Graph):
         """Values that are added to attention logits (masks, relative positions)."""
         return self._logits.biases
 
-    def _shared_own(self, value: Value) -> float:
+    def _shared_constant(self, value: Value) -> float:
         """The model's own constant on `value`, if everything it is summed from has the same (LoRA's does not)."""
-        constants = {source.own for source in self.sources(value)[0]}
+        constants = {source.model_constant for source in self.sources(value)[0]}
         return constants.pop() if len(constants) == 1 else 1.0
 
     @cached_property
@@ -142,13 +141,13 @@ class Structure(Graph):
             for step in above:
                 if step.value not in seen:
                     seen.add(step.value)
-                    pending.append(Source(step.value, source.own * step.own))
+                    pending.append(Source(step.value, source.model_constant * step.model_constant))
         return list(found.values()), frozenset(passed)
 
     def _ends_walk(self, call: Call) -> bool:
         return self.is_site(call) or call in self.gains or call.index in self._residual_calls
 
-    def own_constant(self, value: Value) -> float:
+    def model_constant(self, value: Value) -> float:
         """The model's own constants that multiplied `value` since it last left something not linear."""
         product, seen = 1.0, 0
         while value.producer is not None and seen < 64:
@@ -158,10 +157,10 @@ class Structure(Graph):
             above = self.linear_inputs(call)
             if above is None or len(above) != 1:
                 break
-            value, product, seen = above[0].value, product * above[0].own, seen + 1
+            value, product, seen = above[0].value, product * above[0].model_constant, seen + 1
         return product
 
-    def own_constant_after(self, value: Value) -> float:
+    def model_constant_after(self, value: Value) -> float:
         """The model's own constants that multiply `value` before anything not linear uses it.
 
         A soft cap, c · tanh(x / c), has slope 1 and is no such constant.
@@ -177,7 +176,7 @@ class Structure(Graph):
             above = self.linear_inputs(call)
             if above is None or above[0].value is not value:
                 break
-            product, value = product * above[0].own, call.output
+            product, value = product * above[0].model_constant, call.output
         return product
 
     def only_feeds(self, value: Value, passed: frozenset[int], end: set[int]) -> bool:

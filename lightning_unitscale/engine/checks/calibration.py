@@ -20,7 +20,8 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from lightning_unitscale.engine.plan.plan import Plan, Site, Use
+from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator, Statistics, add_over_processes
@@ -91,17 +92,17 @@ class Calibration:
             self._take(use, sites, {operand: next(results) for operand in sites[0].operands}, step)
         self.plan.measured_at.append(step)
 
-    def _uses(self) -> Iterator[tuple[Use, list[Site]]]:
+    def _uses(self) -> Iterator[tuple[UseId, list[Site]]]:
         for use in casts_in_force(self.module):
             yield use, [site for site in self.plan.cast_sites if site.use == use]
 
-    def _accumulator(self, use: Use, operand: str) -> Accumulator | None:
+    def _accumulator(self, use: UseId, operand: str) -> Accumulator | None:
         site = next((site for site in self.plan.cast_sites if site.use == use), None)
         if site is None or site.format is None:
             return None
         return Accumulator(FORMATS[site.format].dtype(operand), site.operand_scales.get(operand))
 
-    def _take(self, use: Use, sites: list[Site], seen: dict[str, Statistics | None], step: int) -> None:
+    def _take(self, use: UseId, sites: list[Site], seen: dict[str, Statistics | None], step: int) -> None:
         was_bad = self._is_bad(sites[0])
         measured = dict(sites[0].measured)
         for operand, statistics in seen.items():
@@ -126,7 +127,7 @@ class Calibration:
                 f"({measured[worst]['saturated']:.1%} saturated, {measured[worst]['flushed']:.1%} flushed to 0)",
             )
         else:
-            casts_in_force(self.module)[use].set_scales(sites[0].operand_scales)
+            casts_in_force(self.module)[use].update()
 
     def _scale(self, site: Site, operand: str) -> float:
         if operand not in site.measured or not self._is_scaled(operand):  # a layer without gradient needs none
@@ -142,7 +143,7 @@ class Calibration:
         return any(seen["error"] > MOST_ERROR for operand, seen in site.measured.items() if self._is_scaled(operand))
 
 
-def fall_back(module: nn.Module, plan: Plan, use: Use, reason: str) -> None:
+def fall_back(module: nn.Module, plan: Plan, use: UseId, reason: str) -> None:
     """Leave a use in the compute dtype from now on, and say so."""
     casts = casts_in_force(module)
     site = next(site for site in plan.cast_sites if site.use == use)
@@ -172,7 +173,7 @@ def check_device(module: nn.Module, plan: Plan) -> None:
 def _report_non_finite(site: Site, operand: str, statistics: Statistics, step: int) -> None:
     if statistics.non_finite:
         warnings.warn(
-            f"unit scaling: at step {step} the {operand} of {site.name} ({site.use[0]}) has "
+            f"unit scaling: at step {step} the {operand} of {site.name} ({site.use.key}) has "
             f"{statistics.non_finite} elements that are NaN or infinite, which a cast to {site.format} would hide.",
             stacklevel=2,
         )

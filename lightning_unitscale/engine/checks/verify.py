@@ -1,8 +1,8 @@
 """The gate: before the first optimizer step, check that the plan does what it says.
 
-For `preserve` the rehearsed loss must equal the untouched model's bit for bit. For the other schemes every explicit
-factor must have been applied somewhere in the step, and the operands of every matmul with a parameter are measured
-under the plan, as they are in unit storage:
+Where the scheme changes nothing (`preserve`), the rehearsed loss must equal the untouched model's bit for bit. For the
+other schemes every explicit factor must have been applied somewhere in the step, and the operands of every matmul with
+a parameter are measured under the plan, as they are in unit storage:
 
     x: RMS · (constants of activations folded into the weight)        weight: RMS / stored
 
@@ -12,18 +12,19 @@ and the share of them within a factor of 2 and of 4 of RMS 1 goes into the plan;
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from math import log2
-from typing import Any
 
 from torch import nn
 
 from lightning_unitscale.engine.analysis.structure import Structure
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, Plan, Site
+from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.trace import Trace, Value
 from lightning_unitscale.engine.runtime.install import watching_factors
+from lightning_unitscale.engine.runtime.interceptor import AppliedFactors
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, is_lookup
 
 LOW_SHARE = 0.75
 OPERANDS = ("x", "weight")
@@ -37,23 +38,23 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
         rehearse: takes the same step again on the prepared model.
 
     Raises:
-        UnitScalingError: `preserve` changed the loss, or a factor of the plan was not applied.
+        UnitScalingError: a scheme that changes nothing changed the loss, or a factor of the plan was not applied.
     """
-    with watching_factors(module) as met:
+    with watching_factors(module) as applied:
         after = rehearse()
-    missed = _not_applied(plan, before, met)
+    missed = _not_applied(plan, before, applied)
     if missed:
         raise UnitScalingError(
             f"{type(module).__name__}: {len(missed)} factors of the plan were not applied in a second run of the same "
             f"step: {', '.join(missed[:3])}{' …' if len(missed) > 3 else ''}. Their weights are made or used where "
             "they cannot be followed; list them in skip and start from a newly built model."
         )
-    if plan.scheme == "preserve":
+    if not plan.changes_training:
         if after.loss_numbers != before.loss_numbers:
             raise UnitScalingError(
                 f"{type(module).__name__}: the same step gave the loss {before.loss_numbers} and then "
-                f"{after.loss_numbers}, though scheme='preserve' changes nothing. The step depends on something the "
-                "rehearsal cannot put back (a file, a global, a data iterator); pass verify=False if that is meant."
+                f"{after.loss_numbers}, though scheme={plan.scheme!r} changes nothing. The step depends on something "
+                "the rehearsal cannot put back (a file, a global, a data iterator); pass verify=False if that is meant."
             )
         return
     _measure(plan, after)
@@ -67,17 +68,17 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
         )
 
 
-def _not_applied(plan: Plan, before: Trace, met: Collection[Any]) -> list[str]:
+def _not_applied(plan: Plan, before: Trace, applied: AppliedFactors) -> list[str]:
     """The sites that this process's step called (another's may have made the plan), but whose factor no call got."""
-    uses = {(value.key, call.name) for call in before.calls for value in call.inputs if value.parameters}
-    places = {(call.frame.module, call.frame.method, call.name, call.ordinal) for call in before.calls if call.frame}
-    places |= {(*place[:3], EVERY_CALL) for place in places}
+    uses = {UseId(value.key, call.name) for call in before.calls for value in call.inputs if value.parameters}
+    places = {call.place for call in before.calls if call.frame}
+    places |= {place.at_every_call for place in places}
     missed = []
     for site in plan.explicit_sites:
         if site.ordinal is None:
-            factors = [(key, site.op) for key, factor in site.factors.items() if factor != 1.0]
-            missed += [f"{site.name} ({use[0]})" for use in factors if use in uses and use not in met]
-        elif (site.module, site.method, site.op, site.ordinal) in places and site.name not in met:
+            factors = [UseId(key, site.op) for key, factor in site.factors.items() if factor != 1.0]
+            missed += [f"{site.name} ({use.key})" for use in factors if use in uses and use not in applied]
+        elif site.place in places and site.place not in applied:
             missed.append(site.name)
     return missed
 
@@ -106,40 +107,30 @@ def _measure(plan: Plan, trace: Trace) -> None:
     seen: dict[tuple[str, bool], dict[str, float]] = {}
     for call in structure.sites:
         weights = structure.weights_of(call)
-        op = MATMULS[call.name]
-        factors = {
-            label: value
-            for label, value in op.operands(call.args, call.kwargs).items()
-            if isinstance(value, Value) and value.is_float and not op.is_bias(label, value.shape)
-        }
-        moving = [value for value in factors.values() if not value.parameters]
+        factors = MATMULS[call.name].multiplicands(call).values()
+        moving = [v for v in factors if isinstance(v, Value) and v.is_float and not v.parameters]
         for value in weights:
-            place = value.key, _looks_up(call.name)
-            if place not in seen and value.rms is not None:
-                seen[place] = {"weight": value.rms}
+            use = value.key, is_lookup(call.name)
+            if use not in seen and value.rms is not None:
+                seen[use] = {"weight": value.rms}
                 if moving and moving[0].rms is not None:
-                    seen[place]["x"] = moving[0].rms
+                    seen[use]["x"] = moving[0].rms
                 if call.output.rms is not None:
-                    seen[place]["output"] = call.output.rms
+                    seen[use]["output"] = call.output.rms
     for site in plan.sites:
         key = site.params[0] if site.params else ""
-        place = key, _looks_up(site.op)
-        if place in seen and not site.reason:
-            site.rms_after = dict(seen[place])
+        measured = seen.get((key, is_lookup(site.op)))
+        if measured is not None and not site.reason:
+            site.rms_after = dict(measured)
             if key in plan.parameters and plan.parameters[key].stored:
                 site.rms_after["weight"] = trace.facts[key].rms / abs(plan.parameters[key].stored)
             if "x" in site.rms_after:
                 site.rms_after["x"] *= _folded_activations(plan, key, site.op)
 
 
-def _looks_up(op: str) -> bool:
-    """Whether the function looks rows up: a tied weight is used both ways."""
-    return op.startswith("embedding")
-
-
 def _folded_activations(plan: Plan, key: str, op: str) -> float:
     product = 1.0
     for site in plan.sites:
-        if site.role == "activation" and site.factors.get("") == 1.0 and [key, op] in site.fold_into:
+        if site.role == "activation" and site.factors.get("") == 1.0 and UseId(key, op) in site.fold_into:
             product *= site.multiplier
     return product

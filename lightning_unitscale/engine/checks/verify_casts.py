@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,15 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
-from lightning_unitscale.engine.plan.plan import Plan, Use
+from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
 from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
 from lightning_unitscale.engine.runtime.install import casts_in_force
-from lightning_unitscale.engine.runtime.observer import OperandObserver, Product
+from lightning_unitscale.engine.runtime.observer import ObservedProduct, OperandObserver
 from lightning_unitscale.formats import FORMATS
-from lightning_unitscale.ops import MATMULS
-from lightning_unitscale.ops.attention import DotProductAttention
-from lightning_unitscale.ops.matmul import with_tensors
+from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.round_trip import round_trip
 from lightning_unitscale.ops.torch_functions import short_name
 
@@ -43,7 +43,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # of the norm; other dt
 
 def verify_casts(
     module: nn.Module, plan: Plan, step: Callable[[Rehearsal], Any], trainer: pl.Trainer | None = None
-) -> dict[Use, str]:
+) -> dict[UseId, str]:
     """Check all cast sites of a module whose scales are known; fills `plan.gradient_cosine`.
 
     Returns:
@@ -52,12 +52,12 @@ def verify_casts(
     checker = _Checker(module, dict(casts_in_force(module)))
     seed = plan.loss_scale or 1.0
     exact = rehearsed_gradients(module, step, trainer, casts=False, observer=checker, seed=seed)
-    seen, used = OperandObserver(module, lambda use, operand: None), set[Use]()
+    seen, used = OperandObserver(module, lambda use, operand: None), set[UseId]()
 
     def watched_step(run: Rehearsal) -> Any:
         output = step(run)
         casts = casts_in_force(module)  # copies, made for the rehearsal
-        used.update(use for use, site in casts.items() if site.used or site.scales is None)
+        used.update(use for use, cast in casts.items() if cast.used or cast.scales is None)
         return output
 
     with_casts = rehearsed_gradients(module, watched_step, trainer, observer=seen, seed=seed)
@@ -83,19 +83,19 @@ def verify_casts(
 class _Checker(OperandObserver):
     """Checks the first call of every cast site while it is entered."""
 
-    def __init__(self, module: nn.Module, casts: dict[Use, CastSite]) -> None:
+    def __init__(self, module: nn.Module, casts: dict[UseId, CastSite]) -> None:
         super().__init__(module, lambda use, operand: None)
         self.casts = casts
-        self.problems: dict[Use, str] = {}
-        self._checked: set[Use] = set()
+        self.problems: dict[UseId, str] = {}
+        self._checked: set[UseId] = set()
 
-    def see(self, use: Use, product: Product) -> None:
+    def observe(self, use: UseId, product: ObservedProduct) -> None:
         """Check the product if it is the first of its use."""
-        site = self.casts.get(use)
-        if site is None or site.scales is None or use in self._checked:
+        cast = self.casts.get(use)
+        if cast is None or cast.scales is None or use in self._checked:
             return
         self._checked.add(use)
-        call = _CheckedWeight(product, site) if isinstance(site, WeightCast) else _CheckedAttention(product, site)
+        call = (_CheckedWeight if isinstance(cast, WeightCast) else _CheckedAttention)(product, cast.site)
         with torch._C.DisableTorchFunction():  # an interceptor below counts the model's own calls
             problem = call.scaled_exactly()
         if problem:
@@ -103,7 +103,7 @@ class _Checker(OperandObserver):
         if product.result.requires_grad:
             product.result.register_hook(lambda gradient: self._check_products(use, call, gradient))
 
-    def _check_products(self, use: Use, call: _CheckedCall, gradient: Tensor) -> None:
+    def _check_products(self, use: UseId, call: _CheckedCall, gradient: Tensor) -> None:
         with torch._C.DisableTorchFunction():
             problem = call.products_as_in_float32(gradient.detach())
         if problem:
@@ -113,13 +113,12 @@ class _Checker(OperandObserver):
 class _CheckedCall(ABC):
     """One call of a matmul-like function, to be made again with other operands."""
 
-    def __init__(self, product: Product, site: CastSite) -> None:
-        assert site.scales is not None
-        self.function, self.args, self.kwargs = product.function, product.args, product.kwargs
+    def __init__(self, product: ObservedProduct, site: Site) -> None:
+        self.site, self.scales = site, site.operand_scales
+        self.op, self.format = MATMULS[short_name(product.call.function)], FORMATS[site.format or ""]
+        self.call = self.op.without_dropout(product.call)
         self.labels = {id(tensor): label for label, tensor in product.operands.items()}
         self.operands = {label: tensor.detach() for label, tensor in product.operands.items()}
-        self.op, self.format = MATMULS[short_name(self.function)], FORMATS[site.format]
-        self.scales = {operand: float(site.scales[operand]) for operand in (*product.operands, "gradient")}
         self.wide = torch.promote_types(torch.float32, next(iter(self.operands.values())).dtype)
 
     @abstractmethod
@@ -152,21 +151,19 @@ class _CheckedCall(ABC):
         return round_trip(tensor.detach().to(self.wide), self.format.dtype(operand), self.scales[operand])
 
     def _run(self, operands: dict[str, Tensor], other: Callable[[Tensor], Tensor]) -> Tensor:
-        args, kwargs = self._with(operands, other)
-        result: Tensor = self.function(*args, **kwargs)
+        result: Tensor = self._with(operands, other).run()
         return result
 
-    def _with(
-        self, operands: dict[str, Tensor], other: Callable[[Tensor], Tensor]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with other operands in place of the call's own, and `other` of what is added: biases, masks."""
+    def _with(self, operands: dict[str, Tensor], other: Callable[[Tensor], Tensor]) -> FunctionCall:
+        """The call with other operands in place of its own, and `other` of what is added: biases, masks."""
 
-        def new(tensor: Tensor) -> Tensor:
-            if id(tensor) in self.labels:
-                return operands[self.labels[id(tensor)]]
-            return other(tensor.detach()) if tensor.is_floating_point() else tensor
+        def new(argument: Any) -> Any:
+            if id(argument) in self.labels:
+                return operands[self.labels[id(argument)]]
+            is_added = isinstance(argument, Tensor) and argument.is_floating_point()
+            return other(argument.detach()) if is_added else argument
 
-        return with_tensors(self.args, self.kwargs, new)
+        return self.call.with_each(new)
 
 
 class _CheckedWeight(_CheckedCall):
@@ -184,19 +181,13 @@ class _CheckedWeight(_CheckedCall):
         return f"scaling its operands by {sx:g} and {sw:g} alone changed the product"
 
     def cast_product(self, operands: dict[str, Tensor]) -> Tensor:
-        casting = WeightCast(self.format.name)
-        casting.set_scales(self.scales)
-        args, kwargs = self._with(operands, lambda bias: bias)
-        return self.op.cast(args, kwargs, operands["x"], operands["weight"], casting, 1.0)
+        casting = WeightCast(replace(self.site, factors={}))
+        call = self._with(operands, lambda bias: bias)
+        return self.op.cast(call, operands["x"], operands["weight"], casting, 1.0)
 
 
 class _CheckedAttention(_CheckedCall):
     """One of attention's own products."""
-
-    def __init__(self, product: Product, site: CastSite) -> None:
-        super().__init__(product, site)
-        if isinstance(self.op, DotProductAttention):
-            self.args, self.kwargs = self.op.without_dropout(self.args, self.kwargs)
 
     def scaled_exactly(self) -> str:
         for label, operand in self.operands.items():
@@ -206,7 +197,5 @@ class _CheckedAttention(_CheckedCall):
         return ""
 
     def cast_product(self, operands: dict[str, Tensor]) -> Tensor:
-        casting = AttentionCast(self.format.name)
-        casting.set_scales(self.scales)
-        args, kwargs = casting.rounded(self.op, *self._with(operands, lambda mask: mask))
-        return casting.rounded_gradient(self.function(*args, **kwargs))
+        casting = AttentionCast(self.site)
+        return casting.rounded_gradient(casting.rounded(self.op, self._with(operands, lambda mask: mask)).run())

@@ -7,13 +7,13 @@ values, under other names, frozen or not called in the recorded step. Training c
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import torch
 from torch import nn
 
 from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.rename import renamed_site
 from lightning_unitscale.engine.plan.siblings import like
+from lightning_unitscale.engine.record.places import Frame
 
 
 def include_copies(plan: Plan, module: nn.Module) -> None:
@@ -71,29 +71,22 @@ def _is_tied_to_its_surroundings(plan: Plan, original: str) -> bool:
 
 def _replace(plan: Plan, original: str, copy: str) -> None:
     def renamed(name: str) -> str:
-        parts = (copy + part.removeprefix(original) if _inside(part, original) else part for part in name.split("+"))
-        return "+".join(parts)
+        return copy + name.removeprefix(original) if _inside(name, original) else name
 
     for name in list(plan.parameters):
         if _inside(name, original):
             plan.parameters[renamed(name)] = like(plan.parameters[renamed(name)], plan.parameters[name])
     plan.sites = [site for site in plan.sites if not _is_of(site, copy)]
     for site in [site for site in plan.sites if _is_of(site, original)]:
-        twin = deepcopy(site)
-        twin.module, twin.calls = renamed(site.module), 0
-        twin.params = [renamed(key) for key in site.params]
-        twin.multipliers = {renamed(key): value for key, value in site.multipliers.items()}
-        twin.fold_into = [[renamed(key), op] for key, op in site.fold_into]
+        twin = renamed_site(site, renamed)
+        twin.calls = 0
         plan.sites.append(twin)
     for where, method, keys in list(plan.frames):
-        own = [renamed(key) for key in keys if renamed(key) != key]
-        if own or renamed(where) != where:
-            frame = next((frame for frame in plan.frames if frame[:2] == [renamed(where), method]), None)
-            if frame is None:
-                frame = [renamed(where), method, []]
-                plan.frames.append(frame)
-            frame[2].extend(key for key in own if key not in frame[2])
+        copied = [key.renamed(renamed) for key in keys if key.renamed(renamed) != key]
+        if copied or renamed(where) != where:
+            known = plan.frame_plan(Frame(renamed(where), method)).keys
+            known.extend(key for key in copied if key not in known)
 
 
 def _is_of(site: Site, module: str) -> bool:
-    return _inside(site.module, module) or any(_inside(key, module) for use in site.params for key in use.split("+"))
+    return _inside(site.module, module) or any(_inside(name, module) for key in site.params for name in key.names)

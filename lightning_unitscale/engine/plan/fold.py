@@ -14,6 +14,7 @@ from __future__ import annotations
 from math import isclose
 
 from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.record.keys import UseId
 
 _ROUNDING = 1e-12
 
@@ -21,16 +22,16 @@ _ROUNDING = 1e-12
 def resolve(plan: Plan, storage: str) -> None:
     """Set `stored` of every parameter and `factors`/`folded` of every site for the given storage, in place."""
     plan.storage = storage
-    alone = {(key, site.op): factor for site in plan.sites for key, factor in site.multipliers.items()}
-    folded = dict(alone)
+    unfolded = {UseId(key, site.op): factor for site in plan.sites for key, factor in site.multipliers.items()}
+    folded = dict(unfolded)
     for site in plan.sites:
         if site.ordinal is not None:
-            for key, op in site.fold_into:
-                folded[key, op] *= site.multiplier
+            for neighbour in site.fold_into:
+                folded[neighbour] *= site.multiplier
             fold = storage == "folded" and bool(site.fold_into)
             site.factors = {"": 1.0 if fold else site.multiplier}
             site.folded = site.factors[""] == 1.0
-    wanted = folded if storage == "folded" else alone
+    wanted = folded if storage == "folded" else unfolded
     for name, parameter in plan.parameters.items():
         use = primary_use_of(plan, name)
         if use is not None and not parameter.fixed:
@@ -38,18 +39,18 @@ def resolve(plan: Plan, storage: str) -> None:
             parameter.stored = wanted[use] if storage == "folded" or parameter.stored_whole else 1.0
     for site in plan.sites:
         if site.ordinal is None:
-            site.factors = {key: _explicit(plan, key, wanted[key, site.op]) for key in site.multipliers}
+            site.factors = {key: _explicit(plan, key, wanted[UseId(key, site.op)]) for key in site.multipliers}
             site.folded = all(factor == 1.0 for factor in site.factors.values())
 
 
-def primary_use_of(plan: Plan, name: str) -> tuple[str, str] | None:
-    """The use (key, op) of a parameter that its role speaks of."""
+def primary_use_of(plan: Plan, name: str) -> UseId | None:
+    """The use of a parameter that its role speaks of."""
     uses = [site for site in plan.sites if name in site.multipliers]
     if not uses:
         return None
     role = plan.parameters[name].role
     best = next((site for site in uses if site.role == role), uses[0])
-    return name, best.op
+    return UseId(name, best.op)
 
 
 def _explicit(plan: Plan, key: str, wanted: float) -> float:

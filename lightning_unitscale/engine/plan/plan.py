@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_unitscale.engine.plan.factors import Factor, product
+from lightning_unitscale.engine.plan.step_scales import FAMILIES, StepScale
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
+from lightning_unitscale.engine.record.places import EVERY_CALL, Frame, Place
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import OPERANDS
 
-if TYPE_CHECKING:
-    from lightning_unitscale.optim.scaled_step import StepScale
-
-PLAN_VERSION = 1
-EVERY_CALL = -1  # ordinal of a site that stands for all calls of its function in its frame
+PLAN_VERSION = 2
 ATTRIBUTE = "_unit_scaling_plan"  # of a prepared model
-Use = tuple[str, str]  # what is used, a weight by its key or a product by its place, and the function's short name
 
 
 @dataclass
@@ -46,6 +45,7 @@ class ParameterPlan:
         sgd_lr: the same under SGD with true gradients.
         relative_lr: learning rate of F in units of the user's own ("standard") is this times |multiplier|.
         depth_lr: the part of `unit_lr` that comes from depth (L^-½ inside a residual branch).
+        causes: where the constants above come from, by their names: the factors of each.
         lr_override: set by the user; takes the place of every learning-rate multiplier.
         stored_whole: a hand-written autograd.Function uses it, whose backward pass would not see an explicit factor, so
             its own multiplier is stored in either storage.
@@ -64,11 +64,17 @@ class ParameterPlan:
     sgd_lr: float = 1.0
     relative_lr: float = 1.0
     depth_lr: float = 1.0
+    causes: dict[str, list[Factor]] = field(default_factory=dict)
     lr_override: float | None = None
     aliases: list[str] = field(default_factory=list)
     stored_whole: bool = False
     fixed: bool = False
     reason: str = ""
+
+    def set_constant(self, name: str, factors: Sequence[Factor]) -> None:
+        """Give one of the constants above its value, and remember why."""
+        setattr(self, name, product(factors))
+        self.causes[name] = list(factors)
 
 
 @dataclass
@@ -79,15 +85,16 @@ class Site:
         module, method: whose code makes the call ("" is the root module).
         op: short name of the torch function; "output" for a whole parameter-free module.
         role: of its weight, or "attention" | "activation" | "residual" | "sum" for a parameter-free site.
-        params: keys of the parameters it uses (a key with "+" is an expression of several).
+        params: keys of the parameters it uses.
         multiplier: of its weight, or of its output.
-        multipliers: by parameter key.
+        multipliers: by key.
+        causes: where the multipliers come from: the factors of each, by key ("" for a parameter-free site).
         factors: what of them stays explicit in the forward pass, by key ("" for a parameter-free site).
-        ordinal: how-manieth call of `op` in its frame, for a parameter-free site; EVERY_CALL for all of them.
+        ordinal: which call (0, 1, …) of `op` in its frame, for a parameter-free site; EVERY_CALL for all of them.
         calls_in_frame: how many calls of `op` one run of its frame makes at most, for a parameter-free site.
         operand: position of the argument that takes the factor: the branch of an addition, the query of a product.
         last_dim: size of the last dimension that argument must have, where it does not depend on the data.
-        fold_into: the uses (key, op) whose multipliers can take the factor; empty where none can.
+        fold_into: the uses whose multipliers can take the factor; empty where none can.
         folded: nothing stays explicit.
         calls: how often it was called in the recorded step.
         rms_before, rms_after: RMS of its operands and output, untouched and under the plan.
@@ -105,15 +112,16 @@ class Site:
     method: str
     op: str
     role: str
-    params: list[str] = field(default_factory=list)
+    params: list[ParameterKey] = field(default_factory=list)
     multiplier: float = 1.0
     multipliers: dict[str, float] = field(default_factory=dict)
+    causes: dict[str, list[Factor]] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
     ordinal: int | None = None
     calls_in_frame: int = 1
     operand: int | None = None
     last_dim: int | None = None
-    fold_into: list[list[str]] = field(default_factory=list)
+    fold_into: list[UseId] = field(default_factory=list)
     folded: bool = True
     calls: int = 1
     rms_before: dict[str, float] = field(default_factory=dict)
@@ -125,6 +133,20 @@ class Site:
     operand_scales: dict[str, float] = field(default_factory=dict)
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    def set_factors(self, key: str, factors: Sequence[Factor]) -> None:
+        """Give the parameter `key`, or the site itself ("") if it has none, its multiplier, and remember why."""
+        self.causes[key] = list(factors)
+        value = product(factors)
+        if key:
+            self.multipliers[key] = value
+        if not key or key == self.params[0]:
+            self.multiplier = value
+
+    def leave_alone(self, reason: str) -> None:
+        """Take the factor of a parameter-free site away."""
+        self.set_factors("", [])
+        self.fold_into, self.reason = [], reason
+
     @property
     def name(self) -> str:
         """As it is called in messages: module, function, and which call of it."""
@@ -133,23 +155,47 @@ class Site:
         return f"{self.module or '<root>'}{method}:{call}"
 
     @property
-    def use(self) -> Use:
+    def place(self) -> Place:
+        """Where it is found again, if it is parameter-free; elsewhere, where it was called first."""
+        return Place(self.module, self.method, self.op, self.ordinal)
+
+    @property
+    def use(self) -> UseId:
         """What its casts go by: its weight, or its place in the code."""
         place = self.name.replace(f":{self.op}", "")
-        return self.params[0] if self.params else place, self.op
+        return UseId(str(self.params[0]) if self.params else place, self.op)
 
 
-@dataclass
+class FramePlan(NamedTuple):
+    """A frame of the model that has to be told apart from others while the model runs.
+
+    Attributes:
+        module, method: the frame.
+        keys: of the parameters, or of what is made of them, that its code hands to torch functions.
+    """
+
+    module: str
+    method: str
+    keys: list[ParameterKey]
+
+    @property
+    def frame(self) -> Frame:
+        """The frame."""
+        return Frame(self.module, self.method)
+
+
+@dataclass(repr=False)
 class Plan:
     """What unit scaling does to one model.
 
     Attributes:
         parameters: by name.
         sites: every matmul-like call and every other place with a factor.
-        frames: [module, method, [keys]]: where parameters, or what is made of them, are handed to torch functions.
+        frames: where parameters, or what is made of them, are handed to torch functions, and parameter-free sites are.
         followed: short names of the functions that made weights out of parameters (views, casts, weight norm).
         storage: "folded" | "unit".
         lr_units: "standard" | "umup".
+        changes_training: False where the scheme leaves weights, function and learning rates alone.
         notes: what else the reader of the plan should know.
         measured_at: the steps at which operand scales were measured.
         gradient_cosine: for each parameter, between its gradients with and without casts, on the first batch.
@@ -161,12 +207,13 @@ class Plan:
     lr_units: str
     parameters: dict[str, ParameterPlan] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
-    frames: list[list[Any]] = field(default_factory=list)
+    frames: list[FramePlan] = field(default_factory=list)
     followed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     measured_at: list[int] = field(default_factory=list)
     gradient_cosine: dict[str, float] = field(default_factory=dict)
     loss_scale: float | None = None
+    changes_training: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
@@ -214,42 +261,26 @@ class Plan:
         """Whether the stored weights in the plain module already are the function."""
         return not self.explicit_sites
 
-    def step_scales(self, family: str, *, decoupled_decay: bool) -> dict[str, StepScale]:
-        """Factors on each parameter's learning rate, weight decay and eps.
+    def frame_plan(self, frame: Frame) -> FramePlan:
+        """The plan of a frame, a new one without keys where there was none."""
+        found = next((known for known in self.frames if known.frame == frame), None)
+        if found is None:
+            found = FramePlan(*frame, [])
+            self.frames.append(found)
+        return found
 
-        With S = stored · U and F = multiplier · U, the gradient of S is (multiplier/stored) times F's. So for
-        updates that do not depend on the gradient's scale, lr(S) = stored · lr(U) and eps(S) = multiplier/stored ·
-        eps; for SGD, lr(S) = stored² · lr(U). Weight decay keeps its strength on F: decoupled, lr · decay is
-        unchanged; coupled, decay(S) = (multiplier/stored)² · decay. (u-μP, arXiv 2407.17465, sections 2.1 and 3.)
+    def step_scales(self, family: str, *, decoupled_decay: bool) -> dict[str, StepScale]:
+        """Factors on each parameter's learning rate, weight decay and eps; see `engine.plan.step_scales`.
 
         Args:
             family: "adam" | "sgd" | "muon", see `optimizer_family`.
             decoupled_decay: whether weight decay acts beside the gradient (AdamW) or inside it.
         """
-        from lightning_unitscale.optim.scaled_step import StepScale
-
-        scales = {}
-        for name, parameter in self.parameters.items():
-            ratio = parameter.multiplier / parameter.stored if parameter.stored else 1.0
-            lr = self._lr_multiplier(parameter, family, ratio)
-            decay = (1 / lr if lr else 1.0) if decoupled_decay else ratio**2
-            scales[name] = StepScale(lr=lr, weight_decay=decay, eps=abs(ratio) if family == "adam" else 1.0)
-        return scales
-
-    def _lr_multiplier(self, parameter: ParameterPlan, family: str, ratio: float) -> float:
-        if parameter.lr_override is not None:
-            return parameter.lr_override
-        if self.scheme == "preserve":
-            return 1.0
-        if family == "muon":
-            return parameter.depth_lr / ratio
-        if self.lr_units == "standard":
-            own_step = family == "sgd" and parameter.role == "readout"  # under SGD the scheme's would be smaller still
-            function_lr = 1.0 if own_step else parameter.relative_lr * abs(parameter.multiplier)
-            return function_lr / ratio ** (2 if family == "sgd" else 1)
-        if family == "sgd":
-            return parameter.sgd_lr * parameter.stored**2
-        return parameter.unit_lr * parameter.stored
+        rule = FAMILIES[family]
+        return {
+            name: rule.step_scale(parameter, self.lr_units, decoupled_decay=decoupled_decay)
+            for name, parameter in self.parameters.items()
+        }
 
     def summary(self, rows: int | None = None) -> str:
         """The plan as a table; layers that repeat are one row with their count.
@@ -261,11 +292,41 @@ class Plan:
 
         return summarize(self, rows)
 
+    def explain(self, name: str) -> str:
+        """Why a parameter or a site has the numbers it has: every factor with its cause and source.
+
+        Args:
+            name: of a parameter, as in `plan.parameters`, or of a site, as in the first column of `summary()`.
+
+        Raises:
+            UnitScalingError: there is no such name; the message has near ones.
+        """
+        from lightning_unitscale.engine.plan.explain import explain
+
+        return explain(self, name)
+
+    def to_frame(self) -> Any:
+        """One row a parameter and site: a `pandas.DataFrame` if pandas is installed, else a list of dicts."""
+        from lightning_unitscale.engine.plan.rows import frame
+
+        return frame(self)
+
+    def _repr_html_(self) -> str:
+        from lightning_unitscale.engine.plan.rows import html_table
+
+        return html_table(self)
+
+    def __repr__(self) -> str:
+        from lightning_unitscale.engine.plan.summary import headline
+
+        return f"<Plan: {headline(self)}>"
+
     # --- plain containers -------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only: what a checkpoint holds."""
-        return asdict(self)
+        plain: dict[str, Any] = _plain(self)
+        return plain
 
     def to_json(self) -> str:
         """`to_dict` as text, made anew only when training has changed something: every `state_dict()` asks for it."""
@@ -290,12 +351,17 @@ class Plan:
                 "load it with the package version that wrote it."
             )
         data = deepcopy(dict(data))
-        known = {f.name for f in fields(cls)} - {"parameters", "sites"}
+        known = {f.name for f in fields(cls)} - {"parameters", "sites", "frames"}
         try:
             plan = cls(**{name: value for name, value in data.items() if name in known})
-            plan.parameters = {name: ParameterPlan(**value) for name, value in data["parameters"].items()}
-            plan.sites = [Site(**value) for value in data["sites"]]
-        except (AttributeError, KeyError, TypeError) as error:
+            plan.parameters = {name: ParameterPlan(**_with_causes(v)) for name, v in data["parameters"].items()}
+            plan.sites = [Site(**_with_causes(value)) for value in data["sites"]]
+            for site in plan.sites:
+                site.params = list(map(ParameterKey, site.params))
+                site.fold_into = [UseId(key, op) for key, op in site.fold_into]
+            frames = data["frames"]
+            plan.frames = [FramePlan(where, method, [*map(ParameterKey, keys)]) for where, method, keys in frames]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UnitScalingError(
                 f"this is not a whole unit-scaling plan ({error}); pass what Plan.to_dict() returned."
             ) from None
@@ -342,7 +408,7 @@ class Plan:
             for name, parameter in self.parameters.items()
             if name in shapes and shapes[name] != parameter.shape
         )
-        gone = sorted({where for where, _, _ in self.frames} - modules)
+        gone = sorted({frame.module for frame in self.frames} - modules)
         problems = [
             f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
             for what, names in (
@@ -361,6 +427,22 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_module": None}
+
+
+def _with_causes(data: dict[str, Any]) -> dict[str, Any]:
+    causes = {name: [Factor(**factor) for factor in factors] for name, factors in data["causes"].items()}
+    return {**data, "causes": causes}
+
+
+def _plain(value: Any) -> Any:
+    """A part of a plan in plain containers, numbers and strings."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, str) else value
 
 
 def plan_of(module: nn.Module) -> Plan | None:

@@ -1,10 +1,18 @@
-"""A plan said of another root: of a model inside its LightningModule, or of the LightningModule around a model."""
+"""A plan, or a part of it, said of other names.
+
+Of a model inside its LightningModule, or of the LightningModule around a model; of an expert's sibling (`siblings`); of
+a copy inside the model (`copies`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
-from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.plan import FramePlan, Plan, Site
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
+
+Rename = Callable[[str], str]
 
 
 def plan_inside(plan: Plan, child: str) -> Plan:
@@ -32,7 +40,7 @@ def plan_inside(plan: Plan, child: str) -> Plan:
     kept = Plan.from_dict(plan.to_dict())
     explicit = [site.name for site in plan.explicit_sites]
     kept.sites = [site for site in kept.sites if is_inside(site.module) or site.name in explicit]
-    kept.frames = [frame for frame in kept.frames if is_inside(frame[0])]
+    kept.frames = [frame for frame in kept.frames if is_inside(frame.module)]
     return _renamed(kept, inner)
 
 
@@ -41,21 +49,31 @@ def plan_around(plan: Plan, child: str) -> Plan:
     return _renamed(plan, lambda name: f"{child}.{name}" if name else child)
 
 
-def _renamed(plan: Plan, rename: Callable[[str], str]) -> Plan:
-    def key(name: str) -> str:  # "" is the output of a parameter-free site, "a+b" an expression of two parameters
-        return "+".join(sorted(map(rename, name.split("+")))) if name else ""
-
+def _renamed(plan: Plan, rename: Rename) -> Plan:
     renamed = Plan.from_dict(plan.to_dict())
     renamed.parameters = {}
-    for parameter in Plan.from_dict(plan.to_dict()).parameters.values():
-        parameter.name = rename(parameter.name)
-        parameter.aliases = [rename(alias) for alias in parameter.aliases]
-        renamed.parameters[parameter.name] = parameter
-    for site in renamed.sites:
-        site.module = rename(site.module)
-        site.params = [key(name) for name in site.params]
-        site.multipliers = {key(name): value for name, value in site.multipliers.items()}
-        site.factors = {key(name): value for name, value in site.factors.items()}
-        site.fold_into = [[key(name), op] for name, op in site.fold_into]
-    renamed.frames = [[rename(where), method, [key(name) for name in keys]] for where, method, keys in plan.frames]
+    for parameter in plan.parameters.values():
+        copy = deepcopy(parameter)
+        copy.name, copy.aliases = rename(copy.name), [rename(alias) for alias in copy.aliases]
+        renamed.parameters[copy.name] = copy
+    renamed.sites = [renamed_site(site, rename) for site in plan.sites]
+    renamed.frames = [
+        FramePlan(rename(f.module), f.method, [key.renamed(rename) for key in f.keys]) for f in plan.frames
+    ]
     return renamed
+
+
+def renamed_site(site: Site, rename: Rename) -> Site:
+    """A copy of a site whose module and parameters have other names."""
+
+    def key(name: str) -> ParameterKey:
+        return ParameterKey(name).renamed(rename)
+
+    copy = deepcopy(site)
+    copy.module = rename(site.module)
+    copy.params = [key(name) for name in site.params]
+    copy.multipliers = {key(name): value for name, value in site.multipliers.items()}
+    copy.causes = {key(name): list(factors) for name, factors in site.causes.items()}
+    copy.factors = {key(name): value for name, value in site.factors.items()}
+    copy.fold_into = [UseId(key(name), op) for name, op in site.fold_into]
+    return copy

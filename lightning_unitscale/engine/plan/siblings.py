@@ -7,8 +7,12 @@ Their modules ("experts.3" and "experts.5") are alike, so whatever the plan says
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
+from lightning_unitscale.engine.plan.factors import to_unit_scale
 from lightning_unitscale.engine.plan.plan import ParameterPlan, Plan, Site
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
+from lightning_unitscale.engine.record.places import Frame
 
 
 def include_siblings(plan: Plan) -> None:
@@ -38,55 +42,53 @@ def like(parameter: ParameterPlan, model: ParameterPlan) -> ParameterPlan:
     copy = deepcopy(model)
     copy.name, copy.aliases, copy.initial_rms = parameter.name, parameter.aliases, parameter.initial_rms
     if copy.initial_factor not in (0.0, 1.0) and parameter.initial_rms:
-        copy.initial_factor = 1 / parameter.initial_rms
+        copy.set_constant("initial_factor", [to_unit_scale(parameter.initial_rms)])
     return copy
 
 
 class _Renaming:
-    """From one expert's names to its sibling's: both differ from each other in one number."""
+    """From one expert's names to its sibling's: they differ from each other in one number."""
 
-    def __init__(self, model: str, own: str) -> None:
-        self.parameters = model, own
-        left, right = model.split("."), own.split(".")
+    def __init__(self, model: str, sibling: str) -> None:
+        self.parameters = ParameterKey(model), ParameterKey(sibling)
+        left, right = model.split("."), sibling.split(".")
         length = next(i for i, (a, b) in enumerate(zip(left, right, strict=True)) if a != b) + 1
-        self.model, self.own = ".".join(left[:length]), ".".join(right[:length])
+        self.model, self.sibling = ".".join(left[:length]), ".".join(right[:length])
 
     def of(self, name: str) -> str:
         inside = name == self.model or name.startswith(f"{self.model}.")
-        return self.own + name.removeprefix(self.model) if inside else name
+        return self.sibling + name.removeprefix(self.model) if inside else name
 
 
 def _copy_sites(plan: Plan, renaming: _Renaming) -> None:
-    model, own = renaming.parameters
+    model, sibling = renaming.parameters
     for site in list(plan.sites):
-        into = [list(use) for use in site.fold_into if use[0] == model]
+        into = [use for use in site.fold_into if use.key == model]
         if model not in site.multipliers and not into:
             continue
         twin = _twin(plan, site, renaming.of(site.module))
         if model in site.multipliers:
-            twin.params.append(own)
-            twin.multipliers[own] = site.multipliers[model]
-        twin.fold_into += [[own, op] for _, op in into]
+            twin.params.append(sibling)
+            twin.set_factors(sibling, site.causes[model])
+        twin.fold_into += [UseId(sibling, op) for _, op in into]
     for where, method, keys in list(plan.frames):
         renamed = renaming.of(where)
         if model in keys or renamed != where:
-            frame = next((frame for frame in plan.frames if frame[:2] == [renamed, method]), None)
-            if frame is None:
-                plan.frames.append([renamed, method, [own] if model in keys else []])
-            elif model in keys and own not in frame[2]:
-                frame[2].append(own)
+            known = plan.frame_plan(Frame(renamed, method)).keys
+            if model in keys and sibling not in known:
+                known.append(sibling)
 
 
 def _twin(plan: Plan, site: Site, module: str) -> Site:
     """The sibling's site: a parameter-free one of a shared module is the same, any other is its own."""
     if site.ordinal is not None and module == site.module:
         return site
-    place = (module, site.method, site.op, site.ordinal, 0)
+    place = site.place._replace(module=module)
     for known in plan.sites:
-        if (known.module, known.method, known.op, known.ordinal, known.calls) == place:
+        if known.place == place and not known.calls:
             return known
-    twin = deepcopy(site)
-    twin.module, twin.calls, twin.params, twin.multipliers = module, 0, [], {}
-    twin.fold_into, twin.rms_before = [], {}
+    twin = replace(site, module=module, calls=0, params=[], multipliers={}, causes={}, fold_into=[], rms_before={})
+    if site.ordinal is not None:
+        twin.set_factors("", site.causes[""])
     plan.sites.append(twin)
     return twin

@@ -10,6 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lightning_unitscale.engine.plan.explain import folded_into
+from lightning_unitscale.engine.plan.factors import product
 from lightning_unitscale.engine.plan.plan import Plan, Site
 
 _NUMBER = re.compile(r"(?<![^.:])\d+(?![^.:])")
@@ -20,9 +22,17 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
     """The plan as text, at most 150 columns wide; `rows` limits the number of site rows."""
     groups: dict[tuple[str, ...], list[Site]] = {}
     for site in plan.sites:
-        kept = "-" if site.multiplier == 1.0 else "weights" if site.folded else "forward"
+        total = _multiplier(plan, site)
+        kept = "-" if total == 1.0 else "weights" if site.folded else "forward"
         remark = "; ".join(filter(None, (site.reason, site.format_reason)))
-        key = (_NUMBER.sub("*", site.name), site.role, f"{site.multiplier:.3g}", kept, site.format or "-", remark)
+        key = (
+            _NUMBER.sub("*", site.name),
+            site.role,
+            f"{total:.3g}",
+            kept,
+            site.format or "-",
+            remark,
+        )
         groups.setdefault(key, []).append(site)
     table = Table(box=SIMPLE_HEAD)
     casts = any(site.format or site.format_reason for site in plan.sites)
@@ -34,7 +44,7 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
         rates = sorted({lr[key] for site in sites for key in site.params[:1] if key in lr})
         rate = " … ".join(dict.fromkeys(f"{r:.3g}" for r in (rates[:1] + rates[-1:])))
         table.add_row(name, str(len(sites)), role, multiplier, kept, *([format] if casts else []), rate, remark)
-    placed = {name for site in plan.sites for key in site.params for name in key.split("+")}
+    placed = {name for site in plan.sites for key in site.params for name in key.names}
     for reason, names in _by_reason(plan, placed).items():
         table.add_row(
             f"{names[0]}{' …' if len(names) > 1 else ''}",
@@ -57,6 +67,13 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
+def _multiplier(plan: Plan, site: Site) -> float:
+    """From the weight at RMS 1 to the model's function, with what folds into it; a parameter-free site's own factor."""
+    if not site.params:
+        return site.multiplier
+    return site.multiplier * product(folded_into(plan, site.params[0], site.op))
+
+
 def _by_reason(plan: Plan, placed: set[str]) -> dict[str, list[str]]:
     """The parameters that no site uses."""
     found: dict[str, list[str]] = {}
@@ -69,12 +86,12 @@ def _by_reason(plan: Plan, placed: set[str]) -> dict[str, list[str]]:
 def headline(plan: Plan) -> str:
     """The plan in one line."""
     scaled = sum(not parameter.reason for parameter in plan.parameters.values())
-    alone = len(plan.parameters) - scaled
+    left_alone = len(plan.parameters) - scaled
     explicit = len(plan.explicit_sites)
     where = "nothing stays in the forward pass" if not explicit else f"{explicit} sites stay in the forward pass"
     formats = Counter(site.format for site in plan.cast_sites)
     casts = "".join(f"; {format} at {count} sites" for format, count in formats.items())
     return (
         f"unit scaling: scheme={plan.scheme}, storage={plan.storage}, lr_units={plan.lr_units}; "
-        f"{scaled} parameters planned, {alone} left alone; {where}{casts}"
+        f"{scaled} parameters planned, {left_alone} left alone; {where}{casts}"
     )

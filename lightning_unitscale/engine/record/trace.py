@@ -8,6 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_unitscale.engine.record.keys import ParameterKey
+from lightning_unitscale.engine.record.places import HOOK, Frame, Place
+from lightning_unitscale.ops.call import FunctionCall
+
 
 @dataclass(eq=False)
 class Value:
@@ -35,24 +39,13 @@ class Value:
     consumers: list[Call] = field(default_factory=list)
 
     @property
-    def key(self) -> str:
+    def key(self) -> ParameterKey:
         """The name by which rules find a parameter or an expression of several parameters."""
-        return "+".join(self.parameters)
-
-
-@dataclass(frozen=True)
-class Frame:
-    """Where a call was made: the module (by name, "" for the root) and the method of it that was running."""
-
-    module: str
-    method: str
-
-    def __str__(self) -> str:
-        return f"{self.module or '<root>'}.{self.method}"
+        return ParameterKey.of(self.parameters)
 
 
 @dataclass(eq=False)
-class Call:
+class Call(FunctionCall):
     """One torch function call; tensors in `args` and `kwargs` are replaced by their values.
 
     Attributes:
@@ -74,13 +67,14 @@ class Call:
     in_function: bool = False
 
     @property
+    def place(self) -> Place:
+        """Where in the code it was made; in `HOOK` if in no frame."""
+        return Place(*(self.frame or HOOK), self.name, self.ordinal)
+
+    @property
     def output(self) -> Value:
         """The first output."""
         return self.outputs[0]
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """The argument at `position`, or by `name`."""
-        return self.args[position] if len(self.args) > position else self.kwargs.get(name, default)
 
 
 @dataclass
@@ -97,7 +91,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     losses: list[Value] = field(default_factory=list)
     loss_numbers: list[float] = field(default_factory=list)
-    touched: dict[Frame, list[str]] = field(default_factory=dict)
+    touched: dict[Frame, list[ParameterKey]] = field(default_factory=dict)
     spans: list[ModuleSpan] = field(default_factory=list)
     facts: dict[str, ParameterFacts] = field(default_factory=dict)
 

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, Plan, Site, Use
+from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId, is_parametrization
+from lightning_unitscale.engine.record.places import EVERY_CALL, HOOK, Frame
 from lightning_unitscale.engine.runtime.casts import CastSite, WeightCast, cast_sites
-from lightning_unitscale.engine.runtime.interceptor import Met, Rules, ScopedForward
+from lightning_unitscale.engine.runtime.interceptor import AppliedFactors, Rules, ScopedForward
 
+_KeysByFrame = dict[Frame, list[ParameterKey]]
 STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -43,7 +46,7 @@ def install(module: nn.Module, plan: Plan) -> None:
     """Put a scope on every method in which a factor of the plan is explicit or an operand is cast."""
     explicit, casts = plan.explicit_sites, cast_sites(plan.sites)
     factors = {
-        (key, site.op): factor
+        UseId(str(key), site.op): factor
         for site in explicit
         if site.ordinal is None
         for key, factor in site.factors.items()
@@ -55,20 +58,20 @@ def install(module: nn.Module, plan: Plan) -> None:
         return
     rules = Rules(factors, casts, plan.followed if uses else [], sorted({s.op for s in free} - {"output"}))
     keys_in_use = {key for key, _ in uses}
-    tracked = {name for key in keys_in_use for name in key.split("+")}
+    tracked = {name for key in keys_in_use for name in ParameterKey(key).names}
     modules = dict(module.named_modules())
     enclosing = _fused_frames(uses, free, modules) | _enclosing_frames(plan, uses, modules)
-    for where, method, keys in [*_scoped_frames(plan, modules), *((*frame, keys) for frame, keys in enclosing.items())]:
-        own = modules[where]
+    for frame, keys in [*_scoped_frames(plan, modules).items(), *enclosing.items()]:
         touched = [key for key in keys if key in tracked]
-        sites = [site for site in free if site.module == where and site.method == method]
+        sites = [site for site in free if site.place.frame == frame]
         in_use = touched or sites or keys_in_use.intersection(keys)
-        if in_use or free or (where, method) in enclosing:
-            scope = own.__dict__.get(method)
+        if in_use or free or frame in enclosing:
+            scoped = modules[frame.module]
+            scope = scoped.__dict__.get(frame.method)
             if not isinstance(scope, ScopedForward):
-                scope = ScopedForward(own, method, rules)
-                setattr(own, method, scope)
-            for key in touched:
+                scope = ScopedForward(scoped, frame.method, rules, is_parametrization(frame.module))
+                setattr(scoped, frame.method, scope)
+            for key in map(str, touched):
                 owner, _, attribute = key.rpartition(".")
                 scope.touched.append((modules[owner], attribute, key))
             for site in sites:
@@ -90,62 +93,63 @@ def rules_in_force(module: nn.Module) -> Rules | None:
     return None
 
 
-def casts_in_force(module: nn.Module) -> dict[Use, CastSite]:
+def casts_in_force(module: nn.Module) -> dict[UseId, CastSite]:
     """The cast sites of a prepared module."""
     rules = rules_in_force(module)
     return rules.casts if rules is not None else {}
 
 
 @contextmanager
-def watching_factors(module: nn.Module) -> Iterator[Met]:
-    """What is applied inside: uses of parameters, and names of parameter-free sites."""
-    met = Met()
+def watching_factors(module: nn.Module) -> Iterator[AppliedFactors]:
+    """The factors that are applied inside."""
+    applied = AppliedFactors()
     rules = rules_in_force(module)
     if rules is not None:
-        rules.met = met
+        rules.applied = applied
     try:
-        yield met
+        yield applied
     finally:
         if rules is not None:
-            rules.met = None
+            rules.applied = None
 
 
-def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> list[tuple[str, str, list[str]]]:
+def _scoped_frames(plan: Plan, modules: dict[str, nn.Module]) -> _KeysByFrame:
     """The plan's frames; a method other than `forward` brings the module's other steps along, seen or not."""
-    frames = {(where, method): list(keys) for where, method, keys in plan.frames if method != "<hook>"}
+    frames: _KeysByFrame = {known.frame: list(known.keys) for known in plan.frames if known.frame != HOOK}
     for (where, method), keys in list(frames.items()):
         if method in STEPS and keys:
             for other in STEPS:
                 if other != method and callable(getattr(type(modules[where]), other, None)):
-                    known = frames.setdefault((where, other), [])
+                    known = frames.setdefault(Frame(where, other), [])
                     known.extend(key for key in keys if key not in known)
-    return [(where, method, keys) for (where, method), keys in frames.items()]
+    return frames
 
 
-def _enclosing_frames(plan: Plan, uses: list[Use], modules: dict[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
+def _enclosing_frames(plan: Plan, uses: list[UseId], modules: dict[str, nn.Module]) -> _KeysByFrame:
     """Frames in which a weight computed from parameters is both made and used, with the names of those parameters.
 
     A property makes it on access, a hook of the module that uses it just before that module's own frame opens.
     """
-    found: dict[tuple[str, str], list[str]] = {}
+    found: _KeysByFrame = {}
     for key, _ in uses:
         if key not in plan.parameters or plan.parameters[key].fixed:
-            path = key.split("+")[0].split(".")[:-1]
+            parameters = ParameterKey(key).names
+            path = parameters[0].split(".")[:-1]
             for length in range(len(path) + 1):
                 where = ".".join(path[:length])
                 for method in STEPS if not where else ("forward",):
                     has_method = getattr(type(modules[where]), method, nn.Module.forward) is not nn.Module.forward
                     if has_method:
-                        names = found.setdefault((where, method), [])
-                        names.extend(name for name in key.split("+") if name not in names)
+                        known = found.setdefault(Frame(where, method), [])
+                        known.extend(ParameterKey(name) for name in parameters if name not in known)
     return found
 
 
-def _fused_frames(uses: list[Use], free: list[Site], modules: dict[str, nn.Module]) -> dict[tuple[str, str], list[str]]:
+def _fused_frames(uses: list[UseId], free: list[Site], modules: dict[str, nn.Module]) -> _KeysByFrame:
     """Layers of torch that in evaluation run as one kernel, past everything inside, unless a function mode is on."""
-    inside = {*(name for key, _ in uses for name in key.split("+")), *(f"{site.module}." for site in free)}
+    inside = {*(name for key, _ in uses for name in ParameterKey(key).names), *(f"{site.module}." for site in free)}
     return {
-        (where, "forward"): []
+        Frame(where, "forward"): []
         for where, module in modules.items()
         if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
         and any(name.startswith(f"{where}." if where else "") for name in inside)

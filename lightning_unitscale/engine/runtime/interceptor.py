@@ -3,7 +3,7 @@
 They are applied by a `TorchFunctionMode` that is entered by `ScopedForward`, a small object in place of
 `module.forward` (or another method) on the modules concerned, and on no others. What belongs to a parameter is found
 by the parameter itself, followed through views and casts, so it holds in any number of calls; a parameter-free factor
-by its frame and by how-manieth call of its function it is there.
+by its frame and by which call (0, 1, …) of its function it is there.
 """
 
 from __future__ import annotations
@@ -19,17 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_unitscale.engine.plan.plan import EVERY_CALL, Site, Use
-from lightning_unitscale.engine.record.recorder import MODULE_CALL, has_ordinal
+from lightning_unitscale.engine.plan.plan import Site
+from lightning_unitscale.engine.record.keys import (
+    ParameterKey,
+    TensorInput,
+    UseId,
+    arguments_used,
+    parameters_of_result,
+)
+from lightning_unitscale.engine.record.places import EVERY_CALL, Place
+from lightning_unitscale.engine.record.recorder import MODULE_CALL, has_ordinal, tensors_in
 from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
-from lightning_unitscale.engine.runtime.observer import Product, observers_inside, tell_observers
+from lightning_unitscale.engine.runtime.observer import ObservedProduct, observers_inside, show_to_observers
 from lightning_unitscale.errors import UncastableError, UnitScalingError
-from lightning_unitscale.ops import MATMULS, Matmul
-from lightning_unitscale.ops.attention import DotProductAttention, open_multi_head_attention
-from lightning_unitscale.ops.torch_functions import functions_by_name, is_in_place
+from lightning_unitscale.ops import MATMULS, FunctionCall, Matmul, functions_named
+from lightning_unitscale.ops.attention import open_multi_head_attention
+from lightning_unitscale.ops.torch_functions import OUTPUT_IS_FREE, is_in_place
 
-# Functions whose backward pass reads their input alone: their output can be multiplied in place.
-_OUTPUT_IS_FREE = frozenset({"silu", "gelu", "mish"})
 _MULTI_HEAD = "multi_head_attention_forward"
 
 
@@ -41,24 +47,24 @@ class Rules:
         casts: the uses whose operands are cast, by the same.
         followed: names of the functions through which parameters are followed.
         free: names of the functions with parameter-free sites.
-        met: uses and names of parameter-free sites whose factor was applied, while somebody asks; None otherwise.
+        applied: what was applied, while somebody asks; None otherwise.
     """
 
     def __init__(
-        self, factors: dict[Use, float], casts: dict[Use, CastSite], followed: list[str], free: list[str]
+        self, factors: dict[UseId, float], casts: dict[UseId, CastSite], followed: list[str], free: list[str]
     ) -> None:
-        self.met: Met | None = None
+        self.applied: AppliedFactors | None = None
         self.factors, self.casts, self.followed, self.free = factors, casts, frozenset(followed), frozenset(free)
         self.ops = frozenset(op for _, op in (*factors, *casts))
         self._find_functions()
 
     def _find_functions(self) -> None:
         names = self.followed | self.free | self.ops | {_MULTI_HEAD}
-        known = functions_by_name()
-        unknown = sorted(names - known.keys())
+        known = {name: functions_named(name) for name in names}
+        unknown = sorted(name for name, functions in known.items() if not functions)
         if unknown:
             raise UnitScalingError(f"no torch function is called {', '.join(unknown)}: torch is another version?")
-        self.watched: dict[Any, str] = {function: name for name in names for function in known[name]}
+        self.watched: dict[Any, str] = {function: name for name, functions in known.items() for function in functions}
         self.in_place = frozenset(function for function in self.watched if is_in_place(function))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -69,21 +75,33 @@ class Rules:
         self._find_functions()
 
 
-class Met(set[Any]):
-    """A set that copies of the rules share: a rehearsal runs on copies of all that modules hold."""
+class AppliedFactors(set[UseId | Place]):
+    """The uses, and the places of parameter-free sites, whose factor was applied.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Met:
+    Copies of the rules share it: a rehearsal runs on copies of all that modules hold.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AppliedFactors:
         return self
 
 
 class ScopedForward:
     """Stands in for `module.<method>`: opens a frame, in which the factors of the plan are applied.
 
-    Survives `copy.deepcopy` (the copy runs the copy's weights) and `pickle`.
+    Survives `copy.deepcopy` (the copy runs the copy's weights) and `pickle`: it holds the module, and looks the method
+    up at each call.
+
+    Attributes:
+        in_parametrization: whether the module makes a weight of another module.
+        replaced: somebody else's function that stood in for the method already.
+        touched: the parameters that the method's own code hands to torch functions: owner, attribute, key.
+        sites: the parameter-free sites in it, by function and which call of it.
+        most_calls: of the functions with such sites, how often one run of the recorded step called them.
+        output_factor: on what the method returns.
     """
 
-    def __init__(self, module: nn.Module, method: str, rules: Rules) -> None:
-        self.module, self.method, self.rules = module, method, rules
+    def __init__(self, module: nn.Module, method: str, rules: Rules, in_parametrization: bool) -> None:
+        self.module, self.method, self.rules, self.in_parametrization = module, method, rules, in_parametrization
         self.replaced = module.__dict__.get(method)
         self.touched: list[tuple[nn.Module, str, str]] = []
         self.sites: dict[tuple[str, int], Site] = {}
@@ -109,6 +127,8 @@ class ScopedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method in a frame, inside the interceptor of the plan."""
+        # One mode for the outermost scope and all inside it: a second one would apply every factor twice, and a weight
+        # made in one frame (tied, or computed by a parent) is known in the frames that use it.
         interceptor = _current(self.rules)
         if interceptor is not None:
             return interceptor.run(self, args, kwargs)
@@ -128,7 +148,11 @@ class ScopedForward:
 
 
 class _OpenFrame:
-    """One running scope: how often each counted function has been called in it."""
+    """One running scope: how often each counted function has been called in it.
+
+    Counts are of one run of one frame. Over the whole step they would depend on everything that came before: a layer
+    skipped, a loop over the experts that got a token, a logger.
+    """
 
     def __init__(self, scope: ScopedForward) -> None:
         self.scope = scope
@@ -142,13 +166,15 @@ class Interceptor(TorchFunctionMode):
         super().__init__()
         self.rules = rules
         self.frames: list[_OpenFrame] = []
+        # Tensors with the key of what they are made of. They are kept alive, so that no other tensor gets their id.
         self.parameters: list[tuple[Tensor, str]] = []  # those of the open frames
         self.derived: list[tuple[Tensor, str]] = []  # what was made of them, until the outermost scope ends
-        self.keys: dict[int, str] = {}  # both by id, for eager mode
+        self.keys: dict[int, str] = {}  # both by id, for eager mode; see `_key`
 
     def run(self, scope: ScopedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the scope's method in a frame of its own."""
         outside = len(self.parameters)
+        # Anew at each run: sharding and functional calls put other tensors in the place of a parameter.
         for owner, attribute, key in scope.touched:
             self._track(self.parameters, getattr(owner, attribute), key)
         self.frames.append(_OpenFrame(scope))
@@ -173,91 +199,80 @@ class Interceptor(TorchFunctionMode):
                 return function(*args, **kwargs)
             with self:
                 return open_multi_head_attention(*args, **kwargs)
+        call = FunctionCall(function, args, kwargs)
         if name in self.rules.free:
             site = self._site(name, args)
             if site is not None:
-                return self._run_site(site, name, function, args, kwargs)
-        result = self._run(name, function, args, kwargs)
+                return self._run_site(site, name, call)
+        result = self._run(name, call)
         if name in self.rules.followed:
-            self._follow(args, kwargs, result)
+            self._follow(name, call, result)
         return result
 
-    def _run(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, name: str, call: FunctionCall) -> Any:
         """The call with the factors of its parameters."""
         if name not in self.rules.ops:
-            return function(*args, **kwargs)
+            return call.run()
         op = MATMULS.get(name)
         if op is None:
-            scaled = tuple(self._scaled(argument, name) for argument in args)
-            return function(*scaled, **{key: self._scaled(argument, name) for key, argument in kwargs.items()})
-        if self.rules.casts and (casting := self._casting(op, args, kwargs)):
+            return call.with_each(lambda argument: self._scaled(argument, name)).run()
+        operands = op.operands(call)
+        if self.rules.casts and (casting := self._casting(op, call)):
             site, x, weight = casting
-            bias = next((v for k, v in op.operands(args, kwargs).items() if k in op.bias_labels), None)
             try:
-                return op.cast(args, kwargs, x, weight, site, self._factor(bias, name))
+                return op.cast(call, x, weight, site, self._factor(operands.get("bias"), name))
             except UncastableError as error:
                 raise UnitScalingError(
                     f"{self.frames[-1].scope.name}: the operands of {name} were cast in the recorded step, and those "
                     f"of this call can't be ({error}). Leave its weight out: overrides={{name: {{'format': None}}}}."
                 ) from None
         factors = {}
-        for label, operand in op.operands(args, kwargs).items():
+        for label, operand in operands.items():
             factor = self._factor(operand, name)
             if factor != 1.0:
                 factors[label] = factor
-        return op.scaled(function, args, kwargs, factors) if factors else function(*args, **kwargs)
+        return op.scaled(call, factors) if factors else call.run()
 
-    def _casting(self, op: Matmul, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[WeightCast, Any, Any] | None:
+    def _casting(self, op: Matmul, call: FunctionCall) -> tuple[WeightCast, Any, Any] | None:
         """The site that this call is, its activation and its weight, if its operands are to be cast."""
-        operands = op.cast_operands(args, kwargs, lambda operand: self._key(operand) is not None)
+        operands = op.cast_operands(call, lambda operand: self._key(operand) is not None)
         if operands is None:
             return None
         key = self._key(operands[1])
-        site = self.rules.casts.get((key, op.name)) if key is not None else None
+        site = self.rules.casts.get(UseId(key, op.name)) if key is not None else None
         return (site, *operands) if isinstance(site, WeightCast) and site.scales is not None else None
 
-    def _run_site(
-        self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _run_site(self, site: Site, name: str, call: FunctionCall) -> Any:
         """The call as the parameter-free site that it is, with its operands cast if they are to be."""
         if site.format is None:
-            return self._run_with_factor(site, name, function, args, kwargs)
+            return self._run_with_factor(site, name, call)
         op, cast = MATMULS[name], self.rules.casts.get(site.use)
         if isinstance(cast, AttentionCast) and cast.scales is not None:
-            result = self._run_with_factor(site, name, function, *cast.rounded(op, args, kwargs))
-            result = cast.rounded_gradient(result)
+            result = cast.rounded_gradient(self._run_with_factor(site, name, cast.rounded(op, call)))
         else:
-            result = self._run_with_factor(site, name, function, args, kwargs)
-        tell_observers(site.use, Product(function, args, kwargs, op.multiplicands(args, kwargs), result))
+            result = self._run_with_factor(site, name, call)
+        show_to_observers(site.use, ObservedProduct(call, op.multiplicands(call), result))
         return result
 
-    def _run_with_factor(
-        self, site: Site, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if self.rules.met is not None:
-            self.rules.met.add(site.name)
-        a, in_place = site.factors[""], function in self.rules.in_place
+    def _run_with_factor(self, site: Site, name: str, call: FunctionCall) -> Any:
+        if self.rules.applied is not None:
+            self.rules.applied.add(site.place)
+        # The factor goes where it costs least: into a constant of the function, into an operand, in place into a tensor
+        # that nothing else reads. A call in place stays one: its caller goes on with the first operand.
+        a, in_place = site.factors[""], call.function in self.rules.in_place
         if a == 1.0:
-            return self._run(name, function, args, kwargs)
+            return self._run(name, call)
         if site.role == "attention":
-            if site.op == DotProductAttention.name:
-                return DotProductAttention.scaled_logits(function, args, kwargs, a)
-            if site.op == "baddbmm":
-                return function(*args, **{**kwargs, "alpha": kwargs.get("alpha", 1) * a})
-            at = site.operand
-            if at is not None:
-                return function(*args[:at], args[at] * a, *args[at + 1 :], **kwargs)
+            return MATMULS[name].scaled_logits(call, a, site.operand)
         if site.role == "residual":
-            left, right = args[:2]
+            left, right = call.args[:2]
             if site.operand == 1:
                 return left.add_(right, alpha=a) if in_place else torch.add(left, right, alpha=a)
             return left.mul_(a).add_(right) if in_place else torch.add(right, left, alpha=a)
-        result = self._run(name, function, args, kwargs)
-        return result.mul_(a) if in_place or name in _OUTPUT_IS_FREE else result * a
+        result = self._run(name, call)
+        return result.mul_(a) if in_place or name in OUTPUT_IS_FREE else result * a
 
     def _scaled(self, argument: Any, name: str) -> Any:
-        if isinstance(argument, (list, tuple)) and not isinstance(argument, torch.Size):
-            return type(argument)([self._scaled(item, name) for item in argument])
         factor = self._factor(argument, name)
         return argument if factor == 1.0 else argument * factor
 
@@ -265,16 +280,17 @@ class Interceptor(TorchFunctionMode):
         if not isinstance(operand, Tensor):
             return 1.0
         key = self._key(operand)
-        if key is None or (key, name) not in self.rules.factors:
+        if key is None or UseId(key, name) not in self.rules.factors:
             return 1.0
-        if self.rules.met is not None:
-            self.rules.met.add((key, name))
-        return self.rules.factors[key, name]
+        if self.rules.applied is not None:
+            self.rules.applied.add(UseId(key, name))
+        return self.rules.factors[UseId(key, name)]
 
     def _key(self, tensor: Tensor) -> str | None:
         if not torch.compiler.is_compiling():
             return self.keys.get(id(tensor))
-        for known, key in self.parameters:  # a traced tensor has no id
+        # A tensor that is traced has no id, but `is` is traced. The search costs nothing once the code is compiled.
+        for known, key in self.parameters:
             if known is tensor:
                 return key
         for known, key in self.derived:
@@ -287,21 +303,24 @@ class Interceptor(TorchFunctionMode):
         if not torch.compiler.is_compiling():
             self.keys[id(tensor)] = key
 
-    def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        names: list[str] = []
-        for argument in (*args, *kwargs.values()):
-            for item in argument if isinstance(argument, (list, tuple)) else (argument,):
-                key = self._key(item) if isinstance(item, Tensor) else None
-                if key is not None:
-                    names.extend(name for name in key.split("+") if name not in names)
+    def _follow(self, name: str, call: FunctionCall, result: Any) -> None:
+        """Remember what the output of a call is made of, if of parameters."""
+        call = arguments_used(name, call)
+        inputs = [(tensor, self._key(tensor)) for tensor in tensors_in((*call.args, *call.kwargs.values()))]
+        if all(key is None for _, key in inputs):
+            return  # at once: most calls of these functions are on activations
+        known = [TensorInput.of(tensor, ParameterKey.names_in(key or ""), key is None) for tensor, key in inputs]
+        names = parameters_of_result(name, call, known, lambda: self.frames[-1].scope.in_parametrization)
         if names:
-            for output in result if isinstance(result, (list, tuple)) else (result,):
-                if isinstance(output, Tensor) and self._key(output) is None:
-                    self._track(self.derived, output, "+".join(sorted(names)))
+            for output in tensors_in(result):
+                if self._key(output) is None:
+                    self._track(self.derived, output, ParameterKey.joined(names))
 
     def _site(self, name: str, args: tuple[Any, ...]) -> Site | None:
         """The parameter-free site that this call is, by its place in the open frame."""
         frame = self.frames[-1]
+        # A hook runs inside the frame without being its code: someone who logs means would shift the counts. The
+        # recorder left hooks out too; in compiled code there is no stack to tell them by.
         if not has_ordinal(args) or (not torch.compiler.is_compiling() and _called_by_hook()):
             return None
         ordinal = frame.counts.get(name, 0)
@@ -339,8 +358,9 @@ def _called_by_hook() -> bool:
 _SCOPE_CALL = ScopedForward.call.__code__
 
 
-# Interceptors that are entered, innermost last. One list for each thread, as modes are: checkpointed layers are run
-# again in autograd's thread. The compiler traces one function at a time and can't trace a thread's own list.
+# Interceptors that are entered, innermost last; a prepared model may run inside another one with a plan of its own. One
+# list for each thread, as modes are: checkpointed layers are run again in autograd's thread, where no mode of this one
+# is entered. The compiler traces one function at a time and can't trace a thread's own list.
 _TRACED: list[Interceptor] = []
 _EAGER = threading.local()
 

@@ -10,38 +10,46 @@ it is not entered. On a prepared model it sees the model's own calls, before fac
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.plan.plan import Use
-from lightning_unitscale.engine.record.recorder import tensors_in
+from lightning_unitscale.engine.record.keys import (
+    ParameterKey,
+    TensorInput,
+    UseId,
+    arguments_used,
+    is_constant_result,
+    parameters_of_result,
+)
+from lightning_unitscale.engine.record.recorder import tensors_in, tensors_made
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
-from lightning_unitscale.ops import MATMULS
+from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.attention import open_multi_head_attention
-from lightning_unitscale.ops.torch_functions import LAYER_NORMS, RANDOM, SHAPE_ONLY, short_name
+from lightning_unitscale.ops.torch_functions import short_name
 
 _ENTERED: list[OperandObserver] = []
 
 
 @dataclass(frozen=True)
-class Product:
+class ObservedProduct:
     """One call of a matmul-like function, as the model made it.
 
     Attributes:
         operands: what is multiplied, by name.
     """
 
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    call: FunctionCall
     operands: dict[str, Tensor]
     result: Tensor
 
@@ -61,11 +69,11 @@ def observers_inside() -> AbstractContextManager[Any]:
     return stack
 
 
-def tell_observers(use: Use, product: Product) -> None:
+def show_to_observers(use: UseId, product: ObservedProduct) -> None:
     """Show the entered observers a product that they can't tell from others."""
     if not torch.compiler.is_compiling():
         for observer in dict.fromkeys(_ENTERED):
-            observer.see(use, product)
+            observer.observe(use, product)
 
 
 class OperandObserver(TorchFunctionMode):
@@ -79,20 +87,19 @@ class OperandObserver(TorchFunctionMode):
         found: accumulators by use and operand.
     """
 
-    def __init__(self, module: nn.Module, accumulator: Callable[[Use, str], Accumulator | None]) -> None:
+    def __init__(self, module: nn.Module, accumulator: Callable[[UseId, str], Accumulator | None]) -> None:
         super().__init__()
         self.accumulator = accumulator
-        self.found: dict[Use, dict[str, Accumulator]] = {}
-        self._keys: Any = WeakTensorKeyDictionary()
+        self.found: dict[UseId, dict[str, Accumulator]] = {}
+        self._parameters: Any = WeakTensorKeyDictionary()  # names; none of a constant; an activation is not in it
         for name, parameter in module.named_parameters():
-            self._keys[parameter] = name
-        self._constants: Any = WeakTensorKeyDictionary()
+            self._parameters[parameter] = (name,)
         self._module = module
         self._inside = False
 
     def __enter__(self) -> OperandObserver:
         for buffer in self._module.buffers():  # only now: a rehearsed step has buffers of its own
-            self._constants[buffer] = True
+            self._parameters[buffer] = ()
         _ENTERED.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -115,30 +122,28 @@ class OperandObserver(TorchFunctionMode):
             result = function(*args, **kwargs)
         finally:
             self._inside = False
-        name = short_name(function)
+        name, call = short_name(function), FunctionCall(function, args, kwargs)
         if name in MATMULS:
-            self._observe(function, args, kwargs, result)
-        self._follow(name, args, kwargs, result)
+            self._observe_call(name, call, result)
+        self._follow(name, call, result)
         return result
 
-    def _observe(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> None:
-        name = short_name(function)
-        product = MATMULS[name].cast_operands(args, kwargs, lambda tensor: tensor in self._keys)
+    def _observe_call(self, name: str, call: FunctionCall, result: Any) -> None:
+        product = MATMULS[name].cast_operands(call, self._is_weight)
         if product is None or not isinstance(result, Tensor):
             return
         x, weight = product
-        self.see((self._keys[weight], name), Product(function, args, kwargs, {"x": x, "weight": weight}, result))
+        use = UseId(ParameterKey.of(self._parameters[weight]), name)
+        self.observe(use, ObservedProduct(call, {"x": x, "weight": weight}, result))
 
-    def see(self, use: Use, product: Product) -> None:
+    def observe(self, use: UseId, product: ObservedProduct) -> None:
         """Count one product in."""
         for operand, tensor in product.operands.items():
             self._add(use, operand, tensor)
         if product.result.requires_grad and self._wanted(use, "gradient") is not None:
             product.result.register_hook(lambda gradient: self._add(use, "gradient", gradient))
 
-    def _wanted(self, use: Use, operand: str) -> Accumulator | None:
+    def _wanted(self, use: UseId, operand: str) -> Accumulator | None:
         known = self.found.setdefault(use, {})
         if operand not in known:
             new = self.accumulator(use, operand)
@@ -147,37 +152,41 @@ class OperandObserver(TorchFunctionMode):
             known[operand] = new
         return known[operand]
 
-    def _add(self, use: Use, operand: str, tensor: Tensor) -> None:
+    def _add(self, use: UseId, operand: str, tensor: Tensor) -> None:
         accumulator = self._wanted(use, operand)
         if accumulator is not None:
             accumulator.add(tensor)
 
-    def _follow(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """What is made of parameters and constants alone goes by the parameters' names, as the recorder has it."""
-        inputs = [] if name in SHAPE_ONLY else list(tensors_in((*args, *kwargs.values())))
-        if name == "getitem" and all(not index.is_floating_point() and index.dim() == 0 for index in inputs[1:]):
-            inputs = inputs[:1]  # the slice that the data chose, as the recorder has it
-        constants = [tensor for tensor in inputs if tensor in self._constants]
-        weights = [tensor for tensor in inputs if tensor in self._keys]
-        if name in RANDOM or len(constants) + len(weights) < len(inputs):
-            return
-        if weights and _makes_activation(name, args, kwargs, constants):
-            return
-        names = sorted({name for tensor in weights for name in self._keys[tensor].split("+")})
-        for tensor in tensors_in(result):
-            if tensor not in self._keys and tensor not in self._constants:
-                if names:
-                    self._keys[tensor] = "+".join(names)
-                else:
-                    self._constants[tensor] = True
+    def _follow(self, name: str, call: FunctionCall, result: Any) -> None:
+        """Remember what the output of a call is made of."""
+        used = arguments_used(name, call)
+        inputs = [self._input(tensor) for tensor in tensors_in((*used.args, *used.kwargs.values()))]
+        names = parameters_of_result(name, used, inputs, _in_parametrization)
+        is_activation = not names and not is_constant_result(name, inputs)
+        for tensor in tensors_made(name, call.args, result):
+            if isinstance(tensor, nn.Parameter):
+                continue  # whatever is written to it
+            if is_activation:
+                self._parameters.pop(tensor, None)  # what an activation is written to is a constant no more
+            else:
+                self._parameters[tensor] = names
+
+    def _input(self, tensor: Tensor) -> TensorInput:
+        names = self._parameters.get(tensor)
+        return TensorInput.of(tensor, names or (), constant=names == ())
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return bool(self._parameters.get(tensor))
 
 
-def _makes_activation(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], constants: list[Tensor]) -> bool:
-    """Whether a call on weights and constants makes an activation, as the recorder has it."""
-    if name.startswith("embedding") or name in LAYER_NORMS:
-        return True
-    if name not in MATMULS:
-        return False
-    if "weight" in MATMULS[name].operands(args, kwargs):
-        return True
-    return any(tensor.is_floating_point() and tensor.dim() > 1 for tensor in constants)
+def _in_parametrization() -> bool:
+    """Whether the running torch call is made inside a parametrization: this mode knows no frames by name."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _PARAMETRIZED:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_PARAMETRIZED = ParametrizationList.forward.__code__

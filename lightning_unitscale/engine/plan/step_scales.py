@@ -1,0 +1,110 @@
+"""What an optimizer's hyperparameters are multiplied by for each parameter, and who knows it: the optimizer's family.
+
+The function sees F = multiplier · U and S = stored · U is kept, so the gradient of S is r = multiplier/stored times
+that of F, and a step of S is a step of F divided by r. Which learning rate makes that step depends on how an update
+answers to a gradient r times as large. That is what a `Family` says; the families are in `optim.families`. Weight
+decay keeps its strength on F with any of them:
+
+    decoupled, beside the gradient     decay(S) = decay / (factor on lr)     lr · decay is unchanged
+    coupled, a part of the gradient    decay(S) = r² · decay                 decay(S) · S is r times decay · F
+
+(u-μP, arXiv 2407.17465, sections 2.1 and 3.)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from lightning_unitscale.engine.plan.plan import ParameterPlan
+
+
+@dataclass(frozen=True)
+class StepScale:
+    """Factors on one parameter's optimizer hyperparameters, as a scheme gives them; 1 leaves a hyperparameter alone.
+
+    Attributes:
+        lr: factor on the learning rate.
+        weight_decay: factor on the weight decay coefficient, which the optimizer still multiplies by the scaled `lr`.
+        eps: factor on eps, in units of the gradient.
+    """
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
+
+
+PLAIN = StepScale()
+
+
+class Family(ABC):
+    """Optimizers whose updates answer alike to the scale of a gradient; a subclass is known once it is `register`ed.
+
+    Attributes:
+        name: what it is called in options, plans and messages.
+        condition: when an optimizer belongs to it, as an error message says it.
+        torch_classes: names of its classes in `torch.optim`.
+        other_classes: names of classes of other packages. A subclass of any of them belongs to the family too.
+        decoupled_decay: which classes' weight decay acts beside the gradient, as globs of their names.
+    """
+
+    name: ClassVar[str]
+    condition: ClassVar[str]
+    torch_classes: ClassVar[tuple[str, ...]] = ()
+    other_classes: ClassVar[tuple[str, ...]] = ()
+    decoupled_decay: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
+        """Factor on the learning rate of what is stored.
+
+        Args:
+            parameter: its constants, as a scheme gave them.
+            lr_units: "standard" | "umup".
+        """
+
+    def eps(self, parameter: ParameterPlan) -> float:
+        """Factor on eps; 1 where the family has none that has the gradient's unit."""
+        return 1.0
+
+    def step_scale(self, parameter: ParameterPlan, lr_units: str, *, decoupled_decay: bool) -> StepScale:
+        """All factors of one parameter; a learning-rate multiplier that the user has set takes the place of ours."""
+        lr = self.lr(parameter, lr_units) if parameter.lr_override is None else parameter.lr_override
+        decay = (1 / lr if lr else 1.0) if decoupled_decay else gradient_ratio(parameter) ** 2
+        return StepScale(lr, decay, self.eps(parameter))
+
+    def includes(self, cls: type) -> bool:
+        """Whether the family has this very class; its subclasses are not looked for."""
+        name = cls.__name__
+        return name in self.other_classes or (name in self.torch_classes and getattr(torch.optim, name, None) is cls)
+
+    def decay_is_decoupled(self, optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+        """Whether weight decay acts beside the gradient in one of the optimizer's groups."""
+        if "decoupled_weight_decay" in group:
+            return bool(group["decoupled_weight_decay"])
+        if hasattr(optimizer, "adam_w_mode"):  # apex and DeepSpeed
+            return bool(optimizer.adam_w_mode)
+        names = [cls.__name__ for cls in type(optimizer).__mro__]
+        return any(fnmatchcase(name, glob) for name in names for glob in self.decoupled_decay)
+
+
+def gradient_ratio(parameter: ParameterPlan) -> float:
+    """r: how large the gradient of what is stored is beside that of what the function sees."""
+    return parameter.multiplier / parameter.stored if parameter.stored else 1.0
+
+
+FAMILIES: dict[str, Family] = {}  # by name
+_Class = TypeVar("_Class", bound=type[Family])
+
+
+def register(family: _Class) -> _Class:
+    """Class decorator: makes a family known, by its name and to optimizers of its classes."""
+    FAMILIES[family.name] = family()
+    return family

@@ -1,0 +1,69 @@
+"""The workhorse of scaled matrix products,
+
+    y  = a · x Wᵀ + b · bias            x: (n, in)   W: (out, in)   y: (n, out)
+    gx = a · g W
+    gW = a · gᵀ x
+    gb = b · Σ g
+
+with the constants inside the three products (`addmm(alpha=a)`), so that scaling costs no pass over memory, and
+neither a scaled copy of the weight nor of the activations is kept (Unit Scaling, arXiv 2303.11257, section 4).
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_unitscale.ops.autocast import autocast_dtype
+
+
+class ScaledProduct(torch.autograd.Function):
+    """`a · x Wᵀ + b · bias` for 2-D x; backward is made of differentiable operations (gradient penalties work)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: float) -> Tensor:
+        return _product(x, weight.t(), a) if bias is None else torch.addmm(bias, x, weight.t(), alpha=a, beta=b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, ctx.a, ctx.b = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        (g,) = grads
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        return (
+            _product(g, weight, ctx.a) if needs_x else None,
+            _product(g.t(), x, ctx.a) if needs_weight else None,
+            g.sum(0) * ctx.b if needs_bias else None,
+            None,
+            None,
+        )
+
+
+# `Function.apply` asks for this signature at every call, and working it out costs as much as a small product.
+ScaledProduct.forward.__signature__ = inspect.signature(ScaledProduct.forward)  # type: ignore[attr-defined]
+
+
+def _product(left: Tensor, right: Tensor, a: float) -> Tensor:
+    return torch.addmm(left.new_empty(()), left, right, alpha=a, beta=0)
+
+
+def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: float) -> Tensor:
+    """`a · x Wᵀ + b · bias`; x: (*, in), weight: (out, in), bias: (out,), result: (*, out)."""
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
+        # Cast first: inside the Function autocast would give the backward pass operands of two dtypes.
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return scaled_linear(x, weight, bias, a, b)
+    y: Tensor = ScaledProduct.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b)  # type: ignore[no-untyped-call]
+    return y.reshape(*x.shape[:-1], weight.shape[0])

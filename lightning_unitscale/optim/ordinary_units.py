@@ -1,0 +1,36 @@
+"""Warns of hyperparameters that would be usual in ordinary units, where they are given in u-μP's."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch.optim import Optimizer
+
+LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay is below 1e-3
+SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)
+
+
+def warn_of_ordinary_units(optimizer: Optimizer) -> None:
+    """Look at the learning rate, at its largest in a schedule, and the weight decay of each group.
+
+    Warns:
+        of a learning rate below `SMALL_LEARNING_RATE`, and of decoupled weight decay that would take more than
+        `LARGE_DECAY` of a weight in one step.
+    """
+    for group in optimizer.param_groups:
+        lr = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
+        decay = lr * float(group.get("weight_decay") or 0.0)
+        if lr < SMALL_LEARNING_RATE:
+            warnings.warn(
+                f"lr_units='umup' with a learning rate of {lr:g}: in u-μP units about 1 is usual (try 0.1 to 4), and "
+                f"below {SMALL_LEARNING_RATE} a model hardly learns. For a learning rate with its ordinary meaning use "
+                "lr_units='standard'.",
+                stacklevel=2,
+            )
+        if decay > LARGE_DECAY:
+            warnings.warn(
+                f"lr_units='umup' with lr · weight_decay = {decay:g}: decoupled weight decay would take that share of "
+                "each weight in each step. Divide weight_decay by what the learning rate grew by (1e-4 is usual at lr "
+                "1 to 2).",
+                stacklevel=2,
+            )

@@ -1,0 +1,391 @@
+"""From a recorded step and a scheme's rules to a plan: the machinery that every scheme uses.
+
+    draft      every parameter and every matmul-like call, with its role, or the reason why it is left alone
+    factors    what the scheme says of each weight, branch, sum, attention and activation, pushed back to the weights
+               that can take it; what no weight can take stands on a parameter-free site
+    constants  initial values and learning rates
+    neighbours experts that got no token take the rule of their siblings, copies inside the model that of the original
+    resolve    where each constant is kept, by storage
+
+The model's own constants (1/√d on logits, √d on embeddings, fixed residual multipliers) are absorbed: the rules give
+the total, so each factor is divided by what the model has there itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from math import isclose, log2, sqrt
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from lightning_unitscale.engine.analysis.activations import Activation
+from lightning_unitscale.engine.analysis.residuals import Residual, Stream
+from lightning_unitscale.engine.analysis.roles import WEIGHT_ROLES, Use, primary_use
+from lightning_unitscale.engine.analysis.structure import Sum
+from lightning_unitscale.engine.plan.copies import include_copies
+from lightning_unitscale.engine.plan.factors import Factor, geometric_mean, product, to_unit_scale
+from lightning_unitscale.engine.plan.fold import resolve
+from lightning_unitscale.engine.plan.plan import ParameterPlan, Plan, Site
+from lightning_unitscale.engine.plan.siblings import include_siblings
+from lightning_unitscale.engine.record.keys import UseId
+from lightning_unitscale.engine.record.trace import Call, Trace, Value
+from lightning_unitscale.ops import is_lookup
+from lightning_unitscale.options import STORAGES, Options
+from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_rms
+from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
+from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_site
+from lightning_unitscale.schemes.pushing import Push, pushes
+from lightning_unitscale.schemes.scheme import ResidualBranch, Scheme, Weight
+
+NEAR_ZERO = 1e-3  # of the usual size of a weight
+MODEL = "the model's own code, absorbed"
+STANDARD = 'lr_units="standard"'
+
+
+def make_plan(scheme: Scheme, module: nn.Module, trace: Trace, options: Options) -> Plan:
+    """The plan of a scheme for a recorded step."""
+    if not scheme.changes_training:
+        plan = Draft(module, trace, options).plan({}, [])
+        plan.changes_training = False
+        resolve(plan, options.storage)
+        return plan
+    homeless: dict[str, str] = {}
+    while True:
+        planner = Planner(scheme, module, trace, options, homeless)
+        plan = planner.plan()
+        found = planner.homeless(plan)
+        if not found:
+            return plan
+        homeless |= dict.fromkeys(found, f"it has two factors, one of them {IN_FUNCTION}")
+
+
+class Planner:
+    """Collects factors by (call index, parameter key) and parameter-free sites, then writes the plan."""
+
+    def __init__(
+        self, scheme: Scheme, module: nn.Module, trace: Trace, options: Options, homeless: Mapping[str, str]
+    ) -> None:
+        self.scheme, self.module, self.trace, self.options = scheme, module, trace, options
+        self.draft = Draft(module, trace, options, homeless)
+        self.structure = self.draft.structure
+        self.factors: dict[tuple[int, str], list[Factor]] = {}
+        self.free = FreeSites(self.draft)
+        self.depth: dict[int, float] = {}
+        self.notes: list[str] = []
+
+    def plan(self) -> Plan:
+        """The whole plan, from top to bottom."""
+        for use in self.draft.uses.values():
+            for call, value in zip(use.calls, use.values, strict=True):
+                self.factors[call.index, use.key] = self._weight_factors(use, call, value)
+        for stream in self.structure.streams:
+            self._note_depth(stream)
+        if self.options.activations:
+            for stream in self.structure.streams:
+                self._branch_factors(stream)
+            for addition in self.structure.sums:
+                self._sum_factors(addition)
+            self._attention_factors()
+            self._activation_factors()
+        self._move_out_of_functions()
+        plan = self.draft.plan(self.factors, self.free.sites())
+        for parameter in plan.parameters.values():
+            self._initial_value_and_rates(parameter)
+        self._multiplier_overrides(plan)
+        plan.notes += self.notes
+        include_siblings(plan)
+        include_copies(plan, self.module)
+        resolve(plan, self.options.storage)
+        self._readout_rates(plan)
+        return plan
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    def _weight_factors(self, use: Use, call: Call, value: Value) -> list[Factor]:
+        if not self.options.weights or self.draft.is_left_alone(use.key):
+            return []
+        factors = list(self.scheme.weight(self._weight(use)))
+        if use.role in ("hidden", "readout"):
+            factors += _inverse(self._model_constant_of_input(call), "a constant on its input", MODEL)
+            if use.is_expression:  # which keeps the scale it has
+                factors += _inverse(value.rms or 1.0, "RMS of the expression that the weight is", "the recorded step")
+        if use.role == "readout" or (use.role in ("embedding", "position") and is_lookup(call.name)):
+            after = self.structure.model_constant_after(call.output)
+            factors += _inverse(after, "a constant on its output", MODEL)
+        return factors
+
+    def _weight(self, use: Use, depth: float = 1.0) -> Weight:
+        shape = self.trace.facts[use.parameters[0]].shape
+        is_tied = any(self.draft.roles[name] != use.role for name in use.parameters)
+        return Weight(use.role, use.fan_in, shape[-1] if shape else 1, depth, is_tied)
+
+    def _model_constant_of_input(self, call: Call) -> float:
+        moving = [v for v in call.inputs if v.is_float and not v.parameters]
+        return self.structure.model_constant(moving[0]) if len(moving) == 1 else 1.0
+
+    def _multiplier_overrides(self, plan: Plan) -> None:
+        for name, override in self.draft.overrides.items():
+            if "multiplier" in override:
+                for site in plan.sites:
+                    if name in site.multipliers and site.role == plan.parameters[name].role:
+                        site.set_factors(name, [Factor(float(override["multiplier"]), "set by overrides")])
+
+    # --- initial values and learning rates ------------------------------------------------------------------------
+
+    def _initial_value_and_rates(self, parameter: ParameterPlan) -> None:
+        facts = self.trace.facts[parameter.name]
+        uses = [use for use in self.draft.uses.values() if parameter.name in use.parameters]
+        use = next((use for use in uses if use.role == parameter.role), None)
+        if use is None or parameter.reason or not self.options.weights:
+            if parameter.role in ("scale", "other") and facts.rms:
+                parameter.set_constant("unit_lr", [Factor(facts.rms, "its initial RMS, at which it is left")])
+            return
+        depth = geometric_mean(self.depth.get(call.index, 1.0) for call in use.calls)
+        rates = self.scheme.rates(self._weight(use, depth))
+        parameter.set_constant("unit_lr", rates.adam)
+        parameter.set_constant("sgd_lr", rates.sgd)
+        parameter.set_constant("depth_lr", rates.depth)
+        parameter.fixed = use.is_expression
+        parameter.stored_whole = any(use.in_function for use in uses)
+        if use.role in WEIGHT_ROLES:
+            self._bring_to_unit_scale(parameter, use)
+        elif use.role == "bias" and not facts.is_constant:
+            parameter.set_constant("initial_factor", [Factor(0.0, "biases start at 0")])
+
+    def _bring_to_unit_scale(self, parameter: ParameterPlan, use: Use) -> None:
+        rms = self.trace.facts[parameter.name].rms
+        starts_at_zero = parameter.name in self.zeros
+        if starts_at_zero:
+            rate = Factor(
+                use.fan_in**0.5, f"fan_in^½, fan_in = {use.fan_in}, of a weight that starts at zero", STANDARD
+            )
+        else:
+            rate = self._relative_step(rms, use)
+        parameter.set_constant("relative_lr", [rate])
+        if parameter.fixed:
+            parameter.multiplier = parameter.stored = rms or 1.0
+        elif not starts_at_zero:
+            parameter.set_constant("initial_factor", [to_unit_scale(rms)])
+
+    def _relative_step(self, rms: float, use: Use) -> Factor:
+        """What a learning rate of 1 changes a weight by, relative to it.
+
+        Where a whole model is drawn so small that its first step would be many times the weights themselves, that is
+        no step to reproduce; it is limited to that of weights at `NEAR_ZERO` of their usual size. Rounded to a
+        sixteenth of an octave: weights drawn alike then share a learning rate, and groups stay few.
+        """
+        smallest = NEAR_ZERO / sqrt(use.fan_in)
+        if rms < smallest:
+            self.notes.append(f"{use.key} is drawn with RMS {rms:.1g}: its learning rate is that of {smallest:.1g}")
+        rate = float(2 ** (round(16 * log2(1 / max(rms, smallest))) / 16))
+        return Factor(rate, f"1 / initial RMS {max(rms, smallest):.4g}: the relative step that it had", STANDARD)
+
+    @cached_property
+    def zeros(self) -> set[str]:
+        """Weights that start at zero by design, or so close to it that it is the same.
+
+        Near zero is below a thousandth of the usual size, N(0, 1/fan_in), and of the model's other weights (a class
+        token drawn with std 1e-6, the weight of a gate beside a bias of 1). They stay so: RMS 1 would make another
+        model, and a learning rate relative to them would have no bounds.
+        """
+        sizes = {
+            name: self.trace.facts[name].rms * sqrt(use.fan_in)
+            for use in self.draft.uses.values()
+            if use.role in WEIGHT_ROLES
+            for name in use.parameters
+        }
+        drawn = [size for size in sizes.values() if size]
+        limit = NEAR_ZERO * min(1.0, median(drawn)) if drawn else 0.0
+        return {name for name, size in sizes.items() if size <= limit}
+
+    def _readout_rates(self, plan: Plan) -> None:
+        """With lr_units="standard": the scheme's step at the η of the hidden weights, or, without any, its own."""
+        scaled = [p for p in plan.parameters.values() if p.name not in self.zeros and p.initial_rms and not p.reason]
+        etas = [p.relative_lr / p.unit_lr for p in scaled if p.role == "hidden"]
+        for parameter in (p for p in scaled if p.role == "readout"):
+            if etas:
+                eta = Factor(geometric_mean(etas), f"mean η of {len(etas)} hidden weights for a rate of 1", STANDARD)
+                parameter.set_constant("relative_lr", [eta, *parameter.causes.get("unit_lr", [])])
+            else:
+                own = Factor(1 / abs(parameter.multiplier), "1 / multiplier: the step that it had", STANDARD)
+                parameter.set_constant("relative_lr", [own])
+
+    # --- residual streams and sums ------------------------------------------------------------------------------
+
+    def _push(self, found: Iterable[Push], factors: list[Factor], absorb: bool) -> None:
+        """Put factors on the uses at the sources of a tensor, there divided by the model's constant on the way."""
+        for push in found:
+            divided = _inverse(push.model_constant, "a constant behind it", MODEL) if absorb else []
+            for use in push.uses:
+                self.factors[use] = [*self.factors.get(use, []), *factors, *divided]
+
+    def _note_depth(self, stream: Stream) -> None:
+        depth = stream.branch_count / 2
+        for branch in sorted((b for r in stream.residuals for b in r.branches), key=lambda b: -len(b.calls)):
+            for index in branch.calls:
+                self.depth[index] = depth
+
+    def _branch_factors(self, stream: Stream) -> None:
+        depth, post_norm = stream.branch_count / 2, self.structure.is_post_norm(stream)
+        before: tuple[str, ...] = ()
+        for residual in stream.residuals:
+            for branch in residual.branches:
+                factors = self.scheme.branch(ResidualBranch(branch.kind, depth, before, post_norm))
+                if factors:
+                    self._scale_branch(residual, branch.value, factors)
+            before += tuple(branch.kind for branch in residual.branches)
+
+    def _scale_branch(self, residual: Residual, value: Value, factors: list[Factor]) -> None:
+        found = pushes(self.draft, value, {call.index for call in residual.calls})
+        if found:
+            self._push(found, factors, absorb=True)
+            return
+        call = next(call for call in residual.calls if value in call.inputs)
+        if reason := self.draft.no_place(call):
+            self.notes.append(f"the residual addition {_at(call)} was left alone: {reason}")
+            return
+        own = max((source.model_constant for source in self.structure.sources(value)[0]), default=1.0)
+        site = parameter_free_site(
+            call, "residual", [*factors, *_inverse(own, "a constant on the branch", MODEL)], value
+        )
+        site.reason = "the branch does not end in a matmul or norm of its own"
+        self.free.add(site)
+
+    def _sum_factors(self, addition: Sum) -> None:
+        if self.structure.goes_only_into_norms(addition.call.output):
+            return
+        drawn = [term for term in addition.terms if not self._is_zero(term)]
+        factors = self.scheme.sum(len(drawn)) if len(drawn) > 1 else []
+        if not factors:
+            return
+        found = [pushes(self.draft, term, set(addition.chain)) for term in addition.terms]
+        if all(found):
+            for terms in found:
+                self._push(terms, factors, absorb=False)
+        elif not self.draft.no_place(addition.call):
+            site = parameter_free_site(addition.call, "sum", factors)
+            site.reason = "a term is used elsewhere too, or is left alone"
+            self.free.add(site)
+
+    def _is_zero(self, term: Value) -> bool:
+        """Whether a term is zero at the start: all its weights are."""
+        names = [
+            name
+            for source in self.structure.sources(term)[0]
+            for value in (source.value, *(source.value.producer.inputs if source.value.producer else ()))
+            for name in value.parameters
+        ]
+        return bool(names) and all(self.trace.facts[name].rms == 0 or name in self.zeros for name in names)
+
+    # --- attention and activations ------------------------------------------------------------------------------
+
+    def _attention_factors(self) -> None:
+        for attention in self.structure.attentions:
+            call, rule = attention.call, self.scheme.attention(attention.head_dim)
+            if rule is None:
+                continue
+            factors = [*rule, *_inverse(attention.model_constant, "its constant on the logits", MODEL)]
+            sides = (pushes(self.draft, side, {call.index}) for side in (attention.query, attention.key))
+            found = next(filter(None, sides), [])
+            if reason := self.draft.no_place(call):
+                if found and call.in_function:
+                    self._push(found, factors, absorb=False)
+                else:
+                    self.notes.append(f"the attention {_at(call)} was left alone: {reason}")
+                continue
+            site = parameter_free_site(call, "attention", factors, attention.query)
+            site.last_dim = attention.head_dim if attention.query.shape[-1] == attention.head_dim else None
+            into = [use for push in found for use in push.uses]
+            site.fold_into = [UseId(key, self.trace.calls[index].name) for index, key in into]
+            if not into:
+                site.reason = "query and key come out of one weight, or are shared"
+            self.free.add(site, (self.trace.calls[index] for index, _ in into))
+
+    def _activation_factors(self) -> None:
+        for activation in self.structure.activations:
+            site = self._activation_site(activation)
+            if site is None:
+                continue
+            targets = self.structure.targets(activation.output)
+            weights = [(call, value.key) for call in targets or [] for value in self.structure.weights_of(call)]
+            if not weights or any(self.draft.is_left_alone(key) for _, key in weights):
+                site.leave_alone("its output does not go into scaled matmuls alone")
+            else:
+                site.fold_into = list(dict.fromkeys(UseId(key, call.name) for call, key in weights))
+            self.free.add(site, targets or [])
+
+    def _activation_site(self, activation: Activation) -> Site | None:
+        if activation.span is not None:
+            function: Any = self.module.get_submodule(activation.span.module)
+            site = Site(activation.span.module, "forward", "output", "activation", ordinal=0)
+            site.set_factors("", self.scheme.activation(gaussian_rms(function.forward)))
+            return site
+        call = activation.call
+        assert call is not None
+        if self.draft.no_place(call):
+            return None
+        return parameter_free_site(call, "activation", self.scheme.activation(call_rms(call)))
+
+    # --- hand-written autograd.Functions --------------------------------------------------------------------------
+
+    def _move_out_of_functions(self) -> None:
+        """Scale the activation, outside, by what a use inside a Function has beyond the factor its weight stores.
+
+        A tied readout in a fused linear and cross-entropy, say, whose weight stores the factor of the embedding.
+        """
+        for use in self.draft.uses.values():
+            if not use.in_function or self.draft.is_left_alone(use.key):
+                continue
+            main = primary_use([other for other in self.draft.uses.values() if other.key == use.key])
+            stored = self.factors[main.calls[0].index, use.key]
+            for call in use.calls:
+                wanted = self.factors[call.index, use.key]
+                if isclose(product(wanted), product(stored), rel_tol=1e-12):
+                    continue
+                beyond = [*wanted, *_inverse(product(stored), "what the weight stores for its other use")]
+                if self._scale_operand(call, beyond):
+                    self.factors[call.index, use.key] = list(stored)
+
+    def _scale_operand(self, call: Call, factors: list[Factor]) -> bool:
+        """Multiply the activation that a call works on, where it is made, if nothing else uses it."""
+        moving = [v for v in call.inputs if v.is_float and v.requires_grad and not v.parameters]
+        if len(moving) != 1:
+            return False
+        if found := pushes(self.draft, moving[0], {call.index}):
+            self._push(found, factors, absorb=False)
+            return True
+        sources, passed = self.structure.sources(moving[0])
+        maker = sources[0].value.producer
+        if len(sources) > 1 or maker is None or self.draft.no_place(maker):
+            return False
+        site = parameter_free_site(maker, "operand", factors)
+        site.reason = "of a matmul inside a hand-written autograd.Function"
+        if site in self.free or not self.structure.only_feeds(maker.output, passed, {call.index}):
+            return False
+        self.free.add(site)
+        return True
+
+    def homeless(self, plan: Plan) -> set[str]:
+        """Parameters with an explicit factor, in either storage, inside a Function."""
+        found: set[str] = set()
+        for storage in STORAGES:
+            resolve(plan, storage)
+            for site in plan.sites:
+                for key, factor in site.factors.items():
+                    use = self.draft.uses.get(UseId(key, site.op))
+                    if factor != 1.0 and use is not None and use.in_function:
+                        found.update(use.parameters)
+        resolve(plan, self.options.storage)
+        return found
+
+
+def _inverse(constant: float, cause: str, source: str = "") -> list[Factor]:
+    """The factor that takes a constant out; none for 1."""
+    return [] if constant == 1.0 else [Factor(1 / constant, f"1 / {constant:.4g}: {cause}", source)]
+
+
+def _at(call: Call) -> str:
+    return f"at {call.frame}" if call.frame else f"({call.name})"

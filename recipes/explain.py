@@ -1,0 +1,61 @@
+"""Explain why a checkpoint's parameter or site has the numbers it has: every factor, with its cause and source.
+
+unitscale explain model.lm_head.weight ckpt_path=outputs/pretrain/…/checkpoints/last.ckpt
+unitscale explain 'model.model.layers.0.*' ckpt_path=…    # all names that match
+unitscale explain ckpt_path=…                             # the table of the whole plan
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from lightning_unitscale import Plan, UnitScalingError
+from lightning_unitscale.checkpoint import plan_in, read_checkpoint
+from lightning_unitscale.errors import InputError
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the explanations asked for."""
+    settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    names = [argument for argument in arguments if "=" not in argument]
+    plan = read_plan(settings.pop("ckpt_path", ""))
+    if settings:
+        raise InputError(f"there is no setting {next(iter(settings))} here; there is ckpt_path")
+    if not names:
+        print(plan.summary())
+    for name in names:
+        print("\n\n".join(plan.explain(found) for found in matching(plan, name)))
+
+
+def read_plan(path: str) -> Plan:
+    """The plan in a checkpoint."""
+    if not path:
+        raise InputError("say which checkpoint: ckpt_path=<a checkpoint that unit scaling wrote>")
+    if not Path(path).is_file():
+        raise InputError(f"ckpt_path={path}: no such file (looked in {Path.cwd()})")
+    plan = plan_in(read_checkpoint(path))
+    if plan is None:
+        raise InputError(f"ckpt_path={path}: this checkpoint was written without unit scaling; it has no plan")
+    return plan
+
+
+def matching(plan: Plan, name: str) -> list[str]:
+    """The names that a glob stands for; any other name as it is."""
+    if not set("*?[") & set(name):
+        return [name]
+    found = [known for known in plan.parameters if fnmatchcase(known, name)]
+    if not found:
+        raise InputError(f"no parameter is called like {name}; the plan has {', '.join([*plan.parameters][:5])} …")
+    return found
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(__doc__)
+    try:
+        main(sys.argv[1:])
+    except (InputError, UnitScalingError) as error:
+        sys.exit(f"error: {error}")

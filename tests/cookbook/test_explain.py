@@ -1,0 +1,70 @@
+"""`unitscale explain`: what the plan in a checkpoint says, and clear errors."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_unitscale import Plan, cli, unit_scale
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(16, 8)
+    plan = unit_scale(model, lambda m: m(x).square().mean())
+    path = tmp_path_factory.mktemp("run") / "last=1.ckpt"
+    torch.save({"state_dict": model.state_dict(), "unit_scaling_plan": plan.to_dict()}, path)
+    return path, plan
+
+
+@pytest.fixture
+def explain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command in this process and gives back what it printed, or the message it ended with."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["unitscale", "explain", *arguments])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        try:
+            cli.main()
+        except SystemExit as error:
+            return str(error)
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_name_is_explained_as_the_plan_explains_it(
+    explain: Callable[..., str], checkpoint: tuple[Path, Plan]
+) -> None:
+    path, plan = checkpoint
+    printed = explain("2.weight", "0.*", f"ckpt_path={path}")
+    for name in ("2.weight", "0.weight", "0.bias"):
+        assert plan.explain(name) in printed
+
+
+def test_without_a_name_the_plan_is_shown(explain: Callable[..., str], checkpoint: tuple[Path, Plan]) -> None:
+    path, plan = checkpoint
+    assert explain(f"ckpt_path={path}").strip() == plan.summary().strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["2.weight"], "say which checkpoint"),
+        (["2.weight", "ckpt_path=nowhere.ckpt"], "no such file"),
+        (["2.wieght", "ckpt_path={path}"], "near it: 2.weight"),
+        (["nothing.*", "ckpt_path={path}"], "no parameter is called like nothing.*"),
+        (["2.weight", "ckpt_path={path}", "checkpoint=a"], "no setting checkpoint"),
+    ],
+)
+def test_what_is_wrong_is_one_message(
+    explain: Callable[..., str], checkpoint: tuple[Path, Plan], arguments: list[str], message: str
+) -> None:
+    said = explain(*(argument.format(path=checkpoint[0]) for argument in arguments))
+    assert said.startswith("error: ")
+    assert message in said

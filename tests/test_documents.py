@@ -1,0 +1,33 @@
+"""Every folder that a contributor changes says how, and links between documents lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = [f"lightning_unitscale/{room}" for room in ("engine", "schemes", "ops", "optim")]
+EXPECTED = {".github/CONTRIBUTING.md", ".github/CHANGELOG.md", *(f"{room}/README.md" for room in ROOMS)}
+EXPECTED |= {"README.md", "conf/README.md", "recipes/README.md", "tests/README.md"}
+FOUND = {str(file.relative_to(ROOT)) for file in (ROOT / "lightning_unitscale").rglob("*.md")}
+
+
+def anchors(document: Path) -> set[str]:
+    """The headings as GitHub names them in links."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", sorted(EXPECTED | FOUND))
+def test_links_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    assert path.is_file()
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", link):  # not looked up: tests need no network
+            continue
+        target, _, anchor = link.partition("#")
+        file = (path.parent / target).resolve() if target else path
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file), link
