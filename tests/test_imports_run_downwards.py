@@ -32,7 +32,7 @@ FLOORS = [
     ("loss_scale",),
     ("checkpoint", "loading"),
     ("wrapped_methods",),
-    ("lifecycle",),
+    ("lifecycle", "wrapped_methods"),
     ("strategy",),
     ("callback", "spawned", "unit_scale"),
     ("monitor",),

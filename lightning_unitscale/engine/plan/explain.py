@@ -19,7 +19,8 @@ from difflib import get_close_matches
 
 from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.engine.plan.fold import primary_use_of
-from lightning_unitscale.engine.plan.plan import ParameterPlan, Plan, Site
+from lightning_unitscale.engine.plan.parameter import ParameterPlan
+from lightning_unitscale.engine.plan.plan import Plan, Site
 from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.errors import UnitScalingError
 

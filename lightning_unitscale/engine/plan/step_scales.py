@@ -17,13 +17,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from lightning_unitscale.engine.plan.plan import ParameterPlan
+from lightning_unitscale.engine.plan.parameter import ParameterPlan
 
 
 @dataclass(frozen=True)

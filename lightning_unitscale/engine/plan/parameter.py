@@ -1,0 +1,56 @@
+"""What a plan says of one parameter; U, F and S are those of `plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightning_unitscale.engine.plan.factors import Factor, product
+
+
+@dataclass
+class ParameterPlan:
+    """One parameter.
+
+    Attributes:
+        name: its first name in the module.
+        role: see `engine.analysis.roles`.
+        shape: as recorded; a plan is refused for a model whose shapes differ.
+        initial_rms: RMS before anything was changed.
+        initial_factor: what its initial value was multiplied by to become U (1/RMS for scaled roles).
+        multiplier: from U to F at its primary use, with every foldable factor of a neighbour.
+        stored: from U to what is kept.
+        unit_lr: learning rate of U under an Adam-like optimizer, in units of η.
+        sgd_lr: the same under SGD with true gradients.
+        relative_lr: learning rate of F in units of the user's own ("standard") is this times |multiplier|.
+        depth_lr: the part of `unit_lr` that comes from depth (L^-½ inside a residual branch).
+        causes: where the constants above come from, by their names: the factors of each.
+        lr_override: set by the user; takes the place of every learning-rate multiplier.
+        stored_whole: a hand-written autograd.Function uses it, whose backward pass would not see an explicit factor, so
+            its own multiplier is stored in either storage.
+        fixed: it enters the function through an expression, so its stored scale is kept and factors stay explicit.
+        reason: why it is left alone; empty when it is scaled.
+    """
+
+    name: str
+    role: str
+    shape: list[int]
+    initial_rms: float = 0.0
+    initial_factor: float = 1.0
+    multiplier: float = 1.0
+    stored: float = 1.0
+    unit_lr: float = 1.0
+    sgd_lr: float = 1.0
+    relative_lr: float = 1.0
+    depth_lr: float = 1.0
+    causes: dict[str, list[Factor]] = field(default_factory=dict)
+    lr_override: float | None = None
+    aliases: list[str] = field(default_factory=list)
+    stored_whole: bool = False
+    fixed: bool = False
+    reason: str = ""
+
+    def set_constant(self, name: str, factors: Sequence[Factor]) -> None:
+        """Give one of the constants above its value, and remember why."""
+        setattr(self, name, product(factors))
+        self.causes[name] = list(factors)
