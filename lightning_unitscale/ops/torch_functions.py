@@ -95,7 +95,8 @@ ACCUMULATES = frozenset({
 # They change their first argument and return nothing.
 RETURN_NOTHING = frozenset({"setitem", "set_data"})
 
-# Their backward pass reads their input alone: their output can be changed in place.
+# Their backward pass reads their input alone, so multiplying their output in place spares a tensor of its size. Others
+# (relu, tanh) have saved the output, and autograd would refuse.
 OUTPUT_IS_FREE = frozenset({"silu", "gelu", "mish"})
 
 # What they return is data, though no tensor went in.

@@ -127,7 +127,7 @@ class Calibration:
                 f"({measured[worst]['saturated']:.1%} saturated, {measured[worst]['flushed']:.1%} flushed to 0)",
             )
         else:
-            casts_in_force(self.module)[use].set_scales(sites[0].operand_scales)
+            casts_in_force(self.module)[use].update()
 
     def _scale(self, site: Site, operand: str) -> float:
         if operand not in site.measured or not self._is_scaled(operand):  # a layer without gradient needs none

@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
-from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.plan import Plan, Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
 from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
@@ -56,7 +57,7 @@ def verify_casts(
     def watched_step(run: Rehearsal) -> Any:
         output = step(run)
         casts = casts_in_force(module)  # copies, made for the rehearsal
-        used.update(use for use, site in casts.items() if site.used or site.scales is None)
+        used.update(use for use, cast in casts.items() if cast.used or cast.scales is None)
         return output
 
     with_casts = rehearsed_gradients(module, watched_step, trainer, observer=seen, seed=seed)
@@ -90,11 +91,11 @@ class _Checker(OperandObserver):
 
     def observe(self, use: UseId, product: ObservedProduct) -> None:
         """Check the product if it is the first of its use."""
-        site = self.casts.get(use)
-        if site is None or site.scales is None or use in self._checked:
+        cast = self.casts.get(use)
+        if cast is None or cast.scales is None or use in self._checked:
             return
         self._checked.add(use)
-        call = _CheckedWeight(product, site) if isinstance(site, WeightCast) else _CheckedAttention(product, site)
+        call = (_CheckedWeight if isinstance(cast, WeightCast) else _CheckedAttention)(product, cast.site)
         with torch._C.DisableTorchFunction():  # an interceptor below counts the model's own calls
             problem = call.scaled_exactly()
         if problem:
@@ -112,13 +113,12 @@ class _Checker(OperandObserver):
 class _CheckedCall(ABC):
     """One call of a matmul-like function, to be made again with other operands."""
 
-    def __init__(self, product: ObservedProduct, site: CastSite) -> None:
-        assert site.scales is not None
-        self.op, self.format = MATMULS[short_name(product.call.function)], FORMATS[site.format]
+    def __init__(self, product: ObservedProduct, site: Site) -> None:
+        self.site, self.scales = site, site.operand_scales
+        self.op, self.format = MATMULS[short_name(product.call.function)], FORMATS[site.format or ""]
         self.call = self.op.without_dropout(product.call)
         self.labels = {id(tensor): label for label, tensor in product.operands.items()}
         self.operands = {label: tensor.detach() for label, tensor in product.operands.items()}
-        self.scales = {operand: float(site.scales[operand]) for operand in (*product.operands, "gradient")}
         self.wide = torch.promote_types(torch.float32, next(iter(self.operands.values())).dtype)
 
     @abstractmethod
@@ -181,8 +181,7 @@ class _CheckedWeight(_CheckedCall):
         return f"scaling its operands by {sx:g} and {sw:g} alone changed the product"
 
     def cast_product(self, operands: dict[str, Tensor]) -> Tensor:
-        casting = WeightCast(self.format.name)
-        casting.set_scales(self.scales)
+        casting = WeightCast(replace(self.site, factors={}))
         call = self._with(operands, lambda bias: bias)
         return self.op.cast(call, operands["x"], operands["weight"], casting, 1.0)
 
@@ -198,6 +197,5 @@ class _CheckedAttention(_CheckedCall):
         return ""
 
     def cast_product(self, operands: dict[str, Tensor]) -> Tensor:
-        casting = AttentionCast(self.format.name)
-        casting.set_scales(self.scales)
+        casting = AttentionCast(self.site)
         return casting.rounded_gradient(casting.rounded(self.op, self._with(operands, lambda mask: mask)).run())

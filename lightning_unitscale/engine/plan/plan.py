@@ -116,7 +116,7 @@ class Site:
     def use(self) -> UseId:
         """What its casts go by: its weight, or its place in the code."""
         place = self.name.replace(f":{self.op}", "")
-        return UseId(self.params[0] if self.params else place, self.op)
+        return UseId(str(self.params[0]) if self.params else place, self.op)
 
 
 class FramePlan(NamedTuple):

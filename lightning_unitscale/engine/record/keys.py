@@ -1,15 +1,33 @@
-"""Names for what is made of parameters."""
+"""Which parameters a tensor is made of, and how that is called.
+
+A weight often reaches its matmul as something else than the parameter: a view, a cast, an expert's slice, an expression
+such as weight norm. The rule by which the parameters' names go along is `parameters_of_result`. Three must agree on it:
+
+    engine.record.recorder       writes the names into the trace, of which the plan is made
+    engine.runtime.observer      measures operands under the names that the plan has
+    engine.runtime.interceptor   finds the plan's factors and casts by them, at every step
+
+What they keep names of differs: the recorder of values, one for each state of a tensor; the observer of tensors, as
+long as they live; the interceptor of what the open frames hand to torch, and for speed only through the functions that
+passed a name on in the recorded step. So it does not see which other tensors are constants, and takes them for such.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
+from lightning_unitscale.ops.torch_functions import LAYER_NORMS, LIKE_SECOND, RANDOM, SHAPE_ONLY
 
 
 class ParameterKey(str):
     """The name of a parameter, or of an expression of several: their names, joined.
 
-    A plain string otherwise, so that `name in site.params` and JSON work.
+    A plain string otherwise, so that `name in site.params` and JSON work. The compiler can trace no such subclass:
+    what runs in compiled code has the same keys as strings, by `joined` and `names_in`.
     """
 
     __slots__ = ()
@@ -17,12 +35,22 @@ class ParameterKey(str):
     @classmethod
     def of(cls, names: Iterable[str]) -> ParameterKey:
         """The key of what is made of these parameters."""
-        return cls("+".join(sorted(set(names))))
+        return cls(cls.joined(names))
 
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters, in order; none for the empty key."""
-        return tuple(self.split("+")) if self else ()
+        return self.names_in(self)
+
+    @staticmethod
+    def joined(names: Iterable[str]) -> str:
+        """The key of what is made of these parameters, as a string."""
+        return "+".join(sorted(set(names)))
+
+    @staticmethod
+    def names_in(key: str) -> tuple[str, ...]:
+        """The parameters that a key stands for; see `names`."""
+        return tuple(key.split("+")) if key else ()
 
     def renamed(self, rename: Callable[[str], str]) -> ParameterKey:
         """The key with each parameter called by its new name."""
@@ -39,3 +67,100 @@ class UseId(NamedTuple):
 
     key: str
     op: str
+
+
+class Input(Protocol):
+    """A tensor that goes into a call."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of those it is made of, if of nothing else but constants."""
+
+    @property
+    def constant(self) -> bool:
+        """Whether no parameter and no input of the step went into it."""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether its elements are of floating point, complex ones too."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+
+class TensorInput(NamedTuple):
+    """What is known of a tensor that goes into a call; see `Input`."""
+
+    parameters: tuple[str, ...]
+    constant: bool
+    is_float: bool
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor, parameters: tuple[str, ...], constant: bool) -> TensorInput:
+        """The tensor, with what its holder knows of it."""
+        return cls(parameters, constant, tensor.is_floating_point() or tensor.is_complex(), tensor.shape)
+
+
+def arguments_used(op: str, call: FunctionCall) -> FunctionCall:
+    """The call with those arguments alone whose elements go into what it makes, not just their shape or dtype."""
+    if op in SHAPE_ONLY:
+        return FunctionCall(call.function, (), {})
+    return FunctionCall(call.function, call.args[:1], {}) if op in LIKE_SECOND else call
+
+
+def is_constant_result(op: str, inputs: Sequence[Input]) -> bool:
+    """Whether what a call makes of these inputs is the same at every step."""
+    return op not in RANDOM and all(value.constant for value in inputs)
+
+
+def parameters_of_result(
+    op: str, call: FunctionCall, inputs: Sequence[Input], in_parametrization: Callable[[], bool]
+) -> tuple[str, ...]:
+    """The names of the parameters that the output of a call is made of, in order; none for anything else.
+
+    It is made of those of its inputs, if all of them are made of parameters or constant. A slice at a place that the
+    data choose is one too: an expert's part of a 3-D weight. Names end where weights make an activation.
+
+    Args:
+        op: short name of the function.
+        call: as `arguments_used` gives it.
+        inputs: the tensors in them, in order.
+        in_parametrization: whether the code of a parametrization makes the call.
+    """
+    names = {name for value in inputs for name in value.parameters}
+    if not names or op == "grad":
+        return ()
+    made_of = inputs[:1] if op == "getitem" and all(map(_is_index, inputs[1:])) else inputs
+    if not all(value.constant or value.parameters for value in made_of):
+        return ()
+    if _makes_activation(op, call, inputs, in_parametrization):
+        return ()
+    return tuple(sorted(names))
+
+
+def _is_index(value: Input) -> bool:
+    return not value.is_float and not len(value.shape)
+
+
+def _makes_activation(
+    op: str, call: FunctionCall, inputs: Sequence[Input], in_parametrization: Callable[[], bool]
+) -> bool:
+    """Whether a call on constants and parameters gives an activation rather than another weight.
+
+    A lookup does, and a layer on learned queries, and a product with a constant batch; a product inside a
+    parametrization does not.
+    """
+    if is_lookup(op) or op in LAYER_NORMS:
+        return True
+    if op not in MATMULS or in_parametrization():
+        return False
+    if "weight" in MATMULS[op].operands(call):
+        return True
+    return any(value.constant and value.is_float and len(value.shape) > 1 for value in inputs)
+
+
+def is_parametrization(module: str) -> bool:
+    """Whether a module, by its name, makes a weight of another module, as `torch.nn.utils.parametrize` has it."""
+    return "parametrizations" in module.split(".")

@@ -19,20 +19,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_unitscale.engine.record.autograd_functions import APPLY, reentrant_checkpoints_opened, watching_functions
+from lightning_unitscale.engine.record.keys import (
+    arguments_used,
+    is_constant_result,
+    is_parametrization,
+    parameters_of_result,
+)
 from lightning_unitscale.engine.record.places import Frame
 from lightning_unitscale.engine.record.trace import Call, ModuleSpan, ParameterFacts, Trace, Value
-from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
+from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.attention import open_multi_head_attention
-from lightning_unitscale.ops.torch_functions import (
-    LAYER_NORMS,
-    LIKE_SECOND,
-    PASSTHROUGH,
-    RANDOM,
-    RETURN_NOTHING,
-    SHAPE_ONLY,
-    is_in_place,
-    short_name,
-)
+from lightning_unitscale.ops.torch_functions import PASSTHROUGH, RETURN_NOTHING, is_in_place, short_name
 
 MODULE_CALL = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
 
@@ -90,8 +87,7 @@ class Recorder(TorchFunctionMode):
             result = function(*args, **kwargs)
         finally:
             self._torch_calls_running -= 1
-        written = args[0] if result is None and name in RETURN_NOTHING else result
-        outputs = list(tensors_in(written))
+        outputs = tensors_made(name, args, result)
         unchanged = name in PASSTHROUGH and not is_in_place(function) and args and result is args[0]
         if outputs and name != "grad" and not unchanged:
             self._write(name, function, args, kwargs, outputs, sys._getframe(1))
@@ -160,10 +156,7 @@ class Recorder(TorchFunctionMode):
         frame, ordinal, in_function = self._where(caller, name, has_ordinal(args))
         if any(isinstance(output, nn.Parameter) and output in self._values for output in outputs):
             return  # a parameter that the step writes to (an average of others, say) stays itself
-        if name in SHAPE_ONLY:
-            args, kwargs = (), {}
-        elif name in LIKE_SECOND:
-            args, kwargs = args[:1], {}
+        used = arguments_used(name, FunctionCall(function, args, kwargs))
         inputs: list[Value] = []
         call = Call(
             index=len(self.trace.calls),
@@ -171,37 +164,36 @@ class Recorder(TorchFunctionMode):
             function=function,
             frame=frame,
             ordinal=ordinal,
-            args=tuple(self._read(argument, inputs) for argument in args),
-            kwargs={key: self._read(argument, inputs) for key, argument in kwargs.items()},
+            args=tuple(self._read(argument, inputs) for argument in used.args),
+            kwargs={key: self._read(argument, inputs) for key, argument in used.kwargs.items()},
             inputs=inputs,
             in_function=in_function,
         )
         self.trace.calls.append(call)
         for value in dict.fromkeys(inputs):
             value.consumers.append(call)
-        constant = name not in RANDOM and all(value.constant for value in inputs)
-        parameters: tuple[str, ...] = ()
-        made_of = inputs[:1] if _selects(call) else inputs
-        if not constant and not _makes_activation(call) and all(v.constant or v.parameters for v in made_of):
-            parameters = tuple(sorted({parameter for value in inputs for parameter in value.parameters}))
+        constant = is_constant_result(name, inputs)
+        parameters = parameters_of_result(
+            name, call, inputs, lambda: frame is not None and is_parametrization(frame.module)
+        )
         expression = name not in PASSTHROUGH or any(value.expression for value in inputs)
-        in_place = args and isinstance(args[0], Tensor) and outputs[0] is args[0]
+        in_place = used.args and isinstance(args[0], Tensor) and outputs[0] is args[0]
         for tensor in outputs:
             call.outputs.append(self._add(tensor, call, parameters, expression, constant))
         if in_place and args[0]._base is not None and args[0]._base in self._values:
             self._add(args[0]._base, call, parameters, expression, constant)
         if name in MATMULS and not parameters:
-            self._measure(call, args, kwargs, outputs[0])
+            self._measure(call, used, outputs[0])
         if frame is not None:
             touched = self.trace.touched.setdefault(frame, [])
             for value in inputs:
                 if value.parameters and value.key not in touched:
                     touched.append(value.key)
 
-    def _measure(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def _measure(self, call: Call, tensors: FunctionCall, output: Tensor) -> None:
         op = MATMULS[call.name]
         values = op.operands(call)
-        for label, tensor in op.operands(FunctionCall(call.function, args, kwargs)).items():
+        for label, tensor in op.operands(tensors).items():
             if isinstance(tensor, Tensor) and values[label].rms is None:
                 values[label].rms = rms(tensor)
         call.output.rms = rms(output)
@@ -278,6 +270,11 @@ def loss_tensors(output: Any, backwards: list[Tensor]) -> list[Tensor]:
     return [tensor for tensor in (*backwards, loss) if isinstance(tensor, Tensor)]
 
 
+def tensors_made(op: str, args: tuple[Any, ...], result: Any) -> list[Tensor]:
+    """The tensors that a call returned, or wrote to if it returns nothing."""
+    return list(tensors_in(args[0] if result is None and op in RETURN_NOTHING else result))
+
+
 def has_ordinal(args: tuple[Any, ...]) -> bool:
     """Whether a call counts among the calls of its function in a frame: those on indices and masks do not."""
     first = next(tensors_in(args), None)
@@ -317,21 +314,6 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _makes_activation(call: Call) -> bool:
-    """Whether a call on constants and parameters gives an activation rather than another weight.
-
-    A lookup does, and a layer on learned queries, and a product with a constant batch; a product inside a
-    parametrization does not.
-    """
-    if is_lookup(call.name) or call.name in LAYER_NORMS:
-        return True
-    if call.name not in MATMULS or (call.frame is not None and "parametrizations" in call.frame.module.split(".")):
-        return False
-    if "weight" in MATMULS[call.name].operands(call):
-        return True
-    return any(value.constant and value.is_float and len(value.shape) > 1 for value in call.inputs)
-
-
 def _is_alias(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same numbers in the same memory."""
     return (
@@ -341,11 +323,6 @@ def _is_alias(one: Tensor, other: Tensor) -> bool:
         and not one.is_meta
         and one.data_ptr() == other.data_ptr() != 0
     )
-
-
-def _selects(call: Call) -> bool:
-    """Whether a call takes one slice of a tensor, at a place that the data choose: an expert's part of a 3-D weight."""
-    return call.name == "getitem" and all(not value.is_float and value.shape == () for value in call.inputs[1:])
 
 
 def _is_constant(tensor: Tensor) -> bool:

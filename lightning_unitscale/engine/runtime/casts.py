@@ -1,6 +1,7 @@
 """Casts in the forward pass: one `CastSite` for each use of a weight, or attention product, whose operands are cast.
 
-A site's scales are measured while it casts nothing (see `calibrate`); from then on it casts. A parameter is cast once
+The plan's site owns the scales; they are measured while it casts nothing (see `calibration`), and from then on it
+casts. A parameter is cast once
 as long as it does not change: through accumulated batches, and wherever one layer is called many times. A change is
 known by
 
@@ -14,7 +15,7 @@ Weights computed from parameters are cast each time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -25,30 +26,38 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_unitscale.engine.plan.plan import Site
 from lightning_unitscale.engine.record.keys import UseId
-from lightning_unitscale.formats import FORMATS, OPERANDS, cast
+from lightning_unitscale.formats import FORMATS, OPERANDS, Format, cast
 from lightning_unitscale.ops import FunctionCall, Matmul
 from lightning_unitscale.ops.cast_product import Scales, cast_product
 from lightning_unitscale.ops.products import Products
 from lightning_unitscale.ops.round_trip import Rounded, RoundedGradient
 
 
-@dataclass
 class CastSite(ABC):
-    """The operand scales of one use.
+    """The casts of one use.
 
     Attributes:
-        format: a name in `FORMATS`.
+        site: what the plan says of it: its format, factor and operand scales.
         used: whether it has cast anything yet, other than in compiled code.
-        scales: 0-dim float32 tensors by name; None as long as they have not been measured, and nothing is cast.
+        scales: 0-dim float32 tensors by name, made of the site's operand scales; None, and nothing is cast, as long as
+            it has none.
     """
 
-    format: str
-    used: bool = field(default=False, kw_only=True)
-    scales: dict[str, Tensor] | None = field(default=None, kw_only=True)
+    def __init__(self, site: Site) -> None:
+        self.site, self.used = site, False
+        self.scales: dict[str, Tensor] | None = None
+        self.update()
 
-    def set_scales(self, scales: dict[str, float]) -> None:
-        """Take these powers of two, by operand; in place, so that compiled code sees them without being recompiled."""
-        numbers = self._numbers(scales)
+    @property
+    def format(self) -> Format:
+        """What the operands are cast to."""
+        return FORMATS[self.site.format or ""]
+
+    def update(self) -> None:
+        """Take the site's operand scales; in place, so that compiled code sees them without being recompiled."""
+        if not self.site.operand_scales:
+            return
+        numbers = self._numbers(self.site.operand_scales)
         if self.scales is None:
             self.scales = {name: torch.tensor(number, dtype=torch.float32) for name, number in numbers.items()}
         else:
@@ -56,7 +65,7 @@ class CastSite(ABC):
                 self.scales[name].fill_(number)
 
     @abstractmethod
-    def _numbers(self, scales: dict[str, float]) -> dict[str, float]:
+    def _numbers(self, operand_scales: dict[str, float]) -> dict[str, float]:
         """What `scales` holds, by name."""
 
     def _scales_on(self, device: torch.device) -> dict[str, Tensor]:
@@ -68,32 +77,27 @@ class CastSite(ABC):
         return self.scales
 
 
-@dataclass
 class WeightCast(CastSite):
-    """One use of a weight; callable as the product of its operands.
+    """One use of a weight; callable as the product of its operands, times the site's factor."""
 
-    Attributes:
-        factor: unit scaling's own for this use.
-    """
+    _weight: _CachedCast | None = None
 
-    factor: float = 1.0
-    _weight: _CachedCast | None = field(default=None, repr=False)
-
-    def set_scales(self, scales: dict[str, float]) -> None:
-        """Take these powers of two; see the base class."""
+    def update(self) -> None:
+        """Take the site's operand scales; see the base class."""
         self._weight = None
-        super().set_scales(scales)
+        super().update()
 
-    def _numbers(self, scales: dict[str, float]) -> dict[str, float]:
-        x, weight, gradient = (scales[operand] for operand in OPERANDS)
-        numbers = (x, weight, gradient, self.factor / x, 1 / x, 1 / weight, self.factor / gradient)
+    def _numbers(self, operand_scales: dict[str, float]) -> dict[str, float]:
+        x, weight, gradient = (operand_scales[operand] for operand in OPERANDS)
+        factor = self.site.factors.get(self.site.params[0], 1.0)
+        numbers = (x, weight, gradient, factor / x, 1 / x, 1 / weight, factor / gradient)
         return dict(zip(Scales._fields, numbers, strict=True))
 
     def __call__(self, x: Tensor, weight: Tensor, products: Products) -> Tensor:
         """The product of the cast operands times the factor; see `ops.cast_product`."""
         scales, kept = Scales(**self._scales_on(x.device)), self._kept(weight)
         narrow = None if kept is None else kept.narrow
-        y = cast_product(x, weight, products, FORMATS[self.format], scales, narrow)
+        y = cast_product(x, weight, products, self.format, scales, narrow)
         if kept is not None and y.requires_grad and not kept.spent:
             y.register_hook(kept.spend)
         return y
@@ -105,7 +109,7 @@ class WeightCast(CastSite):
         if self._weight is None or not self._weight.holds(weight):
             assert self.scales is not None
             with torch.no_grad():
-                narrow = cast(weight, FORMATS[self.format].weight, self.scales["weight"])
+                narrow = cast(weight, self.format.weight, self.scales["weight"])
             self._weight = _CachedCast(narrow, _state(weight))
         return self._weight
 
@@ -121,15 +125,15 @@ class AttentionCast(CastSite):
     What happens inside one function (the probabilities inside `F.scaled_dot_product_attention`) stays as it is.
     """
 
-    def _numbers(self, scales: dict[str, float]) -> dict[str, float]:
-        return scales
+    def _numbers(self, operand_scales: dict[str, float]) -> dict[str, float]:
+        return operand_scales
 
     def rounded(self, op: Matmul, call: FunctionCall) -> FunctionCall:
         """The call with its operands rounded to the format."""
-        format, operands = FORMATS[self.format], op.multiplicands(call)
+        operands = op.multiplicands(call)
         scales = self._scales_on(next(iter(operands.values())).device)
         rounded = [
-            (operand, Rounded.apply(operand, format.dtype(label), scales[label]))  # type: ignore[no-untyped-call]
+            (operand, Rounded.apply(operand, self.format.dtype(label), scales[label]))  # type: ignore[no-untyped-call]
             for label, operand in operands.items()
         ]
         return call.with_each(lambda argument: next((new for old, new in rounded if old is argument), argument))
@@ -137,7 +141,7 @@ class AttentionCast(CastSite):
     def rounded_gradient(self, result: Tensor) -> Tensor:
         """The result of the call; the gradient that comes back to it is rounded."""
         scale = self._scales_on(result.device)["gradient"]
-        y: Tensor = RoundedGradient.apply(result, FORMATS[self.format].gradient, scale)  # type: ignore[no-untyped-call]
+        y: Tensor = RoundedGradient.apply(result, self.format.gradient, scale)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -191,14 +195,7 @@ def _count_steps() -> list[int]:
 
 
 def cast_sites(sites: list[Site]) -> dict[UseId, CastSite]:
-    """The cast sites of a plan, with the scales that it has."""
-    found: dict[UseId, CastSite] = {}
-    for site in sites:
-        if site.format is not None:
-            if site.params:
-                found[site.use] = WeightCast(site.format, site.factors.get(site.params[0], 1.0))
-            else:
-                found[site.use] = AttentionCast(site.format)
-            if site.operand_scales:
-                found[site.use].set_scales(site.operand_scales)
-    return found
+    """The casts that a plan's sites ask for."""
+    return {
+        site.use: WeightCast(site) if site.params else AttentionCast(site) for site in sites if site.format is not None
+    }

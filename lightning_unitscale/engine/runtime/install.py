@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_unitscale.engine.plan.plan import Plan, Site
-from lightning_unitscale.engine.record.keys import ParameterKey, UseId
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId, is_parametrization
 from lightning_unitscale.engine.record.places import EVERY_CALL, HOOK, Frame
 from lightning_unitscale.engine.runtime.casts import CastSite, WeightCast, cast_sites
 from lightning_unitscale.engine.runtime.interceptor import AppliedFactors, Rules, ScopedForward
@@ -46,7 +46,7 @@ def install(module: nn.Module, plan: Plan) -> None:
     """Put a scope on every method in which a factor of the plan is explicit or an operand is cast."""
     explicit, casts = plan.explicit_sites, cast_sites(plan.sites)
     factors = {
-        UseId(key, site.op): factor
+        UseId(str(key), site.op): factor
         for site in explicit
         if site.ordinal is None
         for key, factor in site.factors.items()
@@ -69,9 +69,9 @@ def install(module: nn.Module, plan: Plan) -> None:
             scoped = modules[frame.module]
             scope = scoped.__dict__.get(frame.method)
             if not isinstance(scope, ScopedForward):
-                scope = ScopedForward(scoped, frame.method, rules)
+                scope = ScopedForward(scoped, frame.method, rules, is_parametrization(frame.module))
                 setattr(scoped, frame.method, scope)
-            for key in touched:
+            for key in map(str, touched):
                 owner, _, attribute = key.rpartition(".")
                 scope.touched.append((modules[owner], attribute, key))
             for site in sites:

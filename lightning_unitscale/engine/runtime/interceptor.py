@@ -20,9 +20,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_unitscale.engine.plan.plan import Site
-from lightning_unitscale.engine.record.keys import ParameterKey, UseId
+from lightning_unitscale.engine.record.keys import (
+    ParameterKey,
+    TensorInput,
+    UseId,
+    arguments_used,
+    parameters_of_result,
+)
 from lightning_unitscale.engine.record.places import EVERY_CALL, Place
-from lightning_unitscale.engine.record.recorder import MODULE_CALL, has_ordinal
+from lightning_unitscale.engine.record.recorder import MODULE_CALL, has_ordinal, tensors_in
 from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast
 from lightning_unitscale.engine.runtime.observer import ObservedProduct, observers_inside, show_to_observers
 from lightning_unitscale.errors import UncastableError, UnitScalingError
@@ -82,11 +88,20 @@ class AppliedFactors(set[UseId | Place]):
 class ScopedForward:
     """Stands in for `module.<method>`: opens a frame, in which the factors of the plan are applied.
 
-    Survives `copy.deepcopy` (the copy runs the copy's weights) and `pickle`.
+    Survives `copy.deepcopy` (the copy runs the copy's weights) and `pickle`: it holds the module, and looks the method
+    up at each call.
+
+    Attributes:
+        in_parametrization: whether the module makes a weight of another module.
+        replaced: somebody else's function that stood in for the method already.
+        touched: the parameters that the method's own code hands to torch functions: owner, attribute, key.
+        sites: the parameter-free sites in it, by function and which call of it.
+        most_calls: of the functions with such sites, how often one run of the recorded step called them.
+        output_factor: on what the method returns.
     """
 
-    def __init__(self, module: nn.Module, method: str, rules: Rules) -> None:
-        self.module, self.method, self.rules = module, method, rules
+    def __init__(self, module: nn.Module, method: str, rules: Rules, in_parametrization: bool) -> None:
+        self.module, self.method, self.rules, self.in_parametrization = module, method, rules, in_parametrization
         self.replaced = module.__dict__.get(method)
         self.touched: list[tuple[nn.Module, str, str]] = []
         self.sites: dict[tuple[str, int], Site] = {}
@@ -112,6 +127,8 @@ class ScopedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method in a frame, inside the interceptor of the plan."""
+        # One mode for the outermost scope and all inside it: a second one would apply every factor twice, and a weight
+        # made in one frame (tied, or computed by a parent) is known in the frames that use it.
         interceptor = _current(self.rules)
         if interceptor is not None:
             return interceptor.run(self, args, kwargs)
@@ -131,7 +148,11 @@ class ScopedForward:
 
 
 class _OpenFrame:
-    """One running scope: how often each counted function has been called in it."""
+    """One running scope: how often each counted function has been called in it.
+
+    Counts are of one run of one frame. Over the whole step they would depend on everything that came before: a layer
+    skipped, a loop over the experts that got a token, a logger.
+    """
 
     def __init__(self, scope: ScopedForward) -> None:
         self.scope = scope
@@ -145,13 +166,15 @@ class Interceptor(TorchFunctionMode):
         super().__init__()
         self.rules = rules
         self.frames: list[_OpenFrame] = []
+        # Tensors with the key of what they are made of. They are kept alive, so that no other tensor gets their id.
         self.parameters: list[tuple[Tensor, str]] = []  # those of the open frames
         self.derived: list[tuple[Tensor, str]] = []  # what was made of them, until the outermost scope ends
-        self.keys: dict[int, str] = {}  # both by id, for eager mode
+        self.keys: dict[int, str] = {}  # both by id, for eager mode; see `_key`
 
     def run(self, scope: ScopedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the scope's method in a frame of its own."""
         outside = len(self.parameters)
+        # Anew at each run: sharding and functional calls put other tensors in the place of a parameter.
         for owner, attribute, key in scope.touched:
             self._track(self.parameters, getattr(owner, attribute), key)
         self.frames.append(_OpenFrame(scope))
@@ -183,7 +206,7 @@ class Interceptor(TorchFunctionMode):
                 return self._run_site(site, name, call)
         result = self._run(name, call)
         if name in self.rules.followed:
-            self._follow(args, kwargs, result)
+            self._follow(name, call, result)
         return result
 
     def _run(self, name: str, call: FunctionCall) -> Any:
@@ -234,6 +257,8 @@ class Interceptor(TorchFunctionMode):
     def _run_with_factor(self, site: Site, name: str, call: FunctionCall) -> Any:
         if self.rules.applied is not None:
             self.rules.applied.add(site.place)
+        # The factor goes where it costs least: into a constant of the function, into an operand, in place into a tensor
+        # that nothing else reads. A call in place stays one: its caller goes on with the first operand.
         a, in_place = site.factors[""], call.function in self.rules.in_place
         if a == 1.0:
             return self._run(name, call)
@@ -264,7 +289,8 @@ class Interceptor(TorchFunctionMode):
     def _key(self, tensor: Tensor) -> str | None:
         if not torch.compiler.is_compiling():
             return self.keys.get(id(tensor))
-        for known, key in self.parameters:  # a traced tensor has no id
+        # A tensor that is traced has no id, but `is` is traced. The search costs nothing once the code is compiled.
+        for known, key in self.parameters:
             if known is tensor:
                 return key
         for known, key in self.derived:
@@ -277,21 +303,24 @@ class Interceptor(TorchFunctionMode):
         if not torch.compiler.is_compiling():
             self.keys[id(tensor)] = key
 
-    def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        names: list[str] = []
-        for argument in (*args, *kwargs.values()):
-            for item in argument if isinstance(argument, (list, tuple)) else (argument,):
-                key = self._key(item) if isinstance(item, Tensor) else None
-                if key is not None:
-                    names.extend(name for name in ParameterKey(key).names if name not in names)
+    def _follow(self, name: str, call: FunctionCall, result: Any) -> None:
+        """Remember what the output of a call is made of, if of parameters."""
+        call = arguments_used(name, call)
+        inputs = [(tensor, self._key(tensor)) for tensor in tensors_in((*call.args, *call.kwargs.values()))]
+        if all(key is None for _, key in inputs):
+            return  # at once: most calls of these functions are on activations
+        known = [TensorInput.of(tensor, ParameterKey.names_in(key or ""), key is None) for tensor, key in inputs]
+        names = parameters_of_result(name, call, known, lambda: self.frames[-1].scope.in_parametrization)
         if names:
-            for output in result if isinstance(result, (list, tuple)) else (result,):
-                if isinstance(output, Tensor) and self._key(output) is None:
-                    self._track(self.derived, output, ParameterKey.of(names))
+            for output in tensors_in(result):
+                if self._key(output) is None:
+                    self._track(self.derived, output, ParameterKey.joined(names))
 
     def _site(self, name: str, args: tuple[Any, ...]) -> Site | None:
         """The parameter-free site that this call is, by its place in the open frame."""
         frame = self.frames[-1]
+        # A hook runs inside the frame without being its code: someone who logs means would shift the counts. The
+        # recorder left hooks out too; in compiled code there is no stack to tell them by.
         if not has_ordinal(args) or (not torch.compiler.is_compiling() and _called_by_hook()):
             return None
         ordinal = frame.counts.get(name, 0)
@@ -329,8 +358,9 @@ def _called_by_hook() -> bool:
 _SCOPE_CALL = ScopedForward.call.__code__
 
 
-# Interceptors that are entered, innermost last. One list for each thread, as modes are: checkpointed layers are run
-# again in autograd's thread. The compiler traces one function at a time and can't trace a thread's own list.
+# Interceptors that are entered, innermost last; a prepared model may run inside another one with a plan of its own. One
+# list for each thread, as modes are: checkpointed layers are run again in autograd's thread, where no mode of this one
+# is entered. The compiler traces one function at a time and can't trace a thread's own list.
 _TRACED: list[Interceptor] = []
 _EAGER = threading.local()
 

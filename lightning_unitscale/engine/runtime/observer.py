@@ -10,23 +10,33 @@ it is not entered. On a prepared model it sees the model's own calls, before fac
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.record.keys import ParameterKey, UseId
-from lightning_unitscale.engine.record.recorder import tensors_in
+from lightning_unitscale.engine.record.keys import (
+    ParameterKey,
+    TensorInput,
+    UseId,
+    arguments_used,
+    is_constant_result,
+    parameters_of_result,
+)
+from lightning_unitscale.engine.record.recorder import tensors_in, tensors_made
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
-from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
+from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.attention import open_multi_head_attention
-from lightning_unitscale.ops.torch_functions import LAYER_NORMS, RANDOM, SHAPE_ONLY, short_name
+from lightning_unitscale.ops.torch_functions import short_name
 
 _ENTERED: list[OperandObserver] = []
 
@@ -81,16 +91,15 @@ class OperandObserver(TorchFunctionMode):
         super().__init__()
         self.accumulator = accumulator
         self.found: dict[UseId, dict[str, Accumulator]] = {}
-        self._keys: Any = WeakTensorKeyDictionary()
+        self._parameters: Any = WeakTensorKeyDictionary()  # names; none of a constant; an activation is not in it
         for name, parameter in module.named_parameters():
-            self._keys[parameter] = ParameterKey(name)
-        self._constants: Any = WeakTensorKeyDictionary()
+            self._parameters[parameter] = (name,)
         self._module = module
         self._inside = False
 
     def __enter__(self) -> OperandObserver:
         for buffer in self._module.buffers():  # only now: a rehearsed step has buffers of its own
-            self._constants[buffer] = True
+            self._parameters[buffer] = ()
         _ENTERED.append(self)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -120,11 +129,12 @@ class OperandObserver(TorchFunctionMode):
         return result
 
     def _observe_call(self, name: str, call: FunctionCall, result: Any) -> None:
-        product = MATMULS[name].cast_operands(call, lambda tensor: tensor in self._keys)
+        product = MATMULS[name].cast_operands(call, self._is_weight)
         if product is None or not isinstance(result, Tensor):
             return
         x, weight = product
-        self.observe(UseId(self._keys[weight], name), ObservedProduct(call, {"x": x, "weight": weight}, result))
+        use = UseId(ParameterKey.of(self._parameters[weight]), name)
+        self.observe(use, ObservedProduct(call, {"x": x, "weight": weight}, result))
 
     def observe(self, use: UseId, product: ObservedProduct) -> None:
         """Count one product in."""
@@ -148,31 +158,35 @@ class OperandObserver(TorchFunctionMode):
             accumulator.add(tensor)
 
     def _follow(self, name: str, call: FunctionCall, result: Any) -> None:
-        """What is made of parameters and constants alone goes by the parameters' names, as the recorder has it."""
-        inputs = [] if name in SHAPE_ONLY else list(tensors_in((*call.args, *call.kwargs.values())))
-        if name == "getitem" and all(not index.is_floating_point() and index.dim() == 0 for index in inputs[1:]):
-            inputs = inputs[:1]  # the slice that the data chose, as the recorder has it
-        constants = [tensor for tensor in inputs if tensor in self._constants]
-        weights = [tensor for tensor in inputs if tensor in self._keys]
-        if name in RANDOM or len(constants) + len(weights) < len(inputs):
-            return
-        if weights and _makes_activation(name, call, constants):
-            return
-        names = sorted({name for tensor in weights for name in self._keys[tensor].names})
-        for tensor in tensors_in(result):
-            if tensor not in self._keys and tensor not in self._constants:
-                if names:
-                    self._keys[tensor] = ParameterKey.of(names)
-                else:
-                    self._constants[tensor] = True
+        """Remember what the output of a call is made of."""
+        used = arguments_used(name, call)
+        inputs = [self._input(tensor) for tensor in tensors_in((*used.args, *used.kwargs.values()))]
+        names = parameters_of_result(name, used, inputs, _in_parametrization)
+        is_activation = not names and not is_constant_result(name, inputs)
+        for tensor in tensors_made(name, call.args, result):
+            if isinstance(tensor, nn.Parameter):
+                continue  # whatever is written to it
+            if is_activation:
+                self._parameters.pop(tensor, None)  # what an activation is written to is a constant no more
+            else:
+                self._parameters[tensor] = names
+
+    def _input(self, tensor: Tensor) -> TensorInput:
+        names = self._parameters.get(tensor)
+        return TensorInput.of(tensor, names or (), constant=names == ())
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return bool(self._parameters.get(tensor))
 
 
-def _makes_activation(name: str, call: FunctionCall, constants: list[Tensor]) -> bool:
-    """Whether a call on weights and constants makes an activation, as the recorder has it."""
-    if is_lookup(name) or name in LAYER_NORMS:
-        return True
-    if name not in MATMULS:
-        return False
-    if "weight" in MATMULS[name].operands(call):
-        return True
-    return any(tensor.is_floating_point() and tensor.dim() > 1 for tensor in constants)
+def _in_parametrization() -> bool:
+    """Whether the running torch call is made inside a parametrization: this mode knows no frames by name."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _PARAMETRIZED:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_PARAMETRIZED = ParametrizationList.forward.__code__
