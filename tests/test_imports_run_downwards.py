@@ -32,7 +32,7 @@ FLOORS = [
     ("loss_scale",),
     ("checkpoint", "loading"),
     ("wrapped_methods",),
-    ("lifecycle", "wrapped_methods"),
+    ("lifecycle",),
     ("strategy",),
     ("callback", "spawned", "unit_scale"),
     ("monitor",),

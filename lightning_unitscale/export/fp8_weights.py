@@ -32,7 +32,8 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from lightning_unitscale.engine.plan.fold import folded_copy
-from lightning_unitscale.engine.plan.plan import Plan, Site, plan_of
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.engine.record.recorder import rms
 from lightning_unitscale.errors import InputError, UnitScalingError

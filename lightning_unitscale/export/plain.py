@@ -22,7 +22,8 @@ from torch.nn.utils import parametrize
 
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.fold import folded_copy
-from lightning_unitscale.engine.plan.plan import Plan, Site, plan_of
+from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.engine.runtime.install import restore_parameters

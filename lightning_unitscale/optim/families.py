@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_unitscale.engine.plan.parameter import ParameterPlan
+from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, Family, gradient_ratio, register
 from lightning_unitscale.errors import UnitScalingError
 

@@ -12,8 +12,9 @@ from lightning_unitscale.engine.analysis.castable import reason_not_to_cast
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.factors import Factor, averaged
-from lightning_unitscale.engine.plan.parameter import ParameterPlan
-from lightning_unitscale.engine.plan.plan import FramePlan, Plan, Site
+from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
+from lightning_unitscale.engine.plan.plan import FramePlan, Plan
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Place
 from lightning_unitscale.engine.record.trace import Call, Trace, Value

@@ -28,9 +28,10 @@ from lightning_unitscale.engine.analysis.structure import Sum
 from lightning_unitscale.engine.plan.copies import include_copies
 from lightning_unitscale.engine.plan.factors import Factor, geometric_mean, product, to_unit_scale
 from lightning_unitscale.engine.plan.fold import resolve
-from lightning_unitscale.engine.plan.parameter import ParameterPlan
-from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
+from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.siblings import include_siblings
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import is_lookup

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unitscale import UnitScaling, UnitScalingError, scale_learning_rates, unit_scale
-from lightning_unitscale.engine.plan.parameter import ParameterPlan
+from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, Family, gradient_ratio, register
 from lightning_unitscale.optim.families import optimizer_family
 

@@ -20,7 +20,8 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import OperandObserver

@@ -18,7 +18,8 @@ from math import log2
 from torch import nn
 
 from lightning_unitscale.engine.analysis.structure import Structure
-from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.trace import Trace, Value
 from lightning_unitscale.engine.runtime.install import watching_factors

@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.rename import renamed_site
 from lightning_unitscale.engine.plan.siblings import like
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.places import Frame
 
 

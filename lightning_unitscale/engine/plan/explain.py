@@ -19,8 +19,9 @@ from difflib import get_close_matches
 
 from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.engine.plan.fold import primary_use_of
-from lightning_unitscale.engine.plan.parameter import ParameterPlan
-from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.errors import UnitScalingError
 

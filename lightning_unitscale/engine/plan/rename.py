@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 
-from lightning_unitscale.engine.plan.plan import FramePlan, Plan, Site
+from lightning_unitscale.engine.plan.plan import FramePlan, Plan
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 
 Rename = Callable[[str], str]

@@ -7,7 +7,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.plan.summary import headline
 
 _SHOWN = ("name", "kind", "role", "multiplier", "stored", "learning rate ×", "reason")

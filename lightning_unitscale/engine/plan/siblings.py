@@ -10,8 +10,9 @@ from copy import deepcopy
 from dataclasses import replace
 
 from lightning_unitscale.engine.plan.factors import to_unit_scale
-from lightning_unitscale.engine.plan.parameter import ParameterPlan
-from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Frame
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch.optim import Optimizer
 
-from lightning_unitscale.engine.plan.parameter import ParameterPlan
+from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from lightning_unitscale.engine.plan.explain import folded_into
 from lightning_unitscale.engine.plan.factors import product
-from lightning_unitscale.engine.plan.plan import Plan, Site
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.site import Site
 
 _NUMBER = re.compile(r"(?<![^.:])\d+(?![^.:])")
 _WIDTH = 150

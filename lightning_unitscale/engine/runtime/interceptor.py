@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_unitscale.engine.plan.plan import Site
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import (
     ParameterKey,
     TensorInput,

@@ -1,4 +1,4 @@
-"""What a plan says of one parameter; U, F and S are those of `plan`."""
+"""What a plan says of one parameter; `plan` has the meaning of its constants."""
 
 from __future__ import annotations
 
