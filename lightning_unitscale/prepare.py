@@ -24,7 +24,9 @@ from lightning_unitscale.engine.record.recorder import loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import install, rescale_parameters, restore_parameters, uninstall
+from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
+from lightning_unitscale.optim.unscaled_steps import watch_steps
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes import find
 from lightning_unitscale.schemes.planner import make_plan
@@ -142,6 +144,7 @@ def put_in_force(module: nn.Module, plan: Plan) -> None:
     module.__dict__[ATTRIBUTE] = plan
     add_marker(module, plan)
     plan.bind(module)
+    watch_steps()
 
 
 def adopt(module: nn.Module) -> Plan | None:
@@ -172,6 +175,7 @@ def remove(module: nn.Module) -> None:
     plan = plan_of(module)
     if plan is None:
         raise UnitScalingError(f"{type(module).__name__} is not unit-scaled; there is nothing to remove.")
+    check_placement(module)
     folded = folded_copy(plan)
     left = folded.explicit_sites
     if left:

@@ -39,7 +39,7 @@ class Plan:
     unfollowed_schedule: tuple[int, ...] = ()
 
     def __init__(self, module: nn.Module, scales: dict[str, StepScale], coupled: dict[str, StepScale] | None = None):
-        self.module, self.scales, self.coupled = module, scales, coupled or scales
+        self.model, self.scales, self.coupled = module, scales, coupled or scales
         self.asked: list[tuple[str, bool]] = []
 
     def step_scales(self, family: str, *, decoupled_decay: bool) -> dict[str, StepScale]:
@@ -47,7 +47,10 @@ class Plan:
         return self.scales if decoupled_decay else self.coupled
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.module.named_parameters())
+        return dict(self.model.named_parameters())
+
+    def differences(self, module: nn.Module) -> dict[str, list[str]]:
+        return {"missing": [], "other shape": []}
 
 
 SCALES = {

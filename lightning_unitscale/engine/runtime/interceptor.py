@@ -176,6 +176,8 @@ class Interceptor(TorchFunctionMode):
         outside = len(self.parameters)
         # Anew at each run: sharding and functional calls put other tensors in the place of a parameter.
         for owner, attribute, key in scope.touched:
+            if not torch.compiler.is_compiling() and attribute not in owner._parameters:
+                _refuse_computed(owner, attribute, key)
             self._track(self.parameters, getattr(owner, attribute), key)
         self.frames.append(_OpenFrame(scope))
         try:
@@ -341,6 +343,19 @@ class Interceptor(TorchFunctionMode):
                     "record a step that takes both paths."
                 )
         return site
+
+
+def _refuse_computed(owner: nn.Module, attribute: str, key: str) -> None:
+    """
+    Raises:
+        UnitScalingError: what was a parameter is made anew at each access now, and so can't be followed to its use.
+    """
+    if attribute not in owner.__dict__:  # where sharding and functional calls put tensors in place of parameters
+        raise UnitScalingError(
+            f"{key} has a factor and is no parameter of {type(owner).__name__} any more, but computed (a "
+            "parametrization such as weight_norm?): done after the model was prepared, it takes the factor away. Do "
+            "it before, or between remove_unit_scaling(model) and preparing the model anew."
+        )
 
 
 def _called_by_hook() -> bool:
