@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
+from lightning_unitscale.engine.checks.sharded import refuse_sharded
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
 from lightning_unitscale.engine.checks.verify import verify
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
@@ -52,6 +53,7 @@ def prepare(
     Raises:
         UnitScalingError: see `unit_scale`.
     """
+    refuse_sharded(module)
     scheme = find(options.scheme)
     current = plan_of(module)
     if current is not None and not scheme.changes_training and current.is_plain:
