@@ -21,11 +21,13 @@ def refuse_sharded(module: nn.Module) -> None:
     distributed = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
     if not distributed:
         return
-    sharded = any(isinstance(child, FSDPModule) for child in module.modules())
-    how, call = ("sharded by FSDP2", "fully_shard") if sharded else ("split by tensor parallelism", "parallelize_module")
+    if any(isinstance(child, FSDPModule) for child in module.modules()):
+        how, call = "sharded by FSDP2", "fully_shard"
+    else:
+        how, call = "split by tensor parallelism", "parallelize_module"
     raise UnitScalingError(
         f"{len(distributed)} parameters of {type(module).__name__} are {how} already (DTensor): {distributed[0]}"
-        f"{' …' if len(distributed) > 1 else ''}. A plan can be made of the whole model only; nothing was changed. Call "
-        f"unit_scale(model, step) before {call}(model, …), with the same weights in every process: the factors stay in "
-        "place through it."
+        f"{' …' if len(distributed) > 1 else ''}. A plan can be made of the whole model only; nothing was changed. "
+        f"Call unit_scale(model, step) before {call}(model, …), with the same weights in every process: factors stay "
+        "in place through it."
     )
