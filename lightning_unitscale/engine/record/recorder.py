@@ -301,11 +301,16 @@ def parameter_facts(module: nn.Module) -> dict[str, ParameterFacts]:
 
 
 def rms(tensor: Tensor) -> float:
-    """Root mean square of a tensor's elements; 0 for an empty one or one that is not of floating point."""
-    if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
+    """Root mean square of a tensor's elements; 0 of none, of other than floating point, or of what can't be read."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not _is_readable(tensor):
         return 0.0
     with torch.no_grad():
         return float(torch.linalg.vector_norm(tensor, dtype=_wide(tensor)) / tensor.numel() ** 0.5)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a tensor has elements, and memory with their values: not on meta, nor inside vmap or the like."""
+    return tensor.numel() > 0 and not tensor.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -320,20 +325,21 @@ def _is_alias(one: Tensor, other: Tensor) -> bool:
         one.shape == other.shape
         and one.stride() == other.stride()
         and one.device == other.device
-        and not one.is_meta
+        and _is_readable(one)
+        and _is_readable(other)
         and one.data_ptr() == other.data_ptr() != 0
     )
 
 
 def _is_constant(tensor: Tensor) -> bool:
-    if tensor.numel() == 0 or tensor.is_meta:
+    if not _is_readable(tensor):
         return False
     flat = tensor.detach().reshape(-1)
     return bool((flat == flat[0]).all())
 
 
 def _number(tensor: Tensor) -> float | None:
-    if tensor.numel() != 1 or tensor.is_meta or tensor.is_complex():
+    if tensor.numel() != 1 or tensor.is_complex() or not _is_readable(tensor):
         return None
     return float(tensor.detach())
 
