@@ -263,6 +263,8 @@ class Interceptor(TorchFunctionMode):
         if a == 1.0:
             return self._run(name, call)
         if site.role == "attention":
+            if name in self.rules.ops:  # a learned query or value has a factor of its own
+                call = call.with_each(lambda argument: self._scaled(argument, name))
             return MATMULS[name].scaled_logits(call, a, site.operand)
         if site.role == "residual":
             left, right = call.args[:2]
