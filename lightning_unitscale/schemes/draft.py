@@ -212,6 +212,8 @@ class Draft:
             site.format_reason = SKIPPED
         elif reason := self.no_place(call):
             site.format_reason = reason
+        elif any(value.is_complex for value in call.inputs):
+            site.format_reason = "complex numbers, which no narrow format has"
         else:
             site.format = format
             site.operands = [*MATMULS[call.name].multiplicands(call), "gradient"]

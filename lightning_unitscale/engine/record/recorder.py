@@ -227,6 +227,7 @@ class Recorder(TorchFunctionMode):
             parameters=parameters,
             expression=expression and bool(parameters),
             constant=constant,
+            is_complex=tensor.is_complex(),
             number=_number(tensor) if constant else None,
         )
         self._values[tensor] = value

@@ -125,6 +125,11 @@ class ScopedForward:
     def __name__(self) -> str:
         return self.method
 
+    @property
+    def __code__(self) -> Any:
+        """As of any forward: `torch.export` names its inputs by the file and line."""
+        return self.__wrapped__.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method in a frame, inside the interceptor of the plan."""
         # One mode for the outermost scope and all inside it: a second one would apply every factor twice, and a weight
