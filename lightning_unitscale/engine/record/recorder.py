@@ -218,6 +218,7 @@ class Recorder(TorchFunctionMode):
         constant: bool = False,
     ) -> Value:
         self._value_count += 1
+        self.trace.transformed |= torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         value = Value(
             index=self._value_count,
             shape=tuple(tensor.shape),

@@ -88,6 +88,7 @@ class Trace:
             torch functions.
         spans: runs of modules that have neither parameters nor children.
         facts: what each parameter was like, by its first name.
+        transformed: a transform of torch.func (vmap, grad) ran part of the step on tensors of its own.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -96,6 +97,7 @@ class Trace:
     touched: dict[Frame, list[ParameterKey]] = field(default_factory=dict)
     spans: list[ModuleSpan] = field(default_factory=list)
     facts: dict[str, ParameterFacts] = field(default_factory=dict)
+    transformed: bool = False
 
 
 @dataclass(eq=False)

@@ -276,8 +276,16 @@ class Interceptor(TorchFunctionMode):
             if site.operand == 1:
                 return left.add_(right, alpha=a) if in_place else torch.add(left, right, alpha=a)
             return left.mul_(a).add_(right) if in_place else torch.add(right, left, alpha=a)
+        if in_place or (site.role == "activation" and _asked_in_place(call)):
+            return self._run_in_place(name, call, a)
         result = self._run(name, call)
-        return result.mul_(a) if in_place or name in OUTPUT_IS_FREE else result * a
+        return result.mul_(a) if name in OUTPUT_IS_FREE else result * a
+
+    def _run_in_place(self, name: str, call: FunctionCall, a: float) -> Any:
+        """The factor comes onto a copy: autograd may have saved the output of the call, which must not change."""
+        target, *others = call.args
+        result = self._run(name, FunctionCall(call.function, (target.clone(), *others), call.kwargs))
+        return target.copy_(result * a)
 
     def _scaled(self, argument: Any, name: str) -> Any:
         factor = self._factor(argument, name)
@@ -348,6 +356,11 @@ class Interceptor(TorchFunctionMode):
                     "record a step that takes both paths."
                 )
         return site
+
+
+def _asked_in_place(call: FunctionCall) -> bool:
+    """Whether an activation is called with `inplace=True`, the one flag that activations have."""
+    return any(argument is True for argument in (*call.args[1:], *call.kwargs.values()))
 
 
 def _called_by_hook() -> bool:
