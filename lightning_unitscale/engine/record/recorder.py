@@ -256,7 +256,7 @@ class Recorder(TorchFunctionMode):
             if code.co_argcount:
                 owner = python_frame.f_locals.get(code.co_varnames[0])
                 module = self._module_names.get(id(owner)) if isinstance(owner, nn.Module) else None
-                if module is not None and callable(getattr(type(owner), code.co_name, None)):
+                if module is not None and _is_method(owner, code.co_name):
                     self._frames[id(python_frame)] = python_frame
                     key = (id(python_frame), name)
                     ordinal = self._ordinals.get(key, 0)
@@ -264,6 +264,14 @@ class Recorder(TorchFunctionMode):
                     return Frame(module, code.co_name), ordinal, in_function
             python_frame = python_frame.f_back
         return None, 0, in_function
+
+
+def _is_method(owner: Any, name: str) -> bool:
+    """Whether a scope can stand in for a method: python looks `__call__` and the like up on the class alone.
+
+    What those do (attention processors) belongs to the module that calls them.
+    """
+    return not name.startswith("__") and callable(getattr(type(owner), name, None))
 
 
 def loss_tensors(output: Any, backwards: list[Tensor]) -> list[Tensor]:
