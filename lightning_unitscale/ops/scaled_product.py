@@ -59,9 +59,9 @@ def _product(left: Tensor, right: Tensor, a: float) -> Tensor:
 
 def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: float) -> Tensor:
     """`a · x Wᵀ + b · bias`; x: (*, in), weight: (out, in), bias: (out,), result: (*, out)."""
-    if x.is_complex():
-        y = F.linear(x, weight) * a
-        return y if bias is None else y + bias * b
+    if x.is_complex():  # whose gradients have conjugates in them
+        unbiased = F.linear(x, weight) * a
+        return unbiased if bias is None else unbiased + bias * b
     dtype = autocast_dtype(x.device)
     if dtype is not None:
         # Cast first: inside the Function autocast would give the backward pass operands of two dtypes.

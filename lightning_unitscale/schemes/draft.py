@@ -31,8 +31,8 @@ LEFT_ALONE_ROLES = {
     "unused": "no torch call of the recorded step used it",
 }
 IN_TRANSFORM = (
-    "used by no torch call that could be followed: torch.func (vmap, grad, functional_call) runs the model on tensors of "
-    "its own"
+    "used by no torch call that could be followed: torch.func (vmap, grad, functional_call) runs the model on tensors "
+    "of its own"
 )
 IN_FUNCTION = "inside a hand-written autograd.Function, whose backward pass would not see it"
 
