@@ -28,7 +28,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from transformers import PreTrainedModel
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.callbacks import BestCheckpoint, LastCheckpoint
@@ -85,7 +85,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def train(
-    cfg: DictConfig, name: str, taught_by: nn.Module | None, teacher: Pretrained, data: TokenText, folder: Path
+    cfg: DictConfig, name: str, taught_by: PreTrainedModel | None, teacher: Pretrained, data: TokenText, folder: Path
 ) -> tuple[Student, float]:
     """One student from the seed's initial weights, or its last checkpoint; and its test loss at its best one."""
     cfg = cfg.copy()
@@ -110,16 +110,11 @@ def train(
     page = write_report(
         folder,
         title=f"distill: {name}",
-        metrics={**scores, "parameters": size(module.model), "steps": trainer.global_step},
+        metrics={**scores, "parameters": module.model.num_parameters(), "steps": trainer.global_step},
         plan=unitscale.plan.summary() if unitscale else "no unit scaling",
     )
     print(f"report {page}")
     return module, scores["test/loss"]
-
-
-def size(model: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def rows_done(folder: Path) -> dict[str, Any]:
@@ -128,9 +123,9 @@ def rows_done(folder: Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def note(rows: dict[str, Any], name: str, model: nn.Module, loss: float, folder: Path) -> None:
+def note(rows: dict[str, Any], name: str, model: PreTrainedModel, loss: float, folder: Path) -> None:
     """Add a row, and write all of them."""
-    rows[name] = {"parameters": size(model), "test loss": loss}
+    rows[name] = {"parameters": model.num_parameters(), "test loss": loss}
     (folder / RESULTS).write_text(json.dumps(rows, indent=1))
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import hydra
 import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ProgressBar
@@ -134,6 +135,8 @@ def train_base(settings: Sequence[str], file: Path) -> float:
         file: the checkpoint.
     """
     cfg = hydra.compose("pretrain", overrides=list(settings))
+    if debug := HydraConfig.initialized() and HydraConfig.get().runtime.choices.get("debug"):
+        cfg.trainer = hydra.compose("pretrain", overrides=[f"debug={debug}"]).trainer  # no longer than the run itself
     check(cfg)
     trainer = train(cfg)
     trainer.save_checkpoint(file, weights_only=False)

@@ -74,6 +74,14 @@ def run_to_measure(found: Pretrained, task: DictConfig | None, data: DictConfig 
     OmegaConf.set_struct(run, False)
     run.task = run.task if task is None else task
     run.data = run.data if data is None else data
+    run.data.batch_size = sizes["batch_size"]
+    if sizes["sequence_length"] is not None:
+        run.task.sequence_length = sizes["sequence_length"]
+    _check(run, found)
+    return run
+
+
+def _check(run: DictConfig, found: Pretrained) -> None:
     if run.task.head != found.head:
         raise InputError(
             f"the task is for {run.task.head}, but the model's head is {found.head}; give another with task=…"
@@ -84,18 +92,14 @@ def run_to_measure(found: Pretrained, task: DictConfig | None, data: DictConfig 
         )
     for group, node in (("task", run.task), ("data", run.data[run.task.data])):
         if _importable(node._target_) is None:
+            choice = f"{group}={_choice(found.path, group)}"
             raise InputError(
-                f"the run of model.path={found.path} had {group}={_choice(found.path, group)}, and what that was then "
-                f"({node._target_}) is not there any more; name it again, with its settings: "
-                f"{group}={_choice(found.path, group)}"
+                f"the run of model.path={found.path} had {choice}, whose {node._target_} can't be imported any more; "
+                f"choose it again, with its settings: {choice}"
             )
-    if sizes["sequence_length"] is not None:
-        run.task.sequence_length = sizes["sequence_length"]
     context = context_length(found.model)
     if context is not None and run.task.get("sequence_length", 0) > context:
         raise InputError(f"sequence_length={run.task.sequence_length} is longer than the model's context, {context}")
-    run.data.batch_size = sizes["batch_size"]
-    return run
 
 
 def _default_run(found: Pretrained, task: DictConfig | None) -> DictConfig:
