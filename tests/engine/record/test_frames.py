@@ -42,16 +42,15 @@ class ModuleProcessor(nn.Module):
         return attend(attention, x)
 
 
-@pytest.mark.parametrize(
-    "processor", [attend, PlainProcessor(), ModuleProcessor()], ids=["function", "object", "module"]
-)
-def test_what_a_processor_computes_belongs_to_the_module_that_calls_it(
-    processor: Callable[[nn.Module, Tensor], Tensor],
-) -> None:
+PROCESSORS = {"function": attend, "object": PlainProcessor(), "module": ModuleProcessor()}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_what_a_processor_computes_belongs_to_the_module_that_calls_it(name: str) -> None:
     torch.manual_seed(1)
     x, found = torch.randn(2, 4, 8, dtype=torch.float64), []
     for storage in ("folded", "unit"):
-        model = nn.Sequential(Attention(processor), nn.Linear(8, 2, dtype=torch.float64))
+        model = nn.Sequential(Attention(PROCESSORS[name]), nn.Linear(8, 2, dtype=torch.float64))
         plan = unit_scale(model, lambda m: m(x).square().mean(), storage=storage)
         assert {site.module for site in plan.sites if site.ordinal is not None} == {"0"}
         found.append(model(x))
