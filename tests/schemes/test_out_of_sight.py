@@ -28,7 +28,7 @@ class Ensemble(nn.Module):
 def test_an_ensemble_by_vmap_is_refused_by_name_and_preserved_as_it_is() -> None:
     ensemble, x = Ensemble(), torch.randn(5, 8)
     before = ensemble(x)
-    with pytest.raises(UnitScalingError, match="torch.func"):
+    with pytest.raises(UnitScalingError, match=r"torch\.func"):
         unit_scale(ensemble, lambda m: m(x).square().mean())
     plan = unit_scale(ensemble, lambda m: m(x).square().mean(), "preserve")
     assert torch.equal(ensemble(x), before)
