@@ -200,6 +200,8 @@ def forget(module: nn.Module) -> None:
 
 
 def _refuse_nothing(module: nn.Module, trace: Trace, plan: Plan) -> None:
+    if trace.transformed and not plan.changes_training and plan.options["format"] is None:
+        return  # there is nothing to do, and the step runs the model where it can't be seen
     if not any(site.params for site in plan.sites) or all(p.reason for p in plan.parameters.values()):
         reasons = "; ".join(sorted({p.reason for p in plan.parameters.values() if p.reason})) or "it has no parameters"
         raise UnitScalingError(

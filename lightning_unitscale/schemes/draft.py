@@ -30,6 +30,10 @@ LEFT_ALONE_ROLES = {
     "other": "used in a way no rule is known for",
     "unused": "no torch call of the recorded step used it",
 }
+IN_TRANSFORM = (
+    "used by no torch call that could be followed: torch.func (vmap, grad, functional_call) runs the model on tensors "
+    "of its own"
+)
 IN_FUNCTION = "inside a hand-written autograd.Function, whose backward pass would not see it"
 
 
@@ -105,7 +109,8 @@ class Draft:
             elif self._is_skipped(name):
                 reasons[name] = SKIPPED
             elif self.roles[name] in LEFT_ALONE_ROLES:
-                reasons[name] = LEFT_ALONE_ROLES[self.roles[name]]
+                hidden = self.roles[name] == "unused" and self.trace.transformed
+                reasons[name] = IN_TRANSFORM if hidden else LEFT_ALONE_ROLES[self.roles[name]]
         return reasons
 
     def _is_skipped(self, name: str) -> bool:
@@ -212,6 +217,8 @@ class Draft:
             site.format_reason = SKIPPED
         elif reason := self.no_place(call):
             site.format_reason = reason
+        elif any(value.is_complex for value in call.inputs):
+            site.format_reason = "complex numbers, which no narrow format has"
         else:
             site.format = format
             site.operands = [*MATMULS[call.name].multiplicands(call), "gradient"]

@@ -39,7 +39,7 @@ from lightning_unitscale.options import STORAGES, Options
 from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_rms
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
 from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_site
-from lightning_unitscale.schemes.pushing import Push, pushes
+from lightning_unitscale.schemes.pushing import Push, pushes, takers
 from lightning_unitscale.schemes.scheme import ResidualBranch, Scheme, Weight
 
 NEAR_ZERO = 1e-3  # of the usual size of a weight
@@ -111,7 +111,7 @@ class Planner:
             return []
         factors = list(self.scheme.weight(self._weight(use)))
         if use.role in ("hidden", "readout"):
-            factors += _inverse(self._model_constant_of_input(call), "a constant on its input", MODEL)
+            factors += _inverse(self._model_constant_of_input(call, use), "a constant on its input", MODEL)
             if use.is_expression:  # which keeps the scale it has
                 factors += _inverse(value.rms or 1.0, "RMS of the expression that the weight is", "the recorded step")
         if use.role == "readout" or (use.role in ("embedding", "position") and is_lookup(call.name)):
@@ -124,9 +124,12 @@ class Planner:
         is_tied = any(self.draft.roles[name] != use.role for name in use.parameters)
         return Weight(use.role, use.fan_in, shape[-1] if shape else 1, depth, is_tied)
 
-    def _model_constant_of_input(self, call: Call) -> float:
+    def _model_constant_of_input(self, call: Call, use: Use) -> float:
+        """Of the several weights of a call one absorbs it."""
         moving = [v for v in call.inputs if v.is_float and not v.parameters]
-        return self.structure.model_constant(moving[0]) if len(moving) == 1 else 1.0
+        if len(moving) != 1 or (call.index, use.key) not in takers(self.draft, call, moving[0]):
+            return 1.0
+        return self.structure.model_constant(moving[0])
 
     def _multiplier_overrides(self, plan: Plan) -> None:
         for name, override in self.draft.overrides.items():
@@ -311,13 +314,14 @@ class Planner:
             site = self._activation_site(activation)
             if site is None:
                 continue
-            targets = self.structure.targets(activation.output)
-            weights = [(call, value.key) for call in targets or [] for value in self.structure.weights_of(call)]
-            if not weights or any(self.draft.is_left_alone(key) for _, key in weights):
+            targets = self.structure.targets(activation.output) or []
+            taken = [takers(self.draft, call, operand) for call, operand in targets]
+            if not targets or not all(taken):
                 site.leave_alone("its output does not go into scaled matmuls alone")
             else:
-                site.fold_into = list(dict.fromkeys(UseId(key, call.name) for call, key in weights))
-            self.free.add(site, targets or [])
+                uses = (use for found in taken for use in found)
+                site.fold_into = list(dict.fromkeys(UseId(key, self.trace.calls[i].name) for i, key in uses))
+            self.free.add(site, (call for call, _ in targets))
 
     def _activation_site(self, activation: Activation) -> Site | None:
         """The site of an activation; None where it has no place, or the scheme no rule for it."""

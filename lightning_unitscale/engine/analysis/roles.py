@@ -121,8 +121,11 @@ def _matmul_role(structure: Structure, call: Call, label: str) -> tuple[str, int
             return "relative_position", 1
         index = call.argument(0, "input")
         return ("position" if isinstance(index, Value) and index.constant else "embedding"), 1
+    labels = list(structure.weights_of(call).values())
     direct = call.index in structure.to_loss and call.index not in structure.feeds_matmul
-    return ("readout" if direct else "hidden"), op.fan_in(call, label)
+    # Of weights that multiply each other the last one is the readout, as in one matmul after the other.
+    last = label == labels[-1] or not op.takers(call)
+    return ("readout" if direct and last else "hidden"), op.fan_ins(call, labels)[label]
 
 
 def _is_logit_bias(structure: Structure, call: Call, value: Value) -> bool:

@@ -21,6 +21,7 @@ class Value:
         parameters: names of the parameters it is computed from, if from nothing else but constants
             (a view, a cast, a weight-norm expression); empty for an activation.
         expression: something else than views and casts was done to the parameters (1 + w, weight norm).
+        is_complex: its elements are complex numbers, which `is_float` counts in.
         constant: no parameter and no input of the step went into it.
         number: its value, when it is a 0-dim constant.
         rms: root mean square, taken only for operands and outputs of matmul-like calls.
@@ -34,6 +35,7 @@ class Value:
     parameters: tuple[str, ...] = ()
     expression: bool = False
     constant: bool = False
+    is_complex: bool = False
     number: float | None = None
     rms: float | None = None
     consumers: list[Call] = field(default_factory=list)
@@ -86,6 +88,7 @@ class Trace:
             torch functions.
         spans: runs of modules that have neither parameters nor children.
         facts: what each parameter was like, by its first name.
+        transformed: a transform of torch.func (vmap, grad) ran part of the step on tensors of its own.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -94,6 +97,7 @@ class Trace:
     touched: dict[Frame, list[ParameterKey]] = field(default_factory=dict)
     spans: list[ModuleSpan] = field(default_factory=list)
     facts: dict[str, ParameterFacts] = field(default_factory=dict)
+    transformed: bool = False
 
 
 @dataclass(eq=False)
