@@ -73,6 +73,7 @@ class FreeSites:
         """
         for loop, calls in self.draft.counted_calls.items():
             known = [place for place in self.entries if place.at_every_call == loop]
+            calls = [call for call in calls if self.draft.structure.decides(call) or call.place not in known]
             entries = [entry for place in known for entry in self.entries[place]]
             for site, _ in entries:
                 site.calls_in_frame = self.draft.calls_in_frame(loop)

@@ -49,7 +49,7 @@ def pushes(draft: Draft, value: Value, end: Collection[int]) -> list[Push]:
 
 def _uses_at(draft: Draft, value: Value, consumers: set[int]) -> list[CallUse]:
     if value.parameters:
-        return [(call.index, value.key) for call in value.consumers if call.index in consumers]
+        return [(call.index, value.key) for call in draft.structure.consumers(value) if call.index in consumers]
     call = value.producer
     if call is None:
         return []

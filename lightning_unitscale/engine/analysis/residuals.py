@@ -64,7 +64,7 @@ def find_additions(graph: Graph) -> list[Addition]:
                 and term.shape == call.output.shape
                 and all(v.shape == term.shape and v.requires_grad for v in above.inputs)
                 and len(above.inputs) == 2
-                and len(term.consumers) == 1
+                and len(graph.consumers(term)) == 1
             ):
                 absorbed.add(above.index)
                 calls.append(above)

@@ -166,8 +166,8 @@ class Structure(Graph):
         A soft cap, c · tanh(x / c), has slope 1 and is no such constant.
         """
         product = 1.0
-        while len(value.consumers) == 1:
-            (call,) = value.consumers
+        while len(consumers := self.consumers(value)) == 1:
+            (call,) = consumers
             if call.name == "tanh":
                 value = call.output
                 continue
@@ -184,7 +184,7 @@ class Structure(Graph):
         pending, seen = [value], {value}
         reached = False
         while pending:
-            for call in pending.pop().consumers:
+            for call in self.consumers(pending.pop()):
                 if call.index in end:
                     reached = True
                 elif call.index in passed:
@@ -201,11 +201,12 @@ class Structure(Graph):
         pending, seen = [value], {value}
         while pending:
             current = pending.pop()
-            if not current.consumers:
+            consumers = self.consumers(current)
+            if not consumers:
                 if current.producer is None or not current.producer.outputs or len(current.producer.outputs) == 1:
                     return None
                 continue
-            for call in current.consumers:
+            for call in consumers:
                 if self.is_site(call) and call.name in MATMULS:
                     if current in self.weights_of(call):
                         return None
