@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from math import isclose
+from math import isclose, prod
 
 from lightning_unitscale.engine.plan.factors import Factor, averaged
 from lightning_unitscale.engine.plan.site import Site
@@ -94,8 +94,9 @@ class FreeSites:
             products = self._folded_products(folding)
             for site in folding.values():
                 for use in site.fold_into:
+                    whole = prod(other.multiplier for other in folding.values() if use in other.fold_into)
                     found = [products[call.index, use] for call in self.draft.uses[use].calls]
-                    if not all(isclose(a, found[0], rel_tol=1e-9) for a in found):
+                    if not all(isclose(a, whole, rel_tol=1e-9) for a in found):
                         site.fold_into, changed = [], True
                         site.reason = f"{use.key} is also called on other inputs"
                         break

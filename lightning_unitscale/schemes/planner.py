@@ -4,7 +4,8 @@
     factors    what the scheme says of each weight, branch, sum, attention and activation, pushed back to the weights
                that can take it; what no weight can take stands on a parameter-free site
     constants  initial values and learning rates
-    neighbours experts that got no token take the rule of their siblings, copies inside the model that of the original
+    neighbours experts that got no token and blocks that were left out take the rule of their siblings, copies inside
+               the model that of the original
     resolve    where each constant is kept, by storage
 
 The model's own constants (1/√d on logits, √d on embeddings, fixed residual multipliers) are absorbed: the rules give
@@ -22,11 +23,13 @@ from typing import Any
 from torch import nn
 
 from lightning_unitscale.engine.analysis.activations import Activation
+from lightning_unitscale.engine.analysis.left_out import Step, steps_of
+from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.analysis.residuals import Residual, Stream
 from lightning_unitscale.engine.analysis.roles import WEIGHT_ROLES, Use, primary_use
 from lightning_unitscale.engine.analysis.structure import Sum
 from lightning_unitscale.engine.plan.copies import include_copies
-from lightning_unitscale.engine.plan.factors import Factor, geometric_mean, product, to_unit_scale
+from lightning_unitscale.engine.plan.factors import Factor, averaged, geometric_mean, product, to_unit_scale
 from lightning_unitscale.engine.plan.fold import resolve
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
@@ -76,6 +79,7 @@ class Planner:
         self.factors: dict[tuple[int, str], list[Factor]] = {}
         self.free = FreeSites(self.draft)
         self.depth: dict[int, float] = {}
+        self.branches: list[tuple[Step, list[Factor]]] = []
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
@@ -83,23 +87,26 @@ class Planner:
         for use in self.draft.uses.values():
             for call, value in zip(use.calls, use.values, strict=True):
                 self.factors[call.index, use.key] = self._weight_factors(use, call, value)
-        for stream in self.structure.streams:
-            self._note_depth(stream)
+        streams = [(stream, self._steps(stream)) for stream in self.structure.streams]
+        for stream, steps in streams:
+            self._note_depth(stream, len(steps) / 2)
         if self.options.activations:
-            for stream in self.structure.streams:
-                self._branch_factors(stream)
+            for stream, steps in streams:
+                self._branch_factors(stream, steps)
             for addition in self.structure.sums:
                 self._sum_factors(addition)
             self._attention_factors()
             self._activation_factors()
         self._move_out_of_functions()
-        plan = self.draft.plan(self.factors, self.free.sites())
+        sites = self.free.sites()
+        self._follow(sites)
+        plan = self.draft.plan(self.factors, sites)
         for parameter in plan.parameters.values():
             self._initial_value_and_rates(parameter)
         self._multiplier_overrides(plan)
         plan.notes += self.notes
-        include_siblings(plan)
-        include_copies(plan, self.module)
+        self._branches_left_out(plan, include_siblings(plan))
+        include_copies(plan, self.module, used_parameters(self.trace, self.structure.learned))
         resolve(plan, self.options.storage)
         self._readout_rates(plan)
         return plan
@@ -224,21 +231,39 @@ class Planner:
             for use in push.uses:
                 self.factors[use] = [*self.factors.get(use, []), *factors, *divided]
 
-    def _note_depth(self, stream: Stream) -> None:
-        depth = stream.branch_count / 2
+    def _steps(self, stream: Stream) -> list[Step]:
+        used: dict[int, frozenset[str]] = {}
+        for use in self.draft.uses.values():
+            for call in use.calls:
+                used[call.index] = used.get(call.index, frozenset()).union(use.parameters)
+        shapes = {name: facts.shape for name, facts in self.trace.facts.items()}
+        unused = frozenset(name for name, role in self.draft.roles.items() if role == "unused")
+        return steps_of(stream, used, shapes, unused)
+
+    def _note_depth(self, stream: Stream, depth: float) -> None:
         for branch in sorted((b for r in stream.residuals for b in r.branches), key=lambda b: -len(b.calls)):
             for index in branch.calls:
                 self.depth[index] = depth
 
-    def _branch_factors(self, stream: Stream) -> None:
-        depth, post_norm = stream.branch_count / 2, self.structure.is_post_norm(stream)
-        before: tuple[str, ...] = ()
-        for residual in stream.residuals:
-            for branch in residual.branches:
-                factors = self.scheme.branch(ResidualBranch(branch.kind, depth, before, post_norm))
-                if factors:
-                    self._scale_branch(residual, branch.value, factors)
-            before += tuple(branch.kind for branch in residual.branches)
+    def _branch_factors(self, stream: Stream, steps: list[Step]) -> None:
+        depth, post_norm = len(steps) / 2, self.structure.is_post_norm(stream)
+        for step in steps:
+            factors = self.scheme.branch(ResidualBranch(step.kind, depth, step.before, post_norm))
+            self.branches.append((step, factors))
+            if factors and step.seen is not None:
+                residual, branch = step.seen
+                self._scale_branch(residual, branch.value, factors)
+
+    def _branches_left_out(self, plan: Plan, models: Mapping[str, str]) -> None:
+        """Where a branch's factor depends on its place, those that were left out have another than their siblings."""
+        of = {name: factors for step, factors in self.branches if step.seen is not None for name in step.parameters}
+        for step, factors in self.branches:
+            for name in step.parameters if step.seen is None else ():
+                theirs = of.get(models.get(name, ""), [])
+                for site in plan.sites if theirs != factors else ():
+                    causes = site.causes.get(name, [])
+                    if theirs and all(factor in causes for factor in theirs):
+                        site.set_factors(name, [*(f for f in causes if f not in theirs), *factors])
 
     def _scale_branch(self, residual: Residual, value: Value, factors: list[Factor]) -> None:
         found = pushes(self.draft, value, {call.index for call in residual.calls})
@@ -330,6 +355,21 @@ class Planner:
         if self.draft.no_place(call):
             return None
         return parameter_free_site(call, "activation", self.scheme.activation(call_rms(call)))
+
+    # --- calls beside the loss ------------------------------------------------------------------------------------
+
+    def _follow(self, sites: list[Site]) -> None:
+        """Give uses that a call beside the loss alone makes of a weight the factors that it has on the loss's path."""
+        for use in self.draft.uses.values():
+            main = use.follows
+            if main is None:
+                continue
+            factors = averaged([self.factors[call.index, main.key] for call in main.calls])
+            for call in use.calls:
+                self.factors[call.index, use.key] = factors
+            for site in sites:
+                if main.id in site.fold_into:
+                    site.fold_into.append(use.id)
 
     # --- hand-written autograd.Functions --------------------------------------------------------------------------
 
