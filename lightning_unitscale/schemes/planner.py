@@ -23,6 +23,7 @@ from typing import Any
 from torch import nn
 
 from lightning_unitscale.engine.analysis.activations import Activation
+from lightning_unitscale.engine.analysis.attention import Attention
 from lightning_unitscale.engine.analysis.left_out import Step, steps_of
 from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.analysis.residuals import Residual, Stream
@@ -40,6 +41,7 @@ from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.options import STORAGES, Options
 from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_rms
+from lightning_unitscale.schemes.beside import BesideSites
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
 from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_site
 from lightning_unitscale.schemes.pushing import Push, pushes
@@ -100,6 +102,8 @@ class Planner:
         self._move_out_of_functions()
         sites = self.free.sites()
         self._follow(sites)
+        if self.options.activations:
+            sites += BesideSites(self.draft, self.free, sites, self._activation_site, self._attention_site).find()
         plan = self.draft.plan(self.factors, sites)
         for parameter in plan.parameters.values():
             self._initial_value_and_rates(parameter)
@@ -311,10 +315,9 @@ class Planner:
 
     def _attention_factors(self) -> None:
         for attention in self.structure.attentions:
-            call, rule = attention.call, self.scheme.attention(attention.head_dim)
-            if rule is None:
+            call, factors = attention.call, self._logit_factors(attention)
+            if factors is None:
                 continue
-            factors = [*rule, *_inverse(attention.model_constant, "its constant on the logits", MODEL)]
             sides = (pushes(self.draft, side, {call.index}) for side in (attention.query, attention.key))
             found = next(filter(None, sides), [])
             if reason := self.draft.no_place(call):
@@ -323,13 +326,27 @@ class Planner:
                 else:
                     self.notes.append(f"the attention {_at(call)} was left alone: {reason}")
                 continue
-            site = parameter_free_site(call, "attention", factors, attention.query)
-            site.last_dim = attention.head_dim if attention.query.shape[-1] == attention.head_dim else None
+            site = self._attention_site(attention)
+            assert site is not None
             into = [use for push in found for use in push.uses]
             site.fold_into = [UseId(key, self.trace.calls[index].name) for index, key in into]
             if not into:
                 site.reason = "query and key come out of one weight, or are shared"
             self.free.add(site, (self.trace.calls[index] for index, _ in into))
+
+    def _logit_factors(self, attention: Attention) -> list[Factor] | None:
+        rule = self.scheme.attention(attention.head_dim)
+        if rule is None:
+            return None
+        return [*rule, *_inverse(attention.model_constant, "its constant on the logits", MODEL)]
+
+    def _attention_site(self, attention: Attention) -> Site | None:
+        factors = self._logit_factors(attention)
+        if factors is None or self.draft.no_place(attention.call):
+            return None
+        site = parameter_free_site(attention.call, "attention", factors, attention.query)
+        site.last_dim = attention.head_dim if attention.query.shape[-1] == attention.head_dim else None
+        return site
 
     def _activation_factors(self) -> None:
         for activation in self.structure.activations:

@@ -36,16 +36,22 @@ class Norm:
 
 
 class Graph:
-    """The calls of one trace; everything is computed when asked for."""
+    """The calls of one trace; everything is computed when asked for.
 
-    def __init__(self, trace: Trace) -> None:
+    Args:
+        whole: take calls beside the loss in, all but those of hooks; without, the plan is made from this graph.
+    """
+
+    def __init__(self, trace: Trace, whole: bool = False) -> None:
         self.trace = trace
         self.learned = learned_calls(trace)
         self._deciding = deciding_calls(trace, self.learned)
+        if whole:
+            self._deciding |= {call.index for call in trace.calls if call.frame is not None}
         self.calls = [call for call in trace.calls if self.decides(call)]
 
     def decides(self, call: Call) -> bool:
-        """Whether `call` is one of those that the plan is made from; logging, say, must not change it."""
+        """Whether `call` is one of this graph: logging, say, must not change a plan."""
         return call.index in self._deciding
 
     def consumers(self, value: Value) -> list[Call]:
