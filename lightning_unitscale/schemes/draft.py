@@ -100,10 +100,10 @@ class Draft:
     def _left_alone(self) -> dict[str, str]:
         reasons = {}
         for name, facts in self.trace.facts.items():
-            if not facts.trainable:
-                reasons[name] = FROZEN
-            elif self._is_skipped(name):
+            if self._is_skipped(name):
                 reasons[name] = SKIPPED
+            elif not facts.trainable:
+                reasons[name] = FROZEN
             elif self.roles[name] in LEFT_ALONE_ROLES:
                 reasons[name] = LEFT_ALONE_ROLES[self.roles[name]]
         return reasons

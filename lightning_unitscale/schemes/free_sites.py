@@ -44,7 +44,7 @@ class FreeSites:
         """One call of a site, and the matmuls whose weights take its factor when it is folded."""
         if self.draft.is_skipped(site.module):
             site.leave_alone(SKIPPED)
-        self.entries[site.place].append((site, list(targets)))
+        self.entries[site.place].append((site, list(dict.fromkeys(targets))))
 
     def sites(self) -> list[Site]:
         """One site for each place."""
