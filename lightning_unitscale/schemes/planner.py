@@ -228,12 +228,11 @@ class Planner:
 
     # --- residual streams and sums ------------------------------------------------------------------------------
 
-    def _push(self, found: Iterable[Push], factors: list[Factor], absorb: bool) -> None:
-        """Put factors on the uses at the sources of a tensor, there divided by the model's constant on the way."""
+    def _push(self, found: Iterable[Push], factors: list[Factor]) -> None:
+        """Put factors on the uses at the sources of a tensor."""
         for push in found:
-            divided = _inverse(push.model_constant, "a constant behind it", MODEL) if absorb else []
             for use in push.uses:
-                self.factors[use] = [*self.factors.get(use, []), *factors, *divided]
+                self.factors[use] = [*self.factors.get(use, []), *factors]
 
     def _steps(self, stream: Stream) -> list[Step]:
         used: dict[int, frozenset[str]] = {}
@@ -272,18 +271,25 @@ class Planner:
     def _scale_branch(self, residual: Residual, value: Value, factors: list[Factor]) -> None:
         found = pushes(self.draft, value, {call.index for call in residual.calls})
         if found:
-            self._push(found, factors, absorb=True)
+            for push in found:
+                self._push([push], [*factors, *self._branch_constant(push.model_constant)])
             return
         call = next(call for call in residual.calls if value in call.inputs)
         if reason := self.draft.no_place(call):
             self.notes.append(f"the residual addition {_at(call)} was left alone: {reason}")
             return
         own = max((source.model_constant for source in self.structure.sources(value)[0]), default=1.0)
-        site = parameter_free_site(
-            call, "residual", [*factors, *_inverse(own, "a constant on the branch", MODEL)], value
-        )
+        site = parameter_free_site(call, "residual", [*factors, *self._branch_constant(own)], value)
         site.reason = "the branch does not end in a matmul or norm of its own"
         self.free.add(site)
+
+    def _branch_constant(self, own: float) -> list[Factor]:
+        """The factor that takes the model's own constant out of a branch.
+
+        Above 1, in a step that draws random numbers, it is 1/(1 - p) of a branch kept with probability 1 - p, and
+        belongs to the drawing: without it, in evaluation, the branch would be too small.
+        """
+        return [] if own > 1 and self.trace.drew else _inverse(own, "a constant on the branch", MODEL)
 
     def _sum_factors(self, addition: Sum) -> None:
         if self.structure.goes_only_into_norms(addition.call.output):
@@ -295,7 +301,7 @@ class Planner:
         found = [pushes(self.draft, term, set(addition.chain)) for term in addition.terms]
         if all(found):
             for terms in found:
-                self._push(terms, factors, absorb=False)
+                self._push(terms, factors)
         elif not self.draft.no_place(addition.call):
             site = parameter_free_site(addition.call, "sum", factors)
             site.reason = "a term is used elsewhere too, or is left alone"
@@ -322,7 +328,7 @@ class Planner:
             found = next(filter(None, sides), [])
             if reason := self.draft.no_place(call):
                 if found and call.in_function:
-                    self._push(found, factors, absorb=False)
+                    self._push(found, factors)
                 else:
                     self.notes.append(f"the attention {_at(call)} was left alone: {reason}")
                 continue
@@ -414,7 +420,7 @@ class Planner:
         if len(moving) != 1:
             return False
         if found := pushes(self.draft, moving[0], {call.index}):
-            self._push(found, factors, absorb=False)
+            self._push(found, factors)
             return True
         sources, passed = self.structure.sources(moving[0])
         maker = sources[0].value.producer

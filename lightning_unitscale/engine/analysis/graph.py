@@ -237,10 +237,11 @@ class Graph:
         """Indices of the calls whose output reaches a matmul with a parameter on the way to the loss.
 
         For a learned call that is the way that gradients take: choosing the next token by the logits is no use of them.
+        For one that this step's loss does not depend on, any way: it may be the head of another step's.
         """
         found: set[int] = set()
         for call in reversed(self.calls):
-            way = self.learned if call.index in self.learned else self.to_loss
+            way = next((way for way in (self.learned, self.to_loss) if call.index in way), self._deciding)
             for consumer in (c for output in call.outputs for c in self.consumers(output)):
                 if consumer.index in way and (consumer.index in found or self.is_site(consumer)):
                     found.add(call.index)

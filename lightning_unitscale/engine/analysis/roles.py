@@ -6,7 +6,7 @@ embedding           a table looked up by data
 position            a position, query or other learned tensor added to activations; a table looked up by constants
 token               a learned tensor joined to activations (class, register, mask tokens)
 hidden              weight of a matmul from which the loss is reached through another one
-readout             weight of a matmul from which the loss is reached without another one
+readout             weight of a matmul from which the loss is reached without another one, or no loss in this step
 bias, norm          as named (`norm` is the gain)
 relative_position   added to attention logits
 scale               multiplies activations elementwise (LayerScale, logit scale)
@@ -138,8 +138,7 @@ def _matmul_role(structure: Structure, call: Call, label: str) -> tuple[str, int
             return "relative_position", 1
         index = call.argument(0, "input")
         return ("position" if isinstance(index, Value) and index.constant else "embedding"), 1
-    direct = call.index in structure.to_loss and call.index not in structure.feeds_matmul
-    return ("readout" if direct else "hidden"), op.fan_in(call, label)
+    return ("hidden" if call.index in structure.feeds_matmul else "readout"), op.fan_in(call, label)
 
 
 def _is_logit_bias(structure: Structure, call: Call, value: Value) -> bool:
