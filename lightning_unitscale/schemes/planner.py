@@ -109,7 +109,9 @@ class Planner:
             self._initial_value_and_rates(parameter)
         self._multiplier_overrides(plan)
         plan.notes += self.notes
-        self._branches_left_out(plan, include_siblings(plan))
+        models = include_siblings(plan)
+        self._own_relative_steps(plan, models)
+        self._branches_left_out(plan, models)
         include_copies(plan, self.module, used_parameters(self.trace, self.structure.learned))
         resolve(plan, self.options.storage)
         self._readout_rates(plan)
@@ -256,6 +258,14 @@ class Planner:
             if factors and step.seen is not None:
                 residual, branch = step.seen
                 self._scale_branch(residual, branch.value, factors)
+
+    def _own_relative_steps(self, plan: Plan, models: Mapping[str, str]) -> None:
+        """What takes the rule of a sibling keeps the relative step that it had itself."""
+        for name, model in models.items():
+            rms, role = self.trace.facts[name].rms, plan.parameters[model].role
+            uses = [use for use in self.draft.uses.values() if model in use.parameters and use.role == role]
+            if uses and rms and role in WEIGHT_ROLES and model not in self.zeros and not plan.parameters[model].reason:
+                plan.parameters[name].set_constant("relative_lr", [self._relative_step(rms, uses[0])])
 
     def _branches_left_out(self, plan: Plan, models: Mapping[str, str]) -> None:
         """Where a branch's factor depends on its place, those that were left out have another than their siblings."""
