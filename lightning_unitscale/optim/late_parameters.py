@@ -17,6 +17,11 @@ from lightning_unitscale.engine.plan.plan import Plan
 NAMES_SHOWN = 3
 
 
+def may_learn_late(plan: Plan) -> bool:
+    """Whether the plan leaves parameters alone only because the recorded step did."""
+    return plan.changes_training and any(p.reason in (FROZEN, UNUSED) for p in plan.parameters.values())
+
+
 class LateParameters:
     """The parameters that a plan leaves alone because the recorded step did, until they learn."""
 

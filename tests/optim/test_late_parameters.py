@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import BackboneFinetuning
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_unitscale import scale_learning_rates, unit_scale
+from lightning_unitscale import UnitScaling, scale_learning_rates, unit_scale
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(16) % 4
@@ -84,3 +87,33 @@ def test_a_closure_is_looked_at_after_it_ran() -> None:
 
     with pytest.warns(UserWarning, match=r"other\.weight"):
         optimizer.step(closure)
+
+
+class Finetuned(pl.LightningModule):
+    """Its backbone is frozen for an epoch; what is left, a head, takes the user's own steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16))
+        self.head = nn.Linear(16, 4)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+
+def test_the_trainer_names_a_backbone_unfrozen_by_a_callback() -> None:
+    trainer = pl.Trainer(
+        max_epochs=3,
+        callbacks=[BackboneFinetuning(1), UnitScaling()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    with pytest.warns(UserWarning, match=r"4 parameters learn now.*backbone\.0\.weight \(frozen\)"):
+        trainer.fit(Finetuned(), DataLoader(TensorDataset(X, Y), 8))
