@@ -46,6 +46,7 @@ from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
 from lightning_unitscale.optim.families import check_family, optimizer_family
+from lightning_unitscale.optim.late_parameters import may_learn_late
 from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps, scale_learning_rates
 from lightning_unitscale.options import PLAN_OPTIONS, Options
@@ -211,14 +212,14 @@ class Lifecycle:
         self._without_loss = error
 
     def _scale_steps(self, optimizer: Optimizer, plan: Plan, module: pl.LightningModule) -> None:
-        """Give an optimizer the plan's learning-rate multipliers, if it has not got them and any is not 1."""
+        """Give an optimizer the plan's learning-rate multipliers, if it has not got them and there is cause to."""
         known, step = self._steps.get(optimizer, (None, None))
         if known is plan:
             return
         if step is not None:
             step.remove()
         step = None
-        if changes_steps(plan):
+        if changes_steps(plan) or may_learn_late(plan):
             step = scale_learning_rates(optimizer, plan, module=module, family=self._family(optimizer))
             if plan.lr_units == "umup":
                 warn_of_ordinary_units(optimizer, find(plan.scheme).least_usual_rate)

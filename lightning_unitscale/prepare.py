@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
 from lightning_unitscale.engine.checks.sharded import refuse_sharded
@@ -20,7 +21,9 @@ from lightning_unitscale.engine.checks.verify_casts import verify_casts
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
 from lightning_unitscale.engine.plan.rename import plan_around
+from lightning_unitscale.engine.plan.siblings import differ_in_a_number
 from lightning_unitscale.engine.plan.state_dict import add_marker, remove_marker
+from lightning_unitscale.engine.record.random_draws import draw_anew, random_state
 from lightning_unitscale.engine.record.recorder import loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.record.trace import Trace
@@ -32,6 +35,7 @@ from lightning_unitscale.options import Options
 from lightning_unitscale.schemes import find
 from lightning_unitscale.schemes.planner import make_plan
 
+MORE_DRAWS = 3
 Step = Callable[[Rehearsal], Any]  # runs one step's forward pass and returns its loss, or a dict with it
 
 
@@ -62,8 +66,8 @@ def prepare(
         raise UnitScalingError(
             f"{type(module).__name__} is already unit-scaled; call remove_unit_scaling() first to prepare it anew."
         )
-    trace = record(module, step, trainer)
-    plan = make_plan(scheme, module, trace, options)
+    trace, fullest = record_draws(module, step, trainer, agree)
+    plan = make_plan(scheme, module, fullest, options)
     _refuse_nothing(module, trace, plan)
     if plan.changes_training:
         refuse_trained(module, trace, plan)
@@ -105,16 +109,51 @@ def measure_operands(module: nn.Module, step: Step, options: Options, trainer: p
         )
 
 
-def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None) -> Trace:
+def record_draws(
+    module: nn.Module, step: Step, trainer: pl.Trainer | None, agree: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[Trace, Trace]:
+    """The step as its own random numbers have it, and as it ran most of the model (stochastic depth, LayerDrop).
+
+    Other numbers are drawn, a few times, only where a step that draws any leaves parameters unused that no sibling
+    speaks for.
+    """
+    first = record(module, step, trainer)
+    traces = [first]
+    while len(traces) <= MORE_DRAWS and agree({"again": first.drew and bool(_unheard_of(traces[-1]))})["again"]:
+        traces.append(record(module, step, trainer, draw=len(traces)))
+    return first, max(traces, key=lambda trace: len(used_parameters(trace)))
+
+
+def _unheard_of(trace: Trace) -> set[str]:
+    """Trainable parameters that the step did not use, nor any sibling of theirs."""
+    used = used_parameters(trace)
+    shapes = {name: facts.shape for name, facts in trace.facts.items()}
+    return {
+        name
+        for name, facts in trace.facts.items()
+        if facts.trainable
+        and name not in used
+        and not any(shapes[other] == facts.shape and differ_in_a_number(name, other) for other in used)
+    }
+
+
+def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None, draw: int = 0) -> Trace:
     """Run the step without leaving a trace in the model, and return what it did.
+
+    Args:
+        draw: 0 for the random numbers that are next, other numbers for others.
 
     Raises:
         NoLossError: there is none.
         UnitScalingError: the loss is not one number, or not finite.
     """
     with rehearsal(module, trainer) as rehearsed, recording(module) as recorder, torch.enable_grad():
+        if draw:
+            draw_anew(draw)
+        before = random_state()
         output = step(rehearsed)
         trace = recorder.finish(output, rehearsed.losses)
+        trace.drew = random_state() != before
         backwards = bool(rehearsed.losses)
     if not trace.loss_numbers:
         raise NoLossError(

@@ -34,6 +34,7 @@ from lightning_unitscale.engine.plan.step_scales import FAMILIES, PLAIN, StepSca
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.families import check_family, optimizer_family
+from lightning_unitscale.optim.late_parameters import LateParameters
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup
 
 _ATTRIBUTE = "_unit_scaled_step"  # where an optimizer keeps its ScaledStep
@@ -148,6 +149,7 @@ class ScaledStep:
         self._depth = 0
         self._reached = False
         self._steps = 0
+        self._late = LateParameters(plan, self._named_parameters())
 
         self._lay_out(optimizer)
         if isinstance(former := vars(optimizer).get(_ATTRIBUTE), ScaledStep):
@@ -259,6 +261,7 @@ class ScaledStep:
         self._depth -= 1
         if self._depth == 0:
             self._restore(optimizer)
+            self._late.warn_of_those_that_learn()
 
     def _with_users_groups(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         evaluations = 0

@@ -12,7 +12,7 @@ from lightning_unitscale.engine.analysis.castable import reason_not_to_cast
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.factors import Factor, averaged
-from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
+from lightning_unitscale.engine.plan.parameter_plan import FROZEN, UNUSED, ParameterPlan
 from lightning_unitscale.engine.plan.plan import FramePlan, Plan
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
@@ -28,7 +28,7 @@ LEFT_ALONE_ROLES = {
     "scale": "multiplies activations elementwise; kept as the model initialises it",
     "relative_position": "added to attention logits; kept as the model initialises it",
     "other": "used in a way no rule is known for",
-    "unused": "no torch call of the recorded step used it",
+    "unused": UNUSED,
 }
 IN_TRANSFORM = (
     "used by no torch call that could be followed: torch.func (vmap, grad, functional_call) runs the model on tensors "
@@ -104,10 +104,10 @@ class Draft:
     def _left_alone(self) -> dict[str, str]:
         reasons = {}
         for name, facts in self.trace.facts.items():
-            if not facts.trainable:
-                reasons[name] = "frozen"
-            elif self._is_skipped(name):
+            if self._is_skipped(name):
                 reasons[name] = SKIPPED
+            elif not facts.trainable:
+                reasons[name] = FROZEN
             elif self.roles[name] in LEFT_ALONE_ROLES:
                 hidden = self.roles[name] == "unused" and self.trace.transformed
                 reasons[name] = IN_TRANSFORM if hidden else LEFT_ALONE_ROLES[self.roles[name]]

@@ -69,7 +69,7 @@ def takers(draft: Draft, call: Call, operand: Value | None = None) -> list[CallU
 
 def _uses_at(draft: Draft, value: Value, consumers: set[int]) -> list[CallUse]:
     if value.parameters:
-        calls = [call for call in value.consumers if call.index in consumers]
+        calls = [call for call in draft.structure.consumers(value) if call.index in consumers]
         multiplied = [call for call in calls if call.name in MATMULS and call.inputs.count(value) > 1]
         return [] if multiplied else [(call.index, value.key) for call in calls]
     call = value.producer

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -37,6 +37,7 @@ class Plan:
     """Stands for `engine.plan.plan.Plan`: constants by parameter name."""
 
     unfollowed_schedule: tuple[int, ...] = ()
+    parameters: ClassVar[dict[str, object]] = {}
 
     def __init__(self, module: nn.Module, scales: dict[str, StepScale], coupled: dict[str, StepScale] | None = None):
         self.model, self.scales, self.coupled = module, scales, coupled or scales

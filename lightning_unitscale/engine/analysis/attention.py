@@ -128,7 +128,7 @@ def _products_above(graph: Graph, logits: Value) -> list[Call]:
 def _products_below(graph: Graph, probabilities: Value) -> list[Call]:
     found, pending, seen = [], [probabilities], {probabilities}
     while pending:
-        for call in pending.pop().consumers:
+        for call in graph.consumers(pending.pop()):
             if call.name in MATMULS:
                 if not graph.is_site(call):
                     found.append(call)

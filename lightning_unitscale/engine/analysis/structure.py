@@ -167,8 +167,8 @@ class Structure(Graph):
         A soft cap, c · tanh(x / c), has slope 1 and is no such constant.
         """
         product = 1.0
-        while len(value.consumers) == 1:
-            (call,) = value.consumers
+        while len(consumers := self.consumers(value)) == 1:
+            (call,) = consumers
             if call.name == "tanh":
                 value = call.output
                 continue
@@ -186,7 +186,7 @@ class Structure(Graph):
         products: list[Call] = []
         reached = False
         while pending:
-            for call in pending.pop().consumers:
+            for call in self.consumers(pending.pop()):
                 if call.index in end:
                     reached = True
                     if call.name in MATMULS:
@@ -209,11 +209,12 @@ class Structure(Graph):
         pending, seen = [value], {value}
         while pending:
             current = pending.pop()
-            if not current.consumers:
+            consumers = self.consumers(current)
+            if not consumers:
                 if current.producer is None or not current.producer.outputs or len(current.producer.outputs) == 1:
                     return None
                 continue
-            for call in current.consumers:
+            for call in consumers:
                 if self.is_site(call):
                     found.append((call, current))
                     continue

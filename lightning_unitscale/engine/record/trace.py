@@ -89,6 +89,7 @@ class Trace:
         spans: runs of modules that have neither parameters nor children.
         facts: what each parameter was like, by its first name.
         transformed: a transform of torch.func (vmap, grad) ran part of the step on tensors of its own.
+        drew: whether the step drew random numbers.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -98,6 +99,7 @@ class Trace:
     spans: list[ModuleSpan] = field(default_factory=list)
     facts: dict[str, ParameterFacts] = field(default_factory=dict)
     transformed: bool = False
+    drew: bool = False
 
 
 @dataclass(eq=False)
