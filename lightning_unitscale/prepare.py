@@ -16,6 +16,7 @@ from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
 from lightning_unitscale.engine.checks.verify import verify
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
+from lightning_unitscale.engine.checks.verify_gradients import verify_gradients
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
 from lightning_unitscale.engine.plan.rename import plan_around
@@ -23,7 +24,13 @@ from lightning_unitscale.engine.plan.state_dict import add_marker, remove_marker
 from lightning_unitscale.engine.record.recorder import loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.record.trace import Trace
-from lightning_unitscale.engine.runtime.install import install, rescale_parameters, restore_parameters, uninstall
+from lightning_unitscale.engine.runtime.install import (
+    install,
+    rescale_parameters,
+    restore_parameters,
+    uninstall,
+    untouched_factors,
+)
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes import find
@@ -68,7 +75,12 @@ def prepare(
     rescale_parameters(module, plan)
     put_in_force(module, plan)
     if options.verify:
-        verify(module, plan, trace, lambda: record(module, step, trainer))
+        try:
+            verify(module, plan, trace, lambda: record(module, step, trainer))
+            verify_gradients(module, plan, trace, step, trainer)
+        except UnitScalingError:
+            _bring_back(module, plan)
+            raise
     return plan
 
 
@@ -191,6 +203,15 @@ def forget(module: nn.Module) -> None:
     uninstall(module)
     remove_marker(module)
     module.__dict__.pop(ATTRIBUTE, None)
+
+
+def _bring_back(module: nn.Module, plan: Plan) -> None:
+    """Take a plan off again that was refused, to rounding."""
+    forget(module)
+    named = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, factor in untouched_factors(plan).items():
+            named[name].mul_(factor)
 
 
 def _refuse_nothing(module: nn.Module, trace: Trace, plan: Plan) -> None:
