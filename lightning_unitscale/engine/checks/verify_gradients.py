@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from math import inf
 from typing import Any
 
 import pytorch_lightning as pl
@@ -29,16 +30,14 @@ from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_unitscale.engine.checks.gradients import rehearsed_losses, sampled_gradients
-from lightning_unitscale.engine.checks.slopes import Measured, Reach, Slopes
+from lightning_unitscale.engine.checks.slopes import Reach, Slopes
 from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import install, rules_in_force, uninstall, untouched_factors
 from lightning_unitscale.errors import UnitScalingError
 
-_PASSES = 32  # forward passes, at most, until it is known that gradients disagree
-_ROUNDS = 3  # sets that disagree in the untouched model too are halved so often
+_ROUNDS = 2  # sets that disagree in the untouched model too are looked at once more, by halves
 _NAMED = 8
 
 Step = Callable[[Rehearsal], Any]
@@ -72,7 +71,6 @@ class _Gate:
 
     def __init__(self, module: nn.Module, plan: Plan, step: Step, trainer: pl.Trainer | None) -> None:
         self.module, self.plan, self.step, self.trainer = module, plan, step, trainer
-        self._passes = 0
 
     def wrong_gradients(self) -> dict[str, float]:
         """By parameter, how many times too large its gradient is."""
@@ -85,21 +83,18 @@ class _Gate:
             for names in _split(list(slopes.gradients), slopes.reach.sets)
         ]
         for _ in range(_ROUNDS):
-            found = [(loss, names, self._measured(ours[loss], names)) for loss, names in level]
+            found = [(loss, names, ours[loss].measure(names)) for loss, names in level]
             unknown += [name for _, names, measured in found if measured.agrees is None for name in names]
             off = [(loss, names) for loss, names, measured in found if measured.agrees is False]
             honest = self._agreeing_untouched(off)
-            for loss, names in honest:
-                wrong |= {name: 1 / ratio for name, ratio in _narrowed(ours[loss], names).items()}
+            for loss, names in honest[-1:]:
+                wrong = _narrowed(ours[loss], names)
             level = [(loss, half) for loss, names in off if (loss, names) not in honest for half in _split(names, 2)]
             if wrong or not level:
                 break
         if not wrong:
             self._note(unknown, [name for _, names in level for name in names])
         return wrong
-
-    def _measured(self, slopes: Slopes, names: list[str]) -> Measured:
-        return slopes.measure(names) if self._passes < _PASSES else Measured(None, 1.0)
 
     def _slopes(self) -> list[Slopes]:
         """One for each loss of the step as the model is now."""
@@ -121,7 +116,6 @@ class _Gate:
             ]
 
     def _loss(self, index: int) -> float:
-        self._passes += 1
         with rehearsed_losses(self.module, self.step, self.trainer) as losses:
             return _number(losses[index])
 
@@ -143,18 +137,17 @@ class _Gate:
 
 
 def _narrowed(slopes: Slopes, names: list[str]) -> dict[str, float]:
-    """The smallest sets that disagree, the ones nearest to the loss first; at most `_NAMED` parameters."""
-    found: dict[str, float] = {}
-    waiting = [names]
-    while waiting and len(found) < _NAMED:
-        names = waiting.pop()
-        halves = _split(names, 2) if len(names) > 1 else []
-        off = [half for half in halves if slopes.measure(half).agrees is False]
-        if off:
-            waiting += off
-        else:
-            found |= dict.fromkeys(names, slopes.measure(names).ratio)
-    return found
+    """The smallest part that disagrees, of several the one nearest to the loss: what is before it passes it on."""
+    ratio = slopes.measure(names).ratio
+    narrower: list[str] | None = names
+    while narrower:
+        names, narrower = narrower, None
+        for half in reversed(_split(names, 2) if len(names) > 1 else []):
+            measured = slopes.measure(half)
+            if measured.agrees is False:
+                narrower, ratio = half, measured.ratio
+                break
+    return dict.fromkeys(names, 1 / ratio if ratio else inf)
 
 
 @contextmanager
@@ -200,16 +193,17 @@ def _message(module: nn.Module, plan: Plan, before: Trace, wrong: dict[str, floa
     sites = [
         site.name
         for site in plan.explicit_sites
-        if any(name in wrong for key in site.params for name in ParameterKey(key).names)
+        if not wrong.keys().isdisjoint(name for key in site.params for name in key.names)
     ]
     return (
-        f"{type(module).__name__}: under the plan the gradients of some parameters are not the slope of the loss, "
-        f"though the untouched model's are: {_some([f'{name} (× {factor:.3g})' for name, factor in wrong.items()])}. "
-        "A factor is in the forward pass and not, or another one, in a backward pass"
-        + (f"; they have explicit factors at {_some(sites)}" if sites else "")
-        + (f"; hand-written autograd.Functions in this step: {', '.join(functions)}" if functions else "")
-        + ". Name these parameters, or the module that calls the Function, in skip, or use storage='folded' if it is "
-        "not; the model was brought back to what it was, to rounding."
+        f"{type(module).__name__}: under the plan gradients are not the slope of the loss, though the untouched "
+        f"model's are. Nearest to the loss: {_some([f'{name} (× {factor:.3g})' for name, factor in wrong.items()])}, "
+        "which those of earlier layers may follow. A factor of the forward pass is missing or another one in a "
+        "backward pass"
+        + (f"; explicit factors stand at {_some(sites)}" if sites else "")
+        + (f"; hand-written autograd.Functions in this step: {_some(functions)}" if functions else "")
+        + ". List in skip the parameters that such a Function uses, or those named first; the model was brought back "
+        "to what it was, to rounding."
     )
 
 
