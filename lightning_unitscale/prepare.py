@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
@@ -72,6 +72,7 @@ def prepare(
         refuse_trained(module, trace, plan)
     plan = Plan.from_dict(agree(plan.to_dict()))
     check_device(module, plan)
+    zeroed = _about_to_be_zero(module, plan)
     rescale_parameters(module, plan)
     put_in_force(module, plan)
     if options.verify:
@@ -79,7 +80,7 @@ def prepare(
             verify(module, plan, trace, lambda: record(module, step, trainer))
             verify_gradients(module, plan, trace, step, trainer)
         except UnitScalingError:
-            _bring_back(module, plan)
+            _bring_back(module, plan, zeroed)
             raise
     return plan
 
@@ -205,13 +206,22 @@ def forget(module: nn.Module) -> None:
     module.__dict__.pop(ATTRIBUTE, None)
 
 
-def _bring_back(module: nn.Module, plan: Plan) -> None:
-    """Take a plan off again that was refused, to rounding."""
+def _about_to_be_zero(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Copies of what no factor brings back: biases, which a scheme lets begin at 0."""
+    named = dict(module.named_parameters())
+    factors = {p.name: p.initial_factor * p.stored for p in plan.parameters.values() if not p.fixed}
+    return {name: named[name].detach().clone() for name, factor in factors.items() if factor == 0.0}
+
+
+def _bring_back(module: nn.Module, plan: Plan, zeroed: dict[str, Tensor]) -> None:
+    """Take a plan off again that was refused; weights are what they were, to rounding."""
     forget(module)
     named = dict(module.named_parameters())
     with torch.no_grad():
         for name, factor in untouched_factors(plan).items():
             named[name].mul_(factor)
+        for name, values in zeroed.items():
+            named[name].copy_(values)
 
 
 def _refuse_nothing(module: nn.Module, trace: Trace, plan: Plan) -> None:

@@ -137,7 +137,7 @@ def functions_unseen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 # --- what is wrong is named -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_factor_inside_a_function_is_named(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     module = seeded(OwnLayer)
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
@@ -145,15 +145,14 @@ def test_a_factor_inside_a_function_is_named(monkeypatch: pytest.MonkeyPatch, dt
     def step(module: nn.Module) -> Tensor:
         x, y = data()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return F.cross_entropy(module(x.double() if dtype == torch.float64 else x).float(), y)
+            return F.cross_entropy(module(x).float(), y)
 
-    module = module.double() if dtype == torch.float64 else module
     with functions_unseen(monkeypatch), pytest.raises(UnitScalingError, match=r"odd\.weight") as error:
         unit_scale(module, step, storage="unit")
     assert "skip" in str(error.value)
     assert rules_in_force(module) is None
     for name, parameter in module.named_parameters():
-        assert torch.allclose(parameter.float(), before[name], rtol=1e-6)
+        assert torch.allclose(parameter, before[name], rtol=1e-6)
 
 
 def test_skip_as_the_message_says_helps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +173,7 @@ def test_an_operation_with_a_wrong_backward_is_named(monkeypatch: pytest.MonkeyP
         prepare(seeded(Stack))
 
 
-def test_one_wrong_weight_of_forty_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_wrong_weight_of_many_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, *_ = ctx.saved_tensors
         wide = gradient.shape[-1] == 3 * WIDTH  # the one layer of this width
@@ -190,7 +189,7 @@ def test_one_wrong_weight_of_forty_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ScaledProduct, "backward", staticmethod(backward))
 
     def make() -> nn.Module:
-        stack = Stack(blocks=6)
+        stack = Stack(blocks=4)
         stack.blocks[2][1], stack.blocks[2][3] = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
         return stack
 
