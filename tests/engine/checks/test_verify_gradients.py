@@ -258,7 +258,6 @@ def test_honest_gradients_are_checked_in_silence(name: str) -> None:
 def test_gradients_that_are_no_slopes_by_design_are_left_to_their_author(name: str) -> None:
     (note,) = prepare(seeded(BY_DESIGN[name]))
     assert "in the untouched model too" in note
-    assert "last.weight" not in note  # behind it all is as usual, and was checked
 
 
 def test_a_step_that_cannot_be_differentiated_is_noted() -> None:
@@ -291,7 +290,7 @@ def test_each_loss_of_manual_optimization_is_looked_at(name: str, monkeypatch: p
     assert not [note for note in callback.plan.notes if note.startswith("gradients")]
 
 
-def test_a_small_llama_takes_four_more_forward_passes() -> None:
+def test_a_small_llama_takes_two_moves() -> None:
     case = zoo.CASES["llama-sdpa"]
     batch, passes = case.batch(0), 0
 
@@ -301,7 +300,7 @@ def test_a_small_llama_takes_four_more_forward_passes() -> None:
         return case.loss(module, batch)
 
     unit_scale(build(case), step, storage="unit")
-    assert passes == 1 + 1 + 1 + 4  # recorded, recorded again, for its gradients, moved
+    assert passes == 1 + 1 + 1 + 2  # recorded, recorded again, for its gradients, moved
 
 
 def test_folded_models_without_factors_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
