@@ -186,10 +186,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _message(module: nn.Module, plan: Plan, before: Trace, wrong: dict[str, float]) -> str:
-    functions = sorted(
-        {call.name.removesuffix(".apply") for call in before.calls if call.name.endswith(".apply")}
-        | {call.function.__name__ for call in before.calls if call.name == "alias"}
-    )
+    functions = sorted(before.functions)
     sites = [
         site.name
         for site in plan.explicit_sites

@@ -86,6 +86,7 @@ class Trace:
             torch functions.
         spans: runs of modules that have neither parameters nor children.
         facts: what each parameter was like, by its first name.
+        functions: names of the `torch.autograd.Function`s that were applied.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -94,6 +95,7 @@ class Trace:
     touched: dict[Frame, list[ParameterKey]] = field(default_factory=dict)
     spans: list[ModuleSpan] = field(default_factory=list)
     facts: dict[str, ParameterFacts] = field(default_factory=dict)
+    functions: set[str] = field(default_factory=set)
 
 
 @dataclass(eq=False)

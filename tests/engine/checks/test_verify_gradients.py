@@ -55,7 +55,8 @@ class OwnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        return gradient @ weight, gradient.T @ x
+        g = gradient.to(weight.dtype)  # under autocast they differ
+        return (g @ weight).to(x.dtype), g.T @ x.to(weight.dtype)
 
 
 class Through(torch.autograd.Function):
@@ -256,8 +257,8 @@ def test_honest_gradients_are_checked_in_silence(name: str) -> None:
 @pytest.mark.filterwarnings("error::UserWarning:lightning_unitscale")
 @pytest.mark.parametrize("name", BY_DESIGN)
 def test_gradients_that_are_no_slopes_by_design_are_left_to_their_author(name: str) -> None:
-    (note,) = prepare(seeded(BY_DESIGN[name]))
-    assert "in the untouched model too" in note
+    notes = prepare(seeded(BY_DESIGN[name]))
+    assert any("in the untouched model too" in note for note in notes)
 
 
 def test_a_step_that_cannot_be_differentiated_is_noted() -> None:
