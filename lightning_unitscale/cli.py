@@ -114,7 +114,8 @@ def _explain(error: BaseException, config_name: str) -> str | None:
         if isinstance(cause, (InputError, UnitScalingError)):
             return str(cause)
     if isinstance(error, InstantiationException):
-        return str(error)
+        gone = re.search(r"Error locating target '(\S+)'.*full_key: ((\w+)\S*)", str(error), re.DOTALL)
+        return _gone_target(*gone.groups()) if gone else str(error)
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     message = "\n".join(dict.fromkeys(str(cause).strip() for cause in causes))
@@ -136,6 +137,13 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _unknown_option(group: str, name: str) -> str:
     options = sorted(file.stem for file in (shipped("conf") / group).glob("*.yaml"))
     return f"{group}={name} is not known; choose one of {', '.join(options)}.{_did_you_mean(name, options)}"
+
+
+def _gone_target(target: str, key: str, group: str) -> str:
+    return (
+        f"{key}._target_={target} can't be imported. If it comes from a run of an earlier version, choose what it was "
+        f"then anew: {group}=..."
+    )
 
 
 def _unknown_key(key: str, config_name: str) -> str:

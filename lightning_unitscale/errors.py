@@ -17,3 +17,8 @@ class UncastableError(Exception):
 
 class InputError(Exception):
     """A file, data set or option given by the user is unusable; shown as its message alone, without a traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without the pages that may follow."""
+    return str(error).strip().partition("\n")[0][:300]

@@ -214,7 +214,7 @@ class Lifecycle:
         if changes_steps(plan):
             step = scale_learning_rates(optimizer, plan, module=module, family=self._family(optimizer))
             if plan.lr_units == "umup":
-                warn_of_ordinary_units(optimizer)
+                warn_of_ordinary_units(optimizer, find(plan.scheme).least_usual_rate)
         self._steps[optimizer] = plan, step
 
     def _family(self, optimizer: Optimizer) -> str:

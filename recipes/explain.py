@@ -46,9 +46,10 @@ def matching(plan: Plan, name: str) -> list[str]:
     """The names that a glob stands for; any other name as it is."""
     if not set("*?[") & set(name):
         return [name]
-    found = [known for known in plan.parameters if fnmatchcase(known, name)]
+    known = dict.fromkeys([*plan.parameters, *(site.name for site in plan.sites)])
+    found = [one for one in known if fnmatchcase(one, name)]
     if not found:
-        raise InputError(f"no parameter is called like {name}; the plan has {', '.join([*plan.parameters][:5])} …")
+        raise InputError(f"nothing is called like {name}; the plan has {', '.join([*known][:5])} …")
     return found
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
+from lightning_unitscale.cookbook.inference.recorded_run import recorded_task, task_of
 from lightning_unitscale.cookbook.pretrained import load_pretrained
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.export import SUFFIX, check_output, export
+from lightning_unitscale.export import SUFFIXES, check_output, export
 
 DTYPES = {
     "float32": torch.float32,
@@ -35,17 +35,19 @@ DTYPES = {
 def main(cfg: DictConfig) -> float:
     """Loads, writes, compares; returns the largest difference of the logits, relative to the largest."""
     begin = time.perf_counter()
-    output = Path(cfg.output or Path(HydraConfig.get().runtime.output_dir) / f"model{SUFFIX.get(cfg.format, '')}")
+    output = Path(cfg.output or Path(cfg.folder) / f"model{SUFFIXES.get(cfg.format, '')}")
     if cfg.dtype not in DTYPES:
         raise InputError(f"dtype={cfg.dtype} is not known; choose one of {', '.join(DTYPES)}")
     check_output(output, cfg.format, DTYPES[cfg.dtype])
     transformers.logging.disable_progress_bar()
 
+    recorded_task(cfg.model.path)  # its file may tell transformers of an architecture
     found = load_pretrained(cfg.model.path, cfg.model.head, cfg.model.tokenizer)
     if found.weights != "float32":
         raise InputError(f"model.path={found.path} has weights in {found.weights}; export the checkpoint it is made of")
     scaling = "none" if found.plan is None else f"{found.plan.scheme}, {found.plan.storage} storage"
-    difference = export(found.model, output, cfg.format, found.tokenizer, DTYPES[cfg.dtype])
+    inputs_of = task_of(found).example_inputs
+    difference = export(found.model, output, cfg.format, found.tokenizer, DTYPES[cfg.dtype], inputs_of)
     size = sum(file.stat().st_size for file in ([output] if output.is_file() else output.rglob("*")) if file.is_file())
     print(f"model        {type(found.model).__name__} from {found.path}, unit scaling: {scaling}")
     print(f"written      {output} ({size / 2**20:.1f} MiB, {time.perf_counter() - begin:.1f} s)")

@@ -3,7 +3,7 @@
     unitscale formats                                 # = python recipes/formats.py; 18 runs, half an hour on two cores
     unitscale formats seeds=[1] model.width=64
     unitscale formats model.width=256 only=[umup,umup-fp8]
-    unitscale formats '+variants.mine=[unitscale.format=fp8,unitscale.recalibrate=[100]]'
+    unitscale formats '+variants.mine=["unitscale.format=fp8","unitscale.recalibrate=[100]"]'
 
 Every run is the recipe `pretrain` with some overrides, the same text, steps and batches. A finished run is one line in
 `runs.jsonl`; runs that are there with the same settings are not run again. After a change of the package itself, delete
@@ -13,34 +13,52 @@ FP8 is slower here than no format.
 
 from __future__ import annotations
 
-import json
 import math
-import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from pretrain import check
-from rich.console import Console
 from rich.table import Table
-from transfer import many_runs, measure, settings
 
 from lightning_unitscale.cli import recipe
+from lightning_unitscale.cookbook.runs import check
+from lightning_unitscale.cookbook.sweeps.sweep import finish_runs, run_configuration
+from lightning_unitscale.cookbook.tables import new_table, print_and_keep
 from lightning_unitscale.errors import InputError
 
 
 @dataclass(frozen=True)
-class Result:
-    """A finished run: one line of `runs.jsonl`; `held_out` in nats per byte, None where training diverged."""
+class VariantRun:
+    """One training run: a name in `cfg.variants`, and a seed."""
 
     variant: str
     seed: int
-    settings: str
-    held_out: float | None
-    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.variant}, seed {self.seed}"
+
+    def to_row(self) -> dict[str, Any]:
+        """Its part of the line in `runs.jsonl`."""
+        return asdict(self)
+
+
+@recipe("formats")
+def main(cfg: DictConfig) -> None:
+    """Runs what is not finished yet, then prints the table and writes it to formats.txt."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    variants = chosen(cfg)
+    runs = [VariantRun(variant, seed) for seed in cfg.seeds for variant in variants]
+    configurations = {run: configuration(cfg, run) for run in runs}
+    for run_cfg in configurations.values():
+        check(run_cfg)
+    results = finish_runs(configurations, folder / "runs.jsonl", cfg.threads)
+    losses = {name: [results[VariantRun(name, seed)].held_out for seed in cfg.seeds] for name in variants}
+    print_and_keep(folder / "formats.txt", loss_table(cfg, losses))
 
 
 def chosen(cfg: DictConfig) -> list[str]:
@@ -56,83 +74,32 @@ def chosen(cfg: DictConfig) -> list[str]:
     return wanted
 
 
-def configuration(cfg: DictConfig, variant: str, seed: int) -> DictConfig:
+def configuration(cfg: DictConfig, run: VariantRun) -> DictConfig:
     """The settings of `unitscale pretrain` for one run.
 
     Raises:
         InputError: an override of the variant is not one of that recipe.
     """
-    cfg = cfg.copy()
-    cfg.seed = seed
-    cfg.trainer.val_check_interval = cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
+    cfg = run_configuration(cfg, run.seed)
     try:
-        cfg.merge_with_dotlist(list(cfg.variants[variant]))
+        cfg.merge_with_dotlist(list(cfg.variants[run.variant]))
     except OmegaConfBaseException as error:
-        raise InputError(f"variants.{variant}: {error}".replace("\n", " ")) from error
+        raise InputError(f"variants.{run.variant}: {error}".replace("\n", " ")) from error
     return cfg
 
 
-def finished(file: Path) -> dict[str, Result]:
-    """The runs in the file, by the hash of their settings; a line cut short by an interrupt doesn't count."""
-    results = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            result = Result(**json.loads(line))
-        except json.JSONDecodeError:
-            continue
-        results[result.settings] = result
-    return results
-
-
-def table(cfg: DictConfig, results: dict[str, list[Result]]) -> Table:
+def loss_table(cfg: DictConfig, losses: Mapping[str, Sequence[float]]) -> Table:
     """One row for each variant: the losses of its seeds, their mean, and how far that is from the first variant's."""
-    made = Table(title=f"Held-out loss, nats per byte, width {cfg.model.width}, after {cfg.trainer.max_steps} steps")
-    made.add_column("variant")
-    for seed in cfg.seeds:
-        made.add_column(f"seed {seed}", justify="right")
-    made.add_column("mean", justify="right")
-    made.add_column("to the first", justify="right")
-    reference = mean(next(iter(results.values())))
-    for variant, runs in results.items():
-        losses = ["diverged" if run.held_out is None else f"{run.held_out:.3f}" for run in runs]
-        average = mean(runs)
-        change = f"{average / reference - 1:+.2%}" if math.isfinite(average) and math.isfinite(reference) else ""
-        made.add_row(variant, *losses, f"{average:.3f}", change)
-    return made
-
-
-def mean(runs: list[Result]) -> float:
-    """Of the seeds' held-out losses; infinite where one of them diverged."""
-    return fmean(math.inf if run.held_out is None else run.held_out for run in runs)
-
-
-@recipe("formats")
-def main(cfg: DictConfig) -> None:
-    """Runs what is not finished yet, then prints the table and writes it to formats.txt."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    variants = chosen(cfg)
-    planned = {(variant, seed): configuration(cfg, variant, seed) for seed in cfg.seeds for variant in variants}
-    for run in planned.values():
-        check(run)
-    many_runs(cfg.threads)
-    file = folder / "runs.jsonl"
-    known = finished(file)
-    for number, ((variant, seed), run) in enumerate(planned.items(), start=1):
-        if settings(run) in known:
-            continue
-        start = time.perf_counter()
-        held_out, _ = measure(run)
-        seconds = round(time.perf_counter() - start, 1)
-        result = Result(variant, seed, settings(run), held_out if math.isfinite(held_out) else None, seconds)
-        known[result.settings] = result
-        with file.open("a") as lines:
-            lines.write(json.dumps(asdict(result)) + "\n")
-        print(f"[{number}/{len(planned)}] {variant}, seed {seed}: {held_out:.3f} ({seconds:.0f} s)", flush=True)
-    by_variant = {v: [known[settings(planned[v, seed])] for seed in cfg.seeds] for v in variants}
-    report = table(cfg, by_variant)
-    Console().print(report)
-    with (folder / "formats.txt").open("w") as text:
-        Console(file=text, width=100).print(report)
+    title = f"Held-out loss, nats per byte, width {cfg.model.width}, after {cfg.trainer.max_steps} steps"
+    seeds = [f"seed {seed}" for seed in cfg.seeds]
+    table = new_table(title, ["variant"], [*seeds, "mean", "to the first"])
+    reference = fmean(next(iter(losses.values())))
+    for variant, of_seeds in losses.items():
+        mean = fmean(of_seeds)  # infinite where one of them diverged
+        cells = [f"{loss:.3f}" if math.isfinite(loss) else "diverged" for loss in of_seeds]
+        change = f"{mean / reference - 1:+.2%}" if math.isfinite(mean) and math.isfinite(reference) else ""
+        table.add_row(variant, *cells, f"{mean:.3f}", change)
+    return table
 
 
 if __name__ == "__main__":

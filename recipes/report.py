@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.monitor.page import render_report
+from lightning_unitscale.monitor.report import render_report
 
 
 @recipe("report")

@@ -1,13 +1,10 @@
 """Turn what a user names as `model.path` into a model that is ready: its weights, its scaling, its tokenizer.
 
-    run.ckpt          a checkpoint of `unitscale pretrain`, `finetune` or `distill`
-    folder/           config.json and weights, as `save_pretrained` of transformers writes them
-    folder/           config.json and weights in fp8, as `unitscale export dtype=fp8` writes them
-    folder/           adapter_config.json and weights, as peft writes them; merged into the base model that it names
-    owner/name        a model of the Hugging Face hub; needs the network
-
-Tokenizers are those of transformers. Byte models have one too, `byte_tokenizer()`, with the token numbers of
-`lightning_unitscale.cookbook.data`; saved beside a model it needs nothing of this package to load.
+run.ckpt          a checkpoint of `unitscale pretrain`, `finetune` or `distill`
+folder/           config.json and weights, as `save_pretrained` of transformers writes them
+folder/           config.json and weights in fp8, as `unitscale export dtype=fp8` writes them
+folder/           adapter_config.json and weights, as peft writes them; merged into the base model that it names
+owner/name        a model of the Hugging Face hub; needs the network
 """
 
 from __future__ import annotations
@@ -20,25 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_unitscale.checkpoint import plan_in, prepare_for_loading, read_checkpoint
-from lightning_unitscale.cookbook.data import BOS, VOCABULARY
+from lightning_unitscale.cookbook.heads import CAUSAL_LM, auto_class, check_head_exists, new_model, own_head
+from lightning_unitscale.cookbook.tokenizers import BYTES, VOCABULARY, check_tokenizer, load_tokenizer
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.plan.rename import plan_inside
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, encode
-from lightning_unitscale.errors import InputError, UnitScalingError
+from lightning_unitscale.errors import InputError, UnitScalingError, first_line
 from lightning_unitscale.export.fp8_weights import FP8_FILE, load_narrow
 
-BYTES = "bytes"  # the name of `byte_tokenizer()` where a path could stand
 MODEL = "model"  # the attribute of the recipes' LightningModules that holds the transformers model
-_DOCUMENT = "<|document|>"  # as text, the token BOS
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 # Config arguments that are no plain fields of it.
 _SPECIAL_CHANGES = ("attn_implementation", "num_labels", "id2label", "label2id", "dtype")
@@ -70,6 +62,18 @@ class Pretrained:
     unused: list[str] = field(default_factory=list)
     weights: str = "float32"
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def text_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.tokenizer is None:
+            raise InputError(
+                f"model.path={self.path} has no tokenizer beside it; name one: model.tokenizer=<path, or bytes>"
+            )
+        return self.tokenizer
 
 
 def load_pretrained(
@@ -113,137 +117,10 @@ def load_pretrained(
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """Bytes as tokens 0 to 255, and one token (BOS) that begins documents, ends them and pads.
-
-    A tokenizer without merges, so `save_pretrained` writes one that plain transformers loads.
-    """
-    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
-    backend = Backend(models.BPE(vocab={**vocabulary, _DOCUMENT: BOS}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single=f"{_DOCUMENT} $A", special_tokens=[(_DOCUMENT, BOS)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=_DOCUMENT,
-        eos_token=_DOCUMENT,
-        pad_token=_DOCUMENT,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """ "bytes", or a folder or hub name.
-
-    Raises:
-        InputError: there is none.
-    """
-    if name == BYTES:
-        return byte_tokenizer()
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"model.tokenizer={name}: no tokenizer there ({_first_line(error)})") from error
-    return tokenizer
-
-
 def context_length(model: PreTrainedModel) -> int | None:
     """The most tokens that a model takes, where its positions have an end."""
     length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """
-    Raises:
-        InputError: the tokenizer has tokens that the model has no embedding for.
-    """
-    embeddings = model.get_input_embeddings()
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if isinstance(embeddings, nn.Embedding) and largest >= embeddings.num_embeddings:
-        raise InputError(
-            f"the tokenizer ({tokenizer.name_or_path or BYTES}) has token numbers up to {largest}, but the model's "
-            f"vocabulary has only {embeddings.num_embeddings}; give the one it was trained with: model.tokenizer=<path>"
-        )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Heads
-
-CAUSAL_LM = "AutoModelForCausalLM"
-TASK_HEADS = {  # by auto class: the option of conf/task that it is trained and measured by
-    CAUSAL_LM: "language_modeling",
-    "AutoModelForSeq2SeqLM": "seq2seq",
-    "AutoModelForSequenceClassification": "text_classification",
-    "AutoModelForImageClassification": "image_classification",
-}
-
-
-def check_head_exists(head: str) -> None:
-    """
-    Raises:
-        InputError: transformers has no auto class of this name.
-    """
-    known = _heads()
-    if head not in known:
-        near = get_close_matches(head, known, n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
-        raise InputError(f"model.head={head} is not an auto class of transformers; {hint}")
-
-
-def _heads() -> list[str]:
-    return [name for name in dir(transformers) if name == "AutoModel" or name.startswith("AutoModelFor")]
-
-
-def _auto_class(head: str, config: PreTrainedConfig) -> Any:
-    """The auto class, once it is known to have a model for this architecture."""
-    check_head_exists(head)
-    auto = getattr(transformers, head)
-    if type(config) not in auto._model_mapping:
-        fitting = [name for name in _heads() if type(config) in getattr(transformers, name)._model_mapping]
-        raise InputError(
-            f"model.head={head} does not fit a {config.model_type} model; these do: {', '.join(fitting) or 'none'}"
-        )
-    return auto
-
-
-def _own_head(config: PreTrainedConfig) -> str:
-    """The auto class of the architecture that a config names."""
-    own = (config.architectures or [""])[0]
-    for head in (*TASK_HEADS, *_heads()):  # some classes are of several
-        classes = getattr(transformers, head)._model_mapping.get(type(config), ())
-        if own in [known.__name__ for known in (classes if isinstance(classes, tuple) else (classes,))]:
-            return head
-    return CAUSAL_LM
-
-
-def new_model(config: Mapping[str, Any], head: str = CAUSAL_LM) -> PreTrainedModel:
-    """A model with random weights.
-
-    Args:
-        config: `model_type`, and arguments of its config class.
-        head: auto class of transformers.
-
-    Raises:
-        InputError: the architecture is not known, or the head does not fit it.
-    """
-    if "model_type" not in config:
-        raise InputError("the model's config has no model_type: give one, model.config.model_type=llama")
-    try:
-        made = AutoConfig.for_model(**config)
-    except ValueError as error:
-        raise InputError(f"model.config.model_type={config['model_type']}: {_first_line(error)}") from error
-    model: PreTrainedModel = _auto_class(head, made).from_config(made)
-    return model
-
-
-def _in_head(name: str, model: PreTrainedModel) -> bool:
-    """Whether a parameter belongs to what a task adds to the base model (poolers are part of some base models)."""
-    return not name.startswith(f"{model.base_model_prefix}.") or "pooler" in name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,18 +134,18 @@ def _from_transformers(name: str, head: str | None, changes: Mapping[str, Any]) 
         config = AutoConfig.from_pretrained(name, **changes)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"model.path={name}: {_not_loaded(name, error)}") from error
-    return _with_weights(name, None, config, head or _own_head(config), changes.get("dtype"), _tokenizer_in(name))
+    return _with_weights(name, None, config, head or own_head(config), changes.get("dtype"), _tokenizer_in(name))
 
 
 def _from_fp8(folder: Path, head: str | None, changes: Mapping[str, Any]) -> Pretrained:
     config = AutoConfig.from_pretrained(folder)
-    own = _own_head(config)
+    own = own_head(config)
     if head not in (None, own) or changes:
         raise InputError(
             f"model.path={folder}: weights in fp8 are for inference with their own head ({own}) and config; start from "
             "the checkpoint that they were exported from"
         )
-    model = _auto_class(own, config).from_config(config)
+    model = auto_class(own, config).from_config(config)
     load_narrow(model, folder)
     return Pretrained(model, None, _tokenizer_in(str(folder)), str(folder), own, weights="fp8")
 
@@ -282,7 +159,7 @@ def _with_weights(
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Pretrained:
     """A model with this head, with weights from the state dict, or from the folder or hub name."""
-    classes = _auto_class(head, config)._model_mapping[type(config)]
+    classes = auto_class(head, config)._model_mapping[type(config)]
     model_class = classes[0] if isinstance(classes, tuple) else classes
     try:
         model, info = model_class.from_pretrained(
@@ -303,6 +180,11 @@ def _with_weights(
             f"config.json says: {', '.join(lost[:3])}{' …' if len(lost) > 3 else ''}"
         )
     return Pretrained(model, None, tokenizer, name, head, absent, sorted(info["unexpected_keys"]))
+
+
+def _in_head(name: str, model: PreTrainedModel) -> bool:
+    """Whether a parameter belongs to what a task adds to the base model (poolers are part of some base models)."""
+    return not name.startswith(f"{model.base_model_prefix}.") or "pooler" in name
 
 
 def _check_changes(config: PreTrainedConfig, changes: Mapping[str, Any]) -> None:
@@ -363,7 +245,7 @@ def _load(file: Path, checkpoint: Mapping[str, Any], model: nn.Module) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"model.path={file}: the weights do not fit the model ({_first_line(error)})") from error
+        raise InputError(f"model.path={file}: the weights do not fit the model ({first_line(error)})") from error
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -416,7 +298,7 @@ def with_adapter(model: PreTrainedModel, lora: Mapping[str, Any]) -> PeftModel:
     try:
         adapted: PeftModel = get_peft_model(model, LoraConfig(**lora))
     except (TypeError, ValueError) as error:
-        raise InputError(f"lora: {_first_line(error)}") from error
+        raise InputError(f"lora: {first_line(error)}") from error
     return adapted
 
 
@@ -446,7 +328,7 @@ def _from_adapter(folder: Path, head: str | None, changes: Mapping[str, Any]) ->
     try:
         found.model = _merged(PeftModel.from_pretrained(found.model, str(folder)))
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"model.path={folder}: the adapter does not fit {base} ({_first_line(error)})") from error
+        raise InputError(f"model.path={folder}: the adapter does not fit {base} ({first_line(error)})") from error
     found.plan = None
     saved = settings.get("modules_to_save") or ()
     found.fresh = [name for name in found.fresh if name.rpartition(".")[0] not in saved]
@@ -472,12 +354,8 @@ def _what_is_there(where: Path) -> str:
 
 def _not_loaded(name: str, error: Exception) -> str:
     if Path(name).is_dir():
-        return _first_line(error)
+        return first_line(error)
     return (
         f"no such file or folder here (looked in {Path.cwd()}), and the Hugging Face hub did not deliver it "
-        f"({_first_line(error)})"
+        f"({first_line(error)})"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
 from lightning_unitscale.formats import FORMATS, OPERANDS, Range, range_of
-from lightning_unitscale.monitor import Measurement, Record
+from lightning_unitscale.monitor.snapshot import Measurement, Snapshot
 
 Curve = Sequence[tuple[int, float]]  # (step, value)
 
@@ -26,27 +26,28 @@ COLOURS = ("#9a9a9a", "#e08214", "#2166ac", "#1b7837")
 MOST_SITES = 150  # wider pictures can't be read
 
 
-def exponent_chart(records: Sequence[Record]) -> Figure:
+def exponent_chart(snapshots: Sequence[Snapshot]) -> Figure:
     """Where the magnitudes of every site's operands lie as they are cast, beside what the formats can hold.
 
     A bar reaches from the exponent below which 1 % of the elements lie to that of the largest one, times the site's
     operand scale where it has one; the dot is the RMS.
 
     Args:
-        records: at least one; each becomes a colour.
+        snapshots: at least one; each becomes a colour.
     """
-    sites = list(dict.fromkeys(m.site for record in records for m in record.measurements))[:MOST_SITES]
-    figure = Figure(figsize=(max(9.0, 3 + 0.07 * len(sites) * (len(records) + 1)), 11), layout="constrained")
+    sites = list(dict.fromkeys(m.site for snapshot in snapshots for m in snapshot.measurements))[:MOST_SITES]
+    figure = Figure(figsize=(max(9.0, 3 + 0.07 * len(sites) * (len(snapshots) + 1)), 11), layout="constrained")
     rows = figure.subplots(len(OPERANDS), 2, sharex="col", width_ratios=(max(6.0, len(sites) / 6), 1), squeeze=False)
     for (axes, ruler), operand in zip(rows, OPERANDS, strict=True):
-        for number, record in enumerate(records):
-            _draw_operands(axes, record.of(operand), sites, number, len(records), f"{record.label}, step {record.step}")
+        for number, snapshot in enumerate(snapshots):
+            label = f"{snapshot.label}, step {snapshot.step}"
+            _draw_operands(axes, snapshot.of(operand), sites, number, len(snapshots), label)
         axes.set_title(HEADINGS[operand], loc="left")
         axes.set_ylabel("power of two")
         axes.set_xlim(-0.7, len(sites) - 0.3)
-        _draw_range(axes, FORMATS[records[0].format].dtype(operand))
+        _draw_range(axes, FORMATS[snapshots[0].format].dtype(operand))
         _draw_ruler(ruler, axes)
-    rows[0, 0].figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=len(records))
+    rows[0, 0].figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=len(snapshots))
     rows[-1, 0].set_xticks(range(len(sites)), short_names(sites), rotation=90, fontsize=7)
     return figure
 
@@ -95,19 +96,19 @@ def _exponents(range: Range) -> tuple[float, float, float]:
     return log2(range.subnormal), log2(range.normal), log2(range.largest)
 
 
-def drift_chart(records: Sequence[Record]) -> Figure:
+def drift_chart(snapshots: Sequence[Snapshot]) -> Figure:
     """RMS of every site's operands over training: a thin line for each site, a thick one for their median.
 
     Args:
-        records: of one model, in the order of their steps.
+        snapshots: of one model, in the order of their steps.
     """
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for axes, operand in zip(figure.subplots(1, len(OPERANDS)), OPERANDS, strict=True):
         curves: dict[str, list[tuple[int, float]]] = {}
-        for record in records:
-            for m in record.of(operand):
+        for snapshot in snapshots:
+            for m in snapshot.of(operand):
                 if m.unscaled.rms > 0:
-                    curves.setdefault(m.site, []).append((record.step, m.unscaled.rms))
+                    curves.setdefault(m.site, []).append((snapshot.step, m.unscaled.rms))
         for curve in curves.values():
             axes.plot(*zip(*curve, strict=True), color="#2166ac", linewidth=0.8, alpha=0.35)
         steps = sorted({step for curve in curves.values() for step, _ in curve})

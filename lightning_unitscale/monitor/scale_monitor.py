@@ -13,10 +13,11 @@ from pytorch_lightning.strategies import Strategy
 
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor.loggers import for_progress_bar, log_figure, log_to
-from lightning_unitscale.monitor.measurement import Probes, Record, check_format, plan_scales
+from lightning_unitscale.monitor.loggers import log_figure, log_to
+from lightning_unitscale.monitor.probes import Probes, check_format, plan_scales
+from lightning_unitscale.monitor.scalars import for_progress_bar
+from lightning_unitscale.monitor.snapshot import FILE, Snapshot
 
-FILE = "monitor.jsonl"
 _WATCHED = ("training_step", "backward")  # backward for reentrant checkpointing, which runs the forward pass there
 
 
@@ -43,8 +44,8 @@ class ScaleMonitor(Callback):
         figures: give TensorBoard and Weights & Biases the chart of exponents at the end; needs matplotlib.
 
     Attributes:
-        last: the latest record; None before there is one.
-        file: where records are kept, from the start of `fit` on.
+        last: the latest snapshot; None before there is one.
+        file: where snapshots are kept, from the start of `fit` on.
 
     Raises:
         InputError: an argument is wrong (at once), or matplotlib is missing.
@@ -63,7 +64,7 @@ class ScaleMonitor(Callback):
         self.every_n_steps, self.details, self.figures = every_n_steps, details, figures
         self.format = None if format is None else check_format(format)
         self.folder = folder
-        self.last: Record | None = None
+        self.last: Snapshot | None = None
         self.file = Path()
         self._next = 0  # the optimizer step that is measured next
         self._begun: int | None = None  # the one that is being measured
@@ -108,9 +109,9 @@ class ScaleMonitor(Callback):
         if self.figures and trainer.is_global_zero:
             from lightning_unitscale.monitor.charts import exponent_chart
 
-            records = Record.read(self.file)
-            for logger in trainer.loggers if records else []:
-                chart = exponent_chart([records[0], records[-1]])  # TensorBoard closes the one that it is given
+            snapshots = Snapshot.read(self.file)
+            for logger in trainer.loggers if snapshots else []:
+                chart = exponent_chart([snapshots[0], snapshots[-1]])  # TensorBoard closes the one that it is given
                 log_figure(logger, "unitscale/exponents", chart, trainer.global_step)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -161,7 +162,7 @@ class ScaleMonitor(Callback):
         self._begun, self._probes = None, None
         if probes is None:
             return
-        self.last = probes.record("run", step)
+        self.last = probes.snapshot("run", step)
         if not self.last.measurements:
             return
         self.last.append_to(self.file)

@@ -88,6 +88,7 @@ class Muon(Family):
         return parameter.depth_lr / gradient_ratio(parameter)
 
 
+_ONE_STEP_SIZE = "it takes one step size for all parameters"  # so with any family, different multipliers are refused
 # Optimizers that no family suits. Who names one for them takes the consequences.
 _WHY_NOT = {
     "RAdam": "its first steps, before rectification, are plain momentum and follow the gradient's scale",
@@ -95,12 +96,11 @@ _WHY_NOT = {
     "Adadelta": "its step is made from the size of former steps",
     "ASGD": "its decay `lambd` can't be matched to a parameter's scale",
     "Rprop": "its step sizes live in its state, where no learning rate reaches them",
+    "LBFGS": _ONE_STEP_SIZE,
     "LAMB": "its step is relative to the parameter's own norm",
     "Lamb": "its step is relative to the parameter's own norm",
     "LARS": "its step is relative to the parameter's own norm",
 }
-# For these a family is no way out: different multipliers are refused with any.
-_ONE_STEP_SIZE = {"LBFGS": "it takes one step size for all parameters"}
 
 
 def optimizer_family(optimizer: Optimizer, otherwise: str | None = None) -> str:
@@ -114,33 +114,33 @@ def optimizer_family(optimizer: Optimizer, otherwise: str | None = None) -> str:
     Raises:
         UnitScalingError: the class is of no family; the message says how to name one.
     """
-    reason, can_be_named = "", True
+    reason = ""
     for cls in type(optimizer).__mro__:
         family = next((family for family in FAMILIES.values() if family.includes(cls)), None)
         if family is not None and not optimizer.defaults.get("initial_accumulator_value"):
             return family.name
         if family is not None:
             reason = "its initial_accumulator_value is not 0 and has the unit of a squared gradient"
-        elif cls.__name__ in _WHY_NOT:
-            reason = _WHY_NOT[cls.__name__]
-        elif cls.__name__ in _ONE_STEP_SIZE:
-            reason, can_be_named = _ONE_STEP_SIZE[cls.__name__], False
+        reason = reason or _WHY_NOT.get(cls.__name__, "")
         if reason:
             break
     if otherwise is not None:
         return otherwise
-    name = type(optimizer).__name__
-    known = ", ".join(cls for family in FAMILIES.values() for cls in family.torch_classes)
-    conditions = ", ".join(f'family="{family.name}" if {family.condition}' for family in FAMILIES.values())
     raise UnitScalingError(
-        f"Unit scaling doesn't know which learning-rate multipliers the optimizer {name} needs"
-        f"{': ' if reason else ''}{reason}. Use one of {known}, or "
-        + (
-            f"say which family {name} belongs to, as scale_learning_rates(optimizer, plan, family=…) or, with a "
-            f"Trainer, as UnitScaling(optimizer_family=…) or the same argument of the strategy: {conditions}."
-            if can_be_named
-            else 'scheme="preserve", which needs no multipliers.'
-        )
+        f"Unit scaling doesn't know which learning-rate multipliers the optimizer {type(optimizer).__name__} needs"
+        f"{': ' if reason else ''}{reason}. {_way_out(type(optimizer).__name__, reason != _ONE_STEP_SIZE)}"
+    )
+
+
+def _way_out(optimizer: str, can_be_named: bool) -> str:
+    known = ", ".join(name for family in FAMILIES.values() for name in family.torch_classes)
+    if not can_be_named:
+        return f'Use one of {known}, or scheme="preserve", which needs no multipliers.'
+    conditions = ", ".join(f'family="{family.name}" if {family.condition}' for family in FAMILIES.values())
+    return (
+        f"Use one of {known}, or say which family {optimizer} belongs to, as scale_learning_rates(optimizer, plan, "
+        "family=…) or, with a Trainer, as UnitScaling(optimizer_family=…) or the same argument of the strategy: "
+        f"{conditions}."
     )
 
 

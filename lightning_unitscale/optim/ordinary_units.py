@@ -1,4 +1,4 @@
-"""Warns of hyperparameters that would be usual in ordinary units, where they are given in u-μP's."""
+"""Warns of hyperparameters that would be usual in ordinary units, where they are given in a scheme's (its η)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import warnings
 from torch.optim import Optimizer
 
 LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay is below 1e-3
-SMALL_LEARNING_RATE = 0.02  # in u-μP units, where about 1 is usual (u-μP, arXiv 2407.17465, figure 1)
 
 
-def warn_of_ordinary_units(optimizer: Optimizer) -> None:
+def warn_of_ordinary_units(optimizer: Optimizer, least_usual_rate: float) -> None:
     """Look at the learning rate, at its largest in a schedule, and the weight decay of each group.
 
+    Args:
+        least_usual_rate: of the scheme.
+
     Warns:
-        of a learning rate below `SMALL_LEARNING_RATE`, and of decoupled weight decay that would take more than
+        of a learning rate below `least_usual_rate`, and of decoupled weight decay that would take more than
         `LARGE_DECAY` of a weight in one step.
     """
     for group in optimizer.param_groups:
         lr = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
         decay = lr * float(group.get("weight_decay") or 0.0)
-        if lr < SMALL_LEARNING_RATE:
+        if lr < least_usual_rate:
             warnings.warn(
-                f"lr_units='umup' with a learning rate of {lr:g}: in u-μP units about 1 is usual (try 0.1 to 4), and "
-                f"below {SMALL_LEARNING_RATE} a model hardly learns. For a learning rate with its ordinary meaning use "
-                "lr_units='standard'.",
+                f"lr_units='umup' with a learning rate of {lr:g}: in the scheme's own units about 1 is usual (try 0.1 "
+                f"to 4), and below {least_usual_rate} a model hardly learns. For a learning rate with its ordinary "
+                "meaning use lr_units='standard'.",
                 stacklevel=2,
             )
         if decay > LARGE_DECAY:

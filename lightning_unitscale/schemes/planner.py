@@ -320,16 +320,18 @@ class Planner:
             self.free.add(site, targets or [])
 
     def _activation_site(self, activation: Activation) -> Site | None:
+        """The site of an activation; None where it has no place, or the scheme no rule for it."""
         if activation.span is not None:
             function: Any = self.module.get_submodule(activation.span.module)
             site = Site(activation.span.module, "forward", "output", "activation", ordinal=0)
             site.set_factors("", self.scheme.activation(gaussian_rms(function.forward)))
-            return site
+            return site if site.causes[""] else None
         call = activation.call
         assert call is not None
         if self.draft.no_place(call):
             return None
-        return parameter_free_site(call, "activation", self.scheme.activation(call_rms(call)))
+        factors = self.scheme.activation(call_rms(call))
+        return parameter_free_site(call, "activation", factors) if factors else None
 
     # --- hand-written autograd.Functions --------------------------------------------------------------------------
 

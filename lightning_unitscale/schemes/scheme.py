@@ -81,11 +81,13 @@ class Scheme(ABC):
         source: the paper.
         changes_training: False for a scheme that leaves weights, function and learning rates alone; it is then asked
             for nothing, and the first loss must equal the untouched model's bit for bit.
+        least_usual_rate: an η below it is taken for a rate in ordinary units, and warned of; 0 warns of none.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
     changes_training: ClassVar[bool] = True
+    least_usual_rate: ClassVar[float] = 0.0
 
     @abstractmethod
     def weight(self, weight: Weight) -> list[Factor]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,18 +14,10 @@ from omegaconf import DictConfig
 
 from lightning_unitscale import cli, unit_scale
 from lightning_unitscale.cookbook import config
+from lightning_unitscale.cookbook.measuring.training_step import loss_of, new_model, random_batch
 
 SMALL = ["model.width=64", "model.head_width=32", "model.depth=1", "task.sequence_length=16", "batch_size=2"]
 SHORT = ["rounds=2", "warm_up=1", "preparations=1"]
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[ModuleType]:
-    """The recipe as a module."""
-    folder = str(config.shipped("recipes"))
-    sys.path.insert(0, folder)
-    yield importlib.import_module("benchmark")
-    sys.path.remove(folder)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +35,8 @@ def command(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> N
     cli.main()
 
 
-def test_written_model_is_the_llama_of_transformers(benchmark: ModuleType, cfg: DictConfig) -> None:
-    theirs, ours = benchmark.new_model(cfg, "transformers"), benchmark.new_model(cfg, "written")
+def test_written_model_is_the_llama_of_transformers(cfg: DictConfig) -> None:
+    theirs, ours = new_model(cfg, "transformers"), new_model(cfg, "written")
     names = {
         "embed_tokens": "embedding",
         "layers": "blocks",
@@ -69,16 +58,16 @@ def test_written_model_is_the_llama_of_transformers(benchmark: ModuleType, cfg: 
             name = name.replace(old, new)
         state[name] = value
     ours.load_state_dict(state)
-    tokens, _ = benchmark.random_batch(cfg)
+    tokens, _ = random_batch(cfg)
     torch.testing.assert_close(ours(tokens), theirs(tokens))
 
 
 @pytest.mark.parametrize("kind", ["transformers", "written"])
 @pytest.mark.parametrize("storage", ["folded", "unit"])
-def test_scaled_models_compile_without_a_break(benchmark: ModuleType, cfg: DictConfig, kind: str, storage: str) -> None:
-    batch = benchmark.random_batch(cfg)
-    model = benchmark.new_model(cfg, kind)
-    unit_scale(model, lambda module: benchmark.loss_of(module, batch), storage=storage)
+def test_scaled_models_compile_without_a_break(cfg: DictConfig, kind: str, storage: str) -> None:
+    batch = random_batch(cfg)
+    model = new_model(cfg, kind)
+    unit_scale(model, lambda module: loss_of(module, batch), storage=storage)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(batch[0]), model(batch[0]))

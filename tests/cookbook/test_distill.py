@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import signal
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import pytorch_lightning as pl
@@ -20,9 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_unitscale import unit_scale
 from lightning_unitscale.checkpoint import plan_in
-from lightning_unitscale.cookbook import config
-from lightning_unitscale.cookbook.interrupt import LastCheckpoint
-from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
+from lightning_unitscale.cookbook.callbacks import LastCheckpoint
+from lightning_unitscale.cookbook.pretrained import load_pretrained
+from lightning_unitscale.cookbook.tasks.distillation import Student, distance_of_hidden_states, distance_of_logits
+from lightning_unitscale.cookbook.tokenizers import byte_tokenizer
 
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 STUDENT = {"model_type": "llama", "vocab_size": 257, "bos_token_id": 256, "num_hidden_layers": 1, **WIDTH}
@@ -38,15 +35,6 @@ TINY = [
     "data.held_out=0.02",
     "schedule.warmup_steps=1",
 ]
-
-
-@pytest.fixture(scope="module")
-def distill() -> Iterator[ModuleType]:
-    """The recipe as a module."""
-    folder = str(config.shipped("recipes"))
-    sys.path.insert(0, folder)
-    yield importlib.import_module("distill")
-    sys.path.remove(folder)
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +57,26 @@ def results(folder: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_distance_of_logits_is_the_divergence_of_softened_predictions(distill: ModuleType, temperature: float) -> None:
+def test_distance_of_logits_is_the_divergence_of_softened_predictions(temperature: float) -> None:
     student, teacher = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1)).unbind()
     p, q = Categorical(logits=teacher / temperature), Categorical(logits=student / temperature)
     expected = temperature**2 * kl_divergence(p, q).mean()
-    torch.testing.assert_close(distill.distance_of_logits(student, teacher, temperature), expected)
+    torch.testing.assert_close(distance_of_logits(student, teacher, temperature), expected)
 
 
-def test_distance_of_hidden_states_pairs_layers_by_depth_and_ignores_scale(distill: ModuleType) -> None:
+def test_distance_of_hidden_states_pairs_layers_by_depth_and_ignores_scale() -> None:
     teacher = torch.randn(5, 2, 3, 8, generator=torch.Generator().manual_seed(1)).unbind()  # embeddings and 4 layers
     student = (torch.randn(2, 3, 8), 10 * teacher[2], 0.1 * teacher[4])
-    assert distill.distance_of_hidden_states(student, teacher) < 1e-6
+    assert distance_of_hidden_states(student, teacher) < 1e-6
     swapped = (student[0], student[2], student[1])
-    assert distill.distance_of_hidden_states(swapped, teacher) > 0.5
+    assert distance_of_hidden_states(swapped, teacher) > 0.5
 
 
-def test_the_loss_is_the_sum_of_its_parts(distill: ModuleType, teacher: str) -> None:
+def test_the_loss_is_the_sum_of_its_parts(teacher: str) -> None:
     """Against torch's own: cross-entropy, the divergence of softened predictions, cosines of hidden states."""
     settings = {"temperature": 3.0, "logits": 0.3, "hidden": 0.7}
     taught = load_pretrained(teacher).model
-    module = distill.Student(STUDENT, "AutoModelForCausalLM", {}, {}, distillation=settings, teacher=taught).eval()
+    module = Student(STUDENT, "AutoModelForCausalLM", {}, {}, distillation=settings, teacher=taught).eval()
     module.log_dict = lambda *_, **__: None
     ids, labels = torch.randint(256, (2, 2, 8), generator=torch.Generator().manual_seed(1)).unbind()
     labels[0, :3] = -100
@@ -103,14 +91,14 @@ def test_the_loss_is_the_sum_of_its_parts(distill: ModuleType, teacher: str) -> 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
-def test_the_teacher_is_no_part_of_the_plan(distill: ModuleType, teacher: str) -> None:
+def test_the_teacher_is_no_part_of_the_plan(teacher: str) -> None:
     torch.manual_seed(1)
     batch = {"input_ids": torch.randint(256, (2, 8)), "labels": torch.randint(256, (2, 8))}
     plans = []
     for model in (None, load_pretrained(teacher).model):
         torch.manual_seed(2)
         settings = {"temperature": 2.0, "logits": 0.5, "hidden": 0.5}
-        module = distill.Student(
+        module = Student(
             STUDENT, "AutoModelForCausalLM", {}, {}, distillation=settings, teacher=model, tokenizer="bytes"
         )
         module.log_dict = module.log = lambda *_, **__: None

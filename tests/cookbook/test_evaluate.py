@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_unitscale.cookbook.pretrained import byte_tokenizer
+from lightning_unitscale.cookbook.tokenizers import byte_tokenizer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 QUICK = [

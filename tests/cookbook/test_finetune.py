@@ -41,15 +41,18 @@ from transformers import (
 from lightning_unitscale import unit_scale
 from lightning_unitscale.checkpoint import plan_in
 from lightning_unitscale.cookbook.data import IGNORED
-from lightning_unitscale.cookbook.data.batches import ImageBatch, PairBatch, TextBatch
 from lightning_unitscale.cookbook.data.digits import digits
 from lightning_unitscale.cookbook.data.examples import Examples, Labelled, Pair, split_by
 from lightning_unitscale.cookbook.data.labelled_files import labelled_file, paired_file
 from lightning_unitscale.cookbook.data.standard_library import python_sources, source_snippets, split_names
 from lightning_unitscale.cookbook.data.token_text import TokenText
-from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
+from lightning_unitscale.cookbook.pretrained import load_pretrained
 from lightning_unitscale.cookbook.tasks.classification import MajorityAccuracy
-from lightning_unitscale.cookbook.tasks.fine_tuning import freeze_parameters
+from lightning_unitscale.cookbook.tasks.image_classification import ImageBatch
+from lightning_unitscale.cookbook.tasks.sequence_to_sequence import PairBatch
+from lightning_unitscale.cookbook.tasks.task import freeze_parameters
+from lightning_unitscale.cookbook.tasks.text_classification import TextBatch
+from lightning_unitscale.cookbook.tokenizers import byte_tokenizer
 from lightning_unitscale.errors import InputError
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

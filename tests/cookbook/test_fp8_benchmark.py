@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,18 +12,11 @@ import torch
 from omegaconf import OmegaConf
 from support.recipe_runs import run_recipe
 
-from lightning_unitscale.cookbook import config
+from lightning_unitscale.cookbook.measuring import fp8_comparison
+from lightning_unitscale.cookbook.measuring.fp8_comparison import compare_variants, configured_cases
 from lightning_unitscale.engine.runtime.install import casts_in_force
 
 SMALL = ["device=cpu", "linears=[[64,32,48]]", "blocks=[[64,16]]", "rounds=2", "warm_up=1"]
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[ModuleType]:
-    folder = str(config.shipped("recipes"))
-    sys.path.insert(0, folder)
-    yield importlib.import_module("fp8_benchmark")
-    sys.path.remove(folder)
 
 
 def test_every_variant_gets_a_row(tmp_path: Path) -> None:
@@ -55,9 +44,9 @@ def test_compiled_variants_run(tmp_path: Path) -> None:
     assert not any(row["error"] for row in json.loads((folder / "fp8_benchmark.json").read_text())["rows"])
 
 
-def test_weights_are_cast_in_every_step_and_gradients_are_in_range(benchmark: ModuleType) -> None:
+def test_weights_are_cast_in_every_step_and_gradients_are_in_range() -> None:
     cfg = OmegaConf.create({"device": "cpu", "dtype": "bfloat16", "linears": [[64, 32, 48]], "blocks": []})
-    (case,) = benchmark.cases(cfg)
+    (case,) = configured_cases(cfg)
     step = case.variant("static", "eager")
     (site,) = casts_in_force(step.module).values()
     kept = []
@@ -69,14 +58,14 @@ def test_weights_are_cast_in_every_step_and_gradients_are_in_range(benchmark: Mo
     assert 0.5 <= float(sizes) <= 2
 
 
-def test_a_variant_that_fails_says_why(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any) -> None:
+def test_a_variant_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no kernel\nfor this")
 
-    monkeypatch.setattr(benchmark, "with_torchao", fails)
+    monkeypatch.setattr(fp8_comparison, "with_torchao", fails)
     settings = {"device": "cpu", "dtype": "bfloat16", "linears": [[64, 32, 48]], "blocks": []}
     cfg = OmegaConf.create({**settings, "variants": ["bf16", "torchao-rowwise"], "rounds": 1, "warm_up": 0})
-    plain, failed = benchmark.measure(benchmark.cases(cfg)[0], "eager", cfg)
+    plain, failed = compare_variants(configured_cases(cfg)[0], "eager", cfg)
     assert plain.milliseconds > 0
     assert (failed.milliseconds, failed.error) == (None, "RuntimeError: no kernel")
 

@@ -1,5 +1,6 @@
 """Inference: the numbers of training again, text by any batching, predictions in files, narrow weights."""
 
+import importlib
 import json
 import math
 import signal
@@ -23,17 +24,16 @@ from torch.utils.data import DataLoader
 
 from lightning_unitscale import UnitScaling
 from lightning_unitscale.cookbook import config
-from lightning_unitscale.cookbook.data import ByteText, text_files
-from lightning_unitscale.cookbook.inference import (
-    PredictionWriter,
-    check_prompts,
-    finish,
-    generate,
-    generation_config,
-    read_rows,
-    rows_done,
-)
+from lightning_unitscale.cookbook.data import TokenText, text_files
+from lightning_unitscale.cookbook.generation import check_prompts, generate, generation_config
+from lightning_unitscale.cookbook.inference.evaluation import compare_formats
+from lightning_unitscale.cookbook.inference.prediction import predict_rows
+from lightning_unitscale.cookbook.inference.prediction_file import PredictionWriter, finish, read_rows, rows_done
+from lightning_unitscale.cookbook.inference.text import generate_texts
 from lightning_unitscale.cookbook.pretrained import Pretrained, load_pretrained
+from lightning_unitscale.cookbook.runs import new_module
+from lightning_unitscale.cookbook.tasks import text_generation
+from lightning_unitscale.cookbook.tokenizers import byte_tokenizer
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import export
 
@@ -69,17 +69,16 @@ def compose_config(name: str, *overrides: str) -> DictConfig:
 
 
 @pytest.fixture(scope="module")
-def recipes() -> Iterator[dict[str, ModuleType]]:
-    import importlib
-
+def recipe() -> Iterator[ModuleType]:
+    """`unitscale inference` as a module."""
     folder = str(config.shipped("recipes"))
     sys.path.insert(0, folder)
-    yield {name: importlib.import_module(name) for name in ("pretrain", "inference")}
+    yield importlib.import_module("inference")
     sys.path.remove(folder)
 
 
 @pytest.fixture(scope="module")
-def checkpoints(recipes: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     """One trained for some steps in each parametrization."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for name in ("class", "function", "import", "with"):
@@ -88,9 +87,16 @@ def checkpoints(recipes: dict[str, ModuleType], tmp_path_factory: pytest.TempPat
     for kind, (model, options) in KINDS.items():
         cfg = compose_config("pretrain", "experiment=tiny", f"model={model}", "optimizer.lr=0.01")
         pl.seed_everything(1, verbose=False)
-        module = recipes["pretrain"].new_module(cfg)
-        data = ByteText(
-            text_files(str(folder / "*.txt")), sequence_length=32, batch_size=4, steps=30, held_out=0.3, seed=1
+        module = new_module(cfg)
+        data = TokenText(
+            text_files(str(folder / "*.txt")),
+            byte_tokenizer(),
+            sequence_length=32,
+            batch_size=4,
+            steps=30,
+            held_out=0.3,
+            seed=1,
+            test_part=False,
         )
         trainer = pl.Trainer(
             accelerator="cpu",
@@ -132,14 +138,14 @@ def texts(found: Pretrained, prompts: list[str], **changes: Any) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_held_out_loss_is_the_logged_validation_loss(
-    kind: str, checkpoints: dict[str, Trained], recipes: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]
+    kind: str, checkpoints: dict[str, Trained], capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = checkpoints[kind]
     assert trained.logged < 4.5  # 5.55 is chance
     with composing("inference", "mode=evaluate", "data=text", f"data.path={trained.text}", "data.held_out=0.3") as cfg:
         for batch_size in (1, 16):
             cfg.batch_size = batch_size
-            (scores,) = recipes["inference"].compare_formats(cfg, str(trained.path)).values()
+            (scores,) = compare_formats(cfg, str(trained.path)).values()
             assert scores["loss"] == pytest.approx(trained.logged, abs=1e-5)
             assert scores["perplexity"] == pytest.approx(math.exp(trained.logged), rel=1e-4)
     assert "loss" in capsys.readouterr().out
@@ -213,12 +219,10 @@ def test_tokens_are_counted_up_to_the_end(umup: Pretrained) -> None:
     assert ended.tokens <= 3
 
 
-def test_command_streams_what_it_returns(
-    checkpoints: dict[str, Trained], recipes: dict[str, ModuleType], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_streams_what_it_returns(checkpoints: dict[str, Trained], capsys: pytest.CaptureFixture[str]) -> None:
     path = str(checkpoints["umup-folded"].path)
     cfg = compose_config("inference", "prompt=The", "generation.max_new_tokens=12", "generation.do_sample=false")
-    (text,) = recipes["inference"].generate_texts(cfg, path)
+    (text,) = generate_texts(cfg, path)
     printed = capsys.readouterr().out
     assert f"The{text}" in printed
     assert "tokens/s" in printed
@@ -315,7 +319,6 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_predict_command_goes_on_and_reads_every_kind_of_rows(
     checkpoints: dict[str, Trained],
-    recipes: dict[str, ModuleType],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -341,7 +344,7 @@ def test_predict_command_goes_on_and_reads_every_kind_of_rows(
         "generation.max_new_tokens=8",
         "generation.do_sample=false",
     )
-    generated = recipes["inference"].generate
+    generated = text_generation.generate
     calls = []
 
     def interrupted(*args: Any) -> Any:
@@ -350,11 +353,11 @@ def test_predict_command_goes_on_and_reads_every_kind_of_rows(
             raise KeyboardInterrupt
         return generated(*args)
 
-    monkeypatch.setattr(recipes["inference"], "generate", interrupted)
+    monkeypatch.setattr(text_generation, "generate", interrupted)
     with pytest.raises(SystemExit, match="130"):
-        recipes["inference"].predict_rows(cfg, path)
+        predict_rows(cfg, path)
     assert "Stopped after 2 of 3 rows" in capsys.readouterr().out
-    recipes["inference"].predict_rows(cfg, path)
+    predict_rows(cfg, path)
     assert [len(prompts) for _, _, prompts, _ in calls] == [2, 1, 1]
     found = [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert found == texts(load_pretrained(path), PROMPTS[:3], repetition_penalty=1.0)
@@ -363,11 +366,8 @@ def test_predict_command_goes_on_and_reads_every_kind_of_rows(
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_bad_input(
-    umup: Pretrained, checkpoints: dict[str, Trained], recipes: dict[str, ModuleType], tmp_path: Path
-) -> None:
+def test_bad_input(umup: Pretrained, checkpoints: dict[str, Trained], recipe: ModuleType, tmp_path: Path) -> None:
     assert umup.tokenizer is not None
-    inference = recipes["inference"]
     with pytest.raises(InputError, match=r"prompt 2 .* has 31 tokens.* the 32 of the .*max_new_tokens=1$"):
         check_prompts(umup.model, umup.tokenizer, ["a", "b" * 30], 8)
     with pytest.raises(InputError, match="no prompt"):
@@ -383,9 +383,9 @@ def test_bad_input(
         (["batch_size=0"], "positive whole number"),
     ):
         with pytest.raises(InputError, match=message):
-            inference.check(compose_config("inference", *overrides))
+            recipe.check(compose_config("inference", *overrides))
     with pytest.raises(InputError, match="no such file"):
-        inference.generate_texts(compose_config("inference"), "nowhere.ckpt")
+        generate_texts(compose_config("inference"), "nowhere.ckpt")
     (tmp_path / "file").write_text("text\n")
     for output, message in (("file", "must end in"), ("file/out.jsonl", "cannot be written")):
         with pytest.raises(InputError, match=message):
@@ -399,7 +399,7 @@ def test_bad_input(
         read_rows(str(tmp_path / "rows.csv"), "text")
     export(umup.model, tmp_path / "folder")
     with pytest.raises(InputError, match="no tokenizer"):
-        inference.generate_texts(compose_config("inference"), str(tmp_path / "folder"))
+        generate_texts(compose_config("inference"), str(tmp_path / "folder"))
 
 
 @pytest.mark.slow

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
 import signal
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,29 +19,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_unitscale import UnitScaling, cli
 from lightning_unitscale.cookbook import config
-from lightning_unitscale.cookbook.data import (
-    BOS,
-    IGNORED,
-    ByteText,
-    decode,
-    encode,
-    hold_out,
-    hugging_face,
-    python_topics,
-    text_files,
-)
-from lightning_unitscale.cookbook.interrupt import Interrupted, LastCheckpoint
+from lightning_unitscale.cookbook.callbacks import Interrupted, LastCheckpoint
+from lightning_unitscale.cookbook.data import IGNORED, TokenText, hold_out, hugging_face, python_topics, text_files
+from lightning_unitscale.cookbook.runs import new_module
+from lightning_unitscale.cookbook.tasks import LanguageModeling
+from lightning_unitscale.cookbook.tokenizers import BOS, byte_tokenizer
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor import Record
-
-
-@pytest.fixture(scope="module")
-def pretrain() -> ModuleType:
-    """The recipe as a module, imported as its neighbours would."""
-    folder = str(config.shipped("recipes"))
-    sys.path.insert(0, folder)
-    yield importlib.import_module("pretrain")
-    sys.path.remove(folder)
+from lightning_unitscale.monitor import Snapshot
 
 
 def tiny(*overrides: str) -> DictConfig:
@@ -52,9 +34,9 @@ def tiny(*overrides: str) -> DictConfig:
         return compose("pretrain", overrides=["experiment=tiny", *overrides])
 
 
-def data(**changes: Any) -> ByteText:
-    options = {"sequence_length": 16, "batch_size": 2, "steps": 8, "held_out": 0.1, "seed": 1}
-    return ByteText(python_topics(), **{**options, **changes})
+def data(**changes: Any) -> TokenText:
+    options = {"sequence_length": 16, "batch_size": 2, "steps": 8, "held_out": 0.1, "seed": 1, "test_part": False}
+    return TokenText(python_topics(), byte_tokenizer(), **{**options, **changes})
 
 
 # --- documents --------------------------------------------------------------------------------------------------------
@@ -126,21 +108,33 @@ def test_hugging_face_rows_are_documents(tmp_path: Path) -> None:
 
 def test_short_text_is_an_error() -> None:
     with pytest.raises(InputError, match="too short for one sequence of 129"):
-        ByteText({"a": b"x" * 500, "b": b"y" * 100}, sequence_length=128, batch_size=1, steps=1, held_out=0.2, seed=0)
+        TokenText(
+            {"a": b"x" * 500, "b": b"y" * 100},
+            byte_tokenizer(),
+            sequence_length=128,
+            batch_size=1,
+            steps=1,
+            held_out=0.2,
+            seed=0,
+            test_part=False,
+        )
 
 
 # --- sequences --------------------------------------------------------------------------------------------------------
 
 
-def test_text_survives_encoding() -> None:
-    text = "naïve 文字\n"
-    tokens = encode(text.encode())
-    assert tokens[0] == BOS
-    assert decode(tokens) == text
+def test_every_byte_is_a_token_also_where_the_text_is_no_utf8() -> None:
+    documents = {str(start): bytes([start, 0xE6, 0xFF, 10]) * 50 for start in range(65, 75)}
+    options = {"sequence_length": 8, "batch_size": 2, "steps": 2, "held_out": 0.2, "seed": 1}
+    found = TokenText(documents, byte_tokenizer(), test_part=False, **options)
+    training, held_out = hold_out(documents, 0.2)
+    assert found.training.tokens.tolist() == [token for text in training for token in (BOS, *text)]
+    assert found.validation.tokens.tolist() == [token for text in held_out for token in (BOS, *text)]
+    assert found.test is found.validation
 
 
 def test_held_out_windows_predict_every_byte_once() -> None:
-    held_out = data().held_out
+    held_out = data().validation
     inputs, targets = zip(*(held_out[i] for i in range(len(held_out))), strict=True)
     predicted = torch.cat(targets)
     assert torch.equal(predicted[predicted != IGNORED], held_out.tokens[held_out.tokens != BOS])
@@ -164,7 +158,7 @@ def test_loader_continues_where_it_was_saved(workers: int) -> None:
         next(batches)
     continued = data(workers=workers).train_dataloader()
     continued.load_state_dict(loader.state_dict())
-    assert torch.equal(next(iter(continued))[0], whole[3][0])
+    assert torch.equal(next(iter(continued))["input_ids"], whole[3]["input_ids"])
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -179,11 +173,10 @@ class Recorder(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.inputs.append(batch[0].clone())
+        self.inputs.append(batch["input_ids"].clone())
 
 
 def fit(
-    pretrain: ModuleType,
     folder: Path,
     steps: int,
     checkpoint: Path | None,
@@ -192,7 +185,7 @@ def fit(
     **options: Any,
 ) -> tuple:
     pl.seed_everything(1)
-    module = pretrain.new_module(tiny("schedule.decay_steps=6", "unitscale=none"))
+    module = new_module(tiny("schedule.decay_steps=6", "unitscale=none"))
     recorder = Recorder()
     more = options.pop("callbacks", [])
     callbacks = [*([UnitScaling()] if unitscale else []), recorder, *more]
@@ -214,19 +207,17 @@ def fit(
 
 @pytest.mark.parametrize("epochs", [(8, 8), (3, 6)], ids=["within an epoch", "at the end of an epoch"])
 @pytest.mark.parametrize("unitscale", [False, True])
-def test_two_halves_equal_the_whole_bit_for_bit(
-    pretrain: ModuleType, tmp_path: Path, unitscale: bool, epochs: tuple[int, int]
-) -> None:
-    _, whole, seen = fit(pretrain, tmp_path, 6, None, unitscale)
-    trainer, _, first = fit(pretrain, tmp_path, 3, None, unitscale, epochs[0])
+def test_two_halves_equal_the_whole_bit_for_bit(tmp_path: Path, unitscale: bool, epochs: tuple[int, int]) -> None:
+    _, whole, seen = fit(tmp_path, 6, None, unitscale)
+    trainer, _, first = fit(tmp_path, 3, None, unitscale, epochs[0])
     trainer.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
-    _, continued, second = fit(pretrain, tmp_path, 6, tmp_path / "half.ckpt", unitscale, epochs[1])
+    _, continued, second = fit(tmp_path, 6, tmp_path / "half.ckpt", unitscale, epochs[1])
     assert torch.equal(torch.stack(seen.inputs), torch.stack(first.inputs + second.inputs))
     for (name, expected), value in zip(whole.named_parameters(), continued.parameters(), strict=True):
         assert torch.equal(expected, value), name
 
 
-def test_interrupt_saves_after_the_step_and_gives_ctrl_c_back(pretrain: ModuleType, tmp_path: Path) -> None:
+def test_interrupt_saves_after_the_step_and_gives_ctrl_c_back(tmp_path: Path) -> None:
     class Press(pl.Callback):
         def on_before_optimizer_step(self, trainer: pl.Trainer, *args: Any) -> None:
             if trainer.global_step == 2:
@@ -235,12 +226,12 @@ def test_interrupt_saves_after_the_step_and_gives_ctrl_c_back(pretrain: ModuleTy
     before = signal.getsignal(signal.SIGINT)
     interrupt = LastCheckpoint(tmp_path / "last.ckpt")
     with pytest.raises(Interrupted):
-        fit(pretrain, tmp_path, 6, None, False, callbacks=[interrupt, Press()])
+        fit(tmp_path, 6, None, False, callbacks=[interrupt, Press()])
     assert interrupt.interrupted
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
     assert signal.getsignal(signal.SIGINT) is before
-    _, whole, _ = fit(pretrain, tmp_path, 6, None, False)
-    _, continued, _ = fit(pretrain, tmp_path, 6, tmp_path / "last.ckpt", False)
+    _, whole, _ = fit(tmp_path, 6, None, False)
+    _, continued, _ = fit(tmp_path, 6, tmp_path / "last.ckpt", False)
     for expected, value in zip(whole.parameters(), continued.parameters(), strict=True):
         assert torch.equal(expected, value)
 
@@ -274,9 +265,9 @@ def test_run_leaves_report_logs_checkpoints_and_configuration(run: tuple[Path, s
     assert bits == pytest.approx(nats / math.log(2), rel=1e-6)
     assert metrics["held-out perplexity per byte"] == pytest.approx(math.exp(nats), rel=1e-4)
     assert metrics["steps"] == 2
-    records = Record.read(folder / "monitor.jsonl")
-    assert {(record.label, record.step) for record in records} == {("untouched", 0), ("run", 0), ("run", 1)}
-    sites = {record.label: [(m.parameter, m.operand) for m in record.measurements] for record in records}
+    snapshots = Snapshot.read(folder / "monitor.jsonl")
+    assert {(snapshot.label, snapshot.step) for snapshot in snapshots} == {("untouched", 0), ("run", 0), ("run", 1)}
+    sites = {snapshot.label: [(m.parameter, m.operand) for m in snapshot.measurements] for snapshot in snapshots}
     assert sites["untouched"] == sites["run"]
 
 
@@ -288,7 +279,7 @@ def test_run_prints_the_plan_once_and_samples(run: tuple[Path, str]) -> None:
     assert "The " in printed
 
 
-def test_checkpoint_alone_rebuilds_the_module(run: tuple[Path, str], pretrain: ModuleType) -> None:
+def test_checkpoint_alone_rebuilds_the_module(run: tuple[Path, str]) -> None:
     folder, _ = run
-    module = pretrain.CausalLM.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    module = LanguageModeling.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert module.model.config.hidden_size == 64

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -17,17 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_unitscale import cli
 from lightning_unitscale.cookbook import config
+from lightning_unitscale.cookbook.learning_rates.chart import transfer_chart
+from lightning_unitscale.cookbook.learning_rates.findings import best_of, findings
+from lightning_unitscale.cookbook.learning_rates.grid import RateRun, configuration, planned_runs
+from lightning_unitscale.cookbook.learning_rates.tables import drop_in_table, transfer_table
+from lightning_unitscale.cookbook.sweeps.results import Result, append_result, read_results
+from lightning_unitscale.cookbook.sweeps.sweep import measure, settings_hash
 
 FEW = ["sweep.widths=[32]", "sweep.umup=[0]", "sweep.standard=[-8]", "trainer.max_steps=2"]
-
-
-@pytest.fixture(scope="module")
-def transfer() -> Iterator[ModuleType]:
-    """The recipe as a module."""
-    folder = str(config.shipped("recipes"))
-    sys.path.insert(0, folder)
-    yield importlib.import_module("transfer")
-    sys.path.remove(folder)
 
 
 def composed(name: str, *overrides: str) -> DictConfig:
@@ -47,9 +41,9 @@ def command(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> N
 # --- the runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_plan_of_the_full_sweep(transfer: ModuleType) -> None:
+def test_plan_of_the_full_sweep() -> None:
     sweep = composed("transfer").sweep
-    runs = transfer.planned(sweep)
+    runs = planned_runs(sweep)
     assert len(runs) == len(set(runs))
     count = len(sweep.widths) * (len(sweep.standard) + len(sweep.umup))
     count += 2 * len(sweep.drop_in.widths) * len(sweep.drop_in.learning_rates)
@@ -57,10 +51,10 @@ def test_plan_of_the_full_sweep(transfer: ModuleType) -> None:
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
 
 
-def test_parametrizations_differ_in_what_they_should(transfer: ModuleType) -> None:
+def test_parametrizations_differ_in_what_they_should() -> None:
     cfg = composed("transfer")
     standard, umup, drop_in = (
-        transfer.configuration(cfg, transfer.Run(name, 128, 0.5, 2)) for name in ("standard", "umup", "drop-in")
+        configuration(cfg, RateRun(name, 128, 0.5, 2)) for name in ("standard", "umup", "drop-in")
     )
     assert standard.unitscale is None
     assert (umup.unitscale.lr_units, drop_in.unitscale.lr_units) == ("umup", "standard")
@@ -72,26 +66,24 @@ def test_parametrizations_differ_in_what_they_should(transfer: ModuleType) -> No
     assert umup.optimizer.weight_decay == standard.optimizer.weight_decay == 0
 
 
-def test_hash_covers_what_decides_the_result_and_nothing_else(transfer: ModuleType) -> None:
-    cfg, run = composed("transfer"), transfer.Run("umup", 64, 1.0, 1)
+def test_hash_covers_what_decides_the_result_and_nothing_else() -> None:
+    cfg, run = composed("transfer"), RateRun("umup", 64, 1.0, 1)
 
     def key(name: str = "threads", value: object = 1) -> str:
         changed = cfg.copy()
         OmegaConf.update(changed, name, value)
-        return transfer.settings(transfer.configuration(changed, run))
+        return settings_hash(configuration(changed, run))
 
     assert key() == key("sweep.widths", [64]) == key("trainer.default_root_dir", "elsewhere")
     deciding = {"model.depth": 2, "unitscale.storage": "unit", "data.batch_size": 4, "schedule.final": 0}
     assert len({key(), *(key(*item) for item in deciding.items())}) == 1 + len(deciding)
 
 
-def test_a_run_is_that_of_the_pretrain_recipe(
-    transfer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_that_of_the_pretrain_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ["experiment=tiny", "unitscale.lr_units=umup", "optimizer.lr=0.5", "seed=3"]
     command(tmp_path, monkeypatch, "pretrain", *overrides)
     (metrics,) = tmp_path.glob("outputs/pretrain/*/report/metrics.json")
-    held_out, curve = transfer.measure(composed("pretrain", *overrides))
+    held_out, curve = measure(composed("pretrain", *overrides))
     assert held_out == json.loads(metrics.read_text())["held-out loss, nats per byte"]
     assert len(curve) == 1
 
@@ -137,17 +129,16 @@ def test_wrong_settings_are_named(override: str, message: str, tmp_path: Path, m
 # --- what the results say ---------------------------------------------------------------------------------------------
 
 
-def results(transfer: ModuleType, losses: dict[tuple[str, int, float], list[float]]) -> list:
+def results(losses: dict[tuple[str, int, float], list[float]]) -> list:
     return [
-        transfer.Result(transfer.Run(name, width, rate, seed), "", loss)
+        Result(RateRun(name, width, rate, seed), "", loss)
         for (name, width, rate), all_ in losses.items()
         for seed, loss in enumerate(all_)
     ]
 
 
-def test_best_is_that_of_the_mean_over_whole_sets_of_seeds(transfer: ModuleType) -> None:
+def test_best_is_that_of_the_mean_over_whole_sets_of_seeds() -> None:
     found = results(
-        transfer,
         {
             ("umup", 64, 0.25): [1.9, 1.9],
             ("umup", 64, 0.5): [1.5, 1.8],
@@ -157,13 +148,13 @@ def test_best_is_that_of_the_mean_over_whole_sets_of_seeds(transfer: ModuleType)
             ("umup", 64, 0.003): [0.5, 0.5],  # not on the grid
         },
     )
-    best = transfer.best_of(found, "umup", 64)
+    best = best_of(found, "umup", 64)
     assert (best.learning_rate, best.losses, best.at_edge) == (1.0, (1.6, 1.6), False)
-    assert transfer.best_of(found, "umup", 128) is None
-    assert transfer.best_of(found[:4], "umup", 64).at_edge
+    assert best_of(found, "umup", 128) is None
+    assert best_of(found[:4], "umup", 64).at_edge
 
 
-def test_findings(transfer: ModuleType) -> None:
+def test_findings() -> None:
     cfg = composed("transfer", "sweep.widths=[64,128]", "sweep.drop_in.widths=[64]")
     good = {
         ("standard", 64, 2**-8): [1.9],
@@ -175,26 +166,28 @@ def test_findings(transfer: ModuleType) -> None:
         ("standard", 64, 3e-3): [2.0],
         ("drop-in", 64, 3e-3): [2.05],
     }
-    assert [holds for holds, _ in transfer.findings(cfg, results(transfer, good))] == [True] * 5
+    assert [holds for holds, _ in findings(cfg, results(good))] == [True] * 5
     bad = {**good, ("umup", 128, 0.25): [1.4], ("umup", 64, 1.0): [1.3], ("drop-in", 64, 3e-3): [2.2]}
-    shown = list(transfer.findings(cfg, results(transfer, bad)))
+    shown = list(findings(cfg, results(bad)))
     assert [holds for holds, _ in shown] == [True, False, True, False, False]
     assert "(2^2)" in shown[1][1]
     assert "+0.100 nats" in shown[3][1]
     assert "worst +0.200" in shown[4][1]
-    assert list(transfer.findings(cfg, [])) == []
+    assert list(findings(cfg, [])) == []
 
 
-def test_a_result_survives_its_line(transfer: ModuleType) -> None:
+def test_a_result_survives_its_line(tmp_path: Path) -> None:
+    file, run = tmp_path / "runs.jsonl", RateRun("umup", 64, 2.0, 1)
     for loss in (1.25, math.inf):
-        result = transfer.Result(transfer.Run("umup", 64, 2.0, 1), "abc", loss, [2.0, 1.5], 3.0)
-        assert transfer.Result.from_json(result.to_json()) == result
-        assert "Infinity" not in result.to_json()
+        result = Result(run, "abc", loss, [2.0, 1.5], 3.0)
+        append_result(file, result)
+        assert read_results(file, {run: "abc"}) == {run: result}
+        assert "Infinity" not in file.read_text()
 
 
-def test_a_partial_sweep_is_drawn(transfer: ModuleType) -> None:
+def test_a_partial_sweep_is_drawn() -> None:
     cfg = composed("transfer")
-    for found in ([], results(transfer, {("umup", 64, 1.0): [math.inf], ("drop-in", 64, 1e-3): [1.0, 1.2]})):
-        transfer.figure(cfg, found).canvas.draw()
-        transfer.transfer_table(cfg, found)
-        transfer.drop_in_table(cfg, found)
+    for found in ([], results({("umup", 64, 1.0): [math.inf], ("drop-in", 64, 1e-3): [1.0, 1.2]})):
+        transfer_chart(cfg, found).canvas.draw()
+        transfer_table(cfg, found)
+        drop_in_table(cfg, found)

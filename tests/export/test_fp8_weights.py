@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from lightning_unitscale import UnitScalingError, unit_scale
-from lightning_unitscale.cookbook.pretrained import byte_tokenizer, load_pretrained
+from lightning_unitscale.cookbook.pretrained import load_pretrained
+from lightning_unitscale.cookbook.tokenizers import byte_tokenizer
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import export, logits_of, to_plain
 from lightning_unitscale.export.fp8_weights import FP8_FILE, load_narrow, narrow_weights, save_narrow, stored_bytes

@@ -24,16 +24,16 @@ from torch.overrides import _get_current_function_mode_stack
 from lightning_unitscale import ScaleMonitor, UnitScaling, UnitScalingError, unit_scale
 from lightning_unitscale.engine.runtime.observer import entered_observers
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor import Measurement, Record, measure
-from lightning_unitscale.monitor.loggers import each, for_progress_bar, summary
+from lightning_unitscale.monitor import Measurement, Snapshot, measure
+from lightning_unitscale.monitor.scalars import every_site, for_progress_bar, summary
 
 
-def records(folder: Path) -> list[Record]:
-    return Record.read(folder / "monitor.jsonl")
+def snapshots(folder: Path) -> list[Snapshot]:
+    return Snapshot.read(folder / "monitor.jsonl")
 
 
-def by_name(record: Record) -> dict[tuple[str, str], Measurement]:
-    return {(m.parameter, m.operand): m for m in record.measurements}
+def by_name(snapshot: Snapshot) -> dict[tuple[str, str], Measurement]:
+    return {(m.parameter, m.operand): m for m in snapshot.measurements}
 
 
 # --- one look ---------------------------------------------------------------------------------------------------------
@@ -43,9 +43,9 @@ def test_measure_of_a_known_layer() -> None:
     layer = nn.Sequential(nn.Linear(2, 2, bias=False))
     nn.init.constant_(layer[0].weight, 2.0**-12)
     layer[0].weight.grad = torch.ones(2, 2)
-    record = measure(layer, lambda module: 2.0**-20 * module(torch.tensor([[1.0, 480.0]])).sum(), label="known")
-    found = by_name(record)
-    assert (record.label, record.step, record.format) == ("known", 0, "fp8")
+    snapshot = measure(layer, lambda module: 2.0**-20 * module(torch.tensor([[1.0, 480.0]])).sum(), label="known")
+    found = by_name(snapshot)
+    assert (snapshot.label, snapshot.step, snapshot.format) == ("known", 0, "fp8")
     x, weight, gradient = (found["0.weight", operand] for operand in ("x", "weight", "gradient"))
     assert x.unscaled.rms == pytest.approx(math.sqrt((1 + 480**2) / 2))
     assert x.unscaled.saturated == 0.5  # 480 > 448
@@ -82,22 +82,22 @@ def test_measure_takes_the_scales_of_the_plan_in_force() -> None:
     assert {m.operand: m.scale for m in measure(layer, step).measurements} == site.operand_scales
 
 
-def test_record_survives_its_file_and_a_line_cut_off(tmp_path: Path) -> None:
+def test_snapshot_survives_its_file_and_a_line_cut_off(tmp_path: Path) -> None:
     file = tmp_path / "new" / "monitor.jsonl"
-    record = measure(nn.Linear(3, 2), lambda m: m(torch.ones(1, 3)).sum(), scales={(("weight", "linear"), "x"): 0.5})
-    record.append_to(file)
-    later = Record("run", 7, "fp8", record.measurements[:1])
+    snapshot = measure(nn.Linear(3, 2), lambda m: m(torch.ones(1, 3)).sum(), scales={(("weight", "linear"), "x"): 0.5})
+    snapshot.append_to(file)
+    later = Snapshot("run", 7, "fp8", snapshot.measurements[:1])
     later.append_to(file)
-    record.append_to(file)  # measured again after a resume: the last one counts
-    assert Record.read(file) == [record, later]
+    snapshot.append_to(file)  # measured again after a resume: the last one counts
+    assert Snapshot.read(file) == [snapshot, later]
     with file.open("a") as stream:
         stream.write(json.dumps({"label": "run"})[:9])
-    assert Record.read(file) == [record, later]
+    assert Snapshot.read(file) == [snapshot, later]
     with file.open("a") as stream:
         stream.write("\n{}\n")
     with pytest.raises(InputError, match=r"monitor\.jsonl, line 4: not a measurement"):
-        Record.read(file)
-    assert Record.read(tmp_path / "nowhere") == []
+        Snapshot.read(file)
+    assert Snapshot.read(tmp_path / "nowhere") == []
 
 
 @pytest.mark.parametrize("name", ["llama-sdpa", "bert-eager", "t5-sdpa", "whisper-sdpa"])
@@ -144,9 +144,9 @@ def test_measures_every_n_and_the_last_step_and_leaves_nothing_in_between(tmp_pa
     watcher = Watcher()
     monitor = ScaleMonitor(every_n_steps=4, folder=tmp_path)
     fit(tmp_path, monitor, watcher, max_steps=10)
-    assert [record.step for record in records(tmp_path)] == [0, 4, 8, 9]
+    assert [snapshot.step for snapshot in snapshots(tmp_path)] == [0, 4, 8, 9]
     assert watcher.seen == [step in (0, 4, 8, 9) for step in range(10)]
-    assert monitor.last == records(tmp_path)[-1]
+    assert monitor.last == snapshots(tmp_path)[-1]
 
 
 @pytest.mark.parametrize("callbacks", [[], [UnitScaling()], [UnitScaling(storage="unit")], [UnitScaling(format="fp8")]])
@@ -156,12 +156,12 @@ def test_training_is_the_same_bit_for_bit(tmp_path: Path, callbacks: list[pl.Cal
     watched = fit(tmp_path, *callbacks, ScaleMonitor(2, folder=tmp_path), module=build(dropout=0.1), **options)
     assert plain.losses == watched.losses
     assert_same_state(plain, watched)
-    assert [record.step for record in records(tmp_path)] == [0, 2, 4, 5]
+    assert [snapshot.step for snapshot in snapshots(tmp_path)] == [0, 2, 4, 5]
 
 
 def test_the_first_step_is_seen_as_it_is_taken_not_rehearsed(tmp_path: Path) -> None:
     fit(tmp_path, UnitScaling(storage="unit"), ScaleMonitor(folder=tmp_path), max_steps=1)
-    for m in records(tmp_path)[0].of("weight"):
+    for m in snapshots(tmp_path)[0].of("weight"):
         assert m.unscaled.rms == pytest.approx(1, rel=1e-4)
         assert m.unscaled.elements == math.prod(build().get_parameter(m.parameter).shape)  # seen once
 
@@ -171,7 +171,7 @@ def test_all_micro_batches_of_a_step_count(tmp_path: Path) -> None:
         (tmp_path / str(count)).mkdir()
         monitor = ScaleMonitor(folder=tmp_path / str(count))
         fit(tmp_path, monitor, module=build(batch_norm=False), max_steps=1, accumulate_grad_batches=count)
-    one, two = (by_name(records(tmp_path / str(count))[0]) for count in (1, 2))
+    one, two = (by_name(snapshots(tmp_path / str(count))[0]) for count in (1, 2))
     assert one.keys() == two.keys()
     for key, m in one.items():
         assert two[key].unscaled.elements == 2 * m.unscaled.elements
@@ -198,8 +198,8 @@ class Manual(Language):
 def test_manual_optimization(tmp_path: Path) -> None:
     torch.manual_seed(0)
     fit(tmp_path, ScaleMonitor(4, folder=tmp_path), Watcher(), module=Manual(), max_steps=8)
-    assert [record.step for record in records(tmp_path)] == [0, 4]
-    head = by_name(records(tmp_path)[0])["head.weight", "gradient"]
+    assert [snapshot.step for snapshot in snapshots(tmp_path)] == [0, 4]
+    head = by_name(snapshots(tmp_path)[0])["head.weight", "gradient"]
     assert head.unscaled.rms > 0
 
 
@@ -207,7 +207,7 @@ def test_bf16_mixed_and_compiled(tmp_path: Path) -> None:
     module = build()
     module.block = torch.compile(module.block, backend="eager")
     fit(tmp_path, ScaleMonitor(2, folder=tmp_path), module=module, max_steps=3, precision="bf16-mixed")
-    measured = {m.parameter for m in records(tmp_path)[-1].of("gradient")}
+    measured = {m.parameter for m in snapshots(tmp_path)[-1].of("gradient")}
     assert len(measured) == 7  # four of attention, two of the MLP, the head
 
 
@@ -219,7 +219,7 @@ def test_resume_goes_on_with_the_same_file(tmp_path: Path) -> None:
     fit(tmp_path, ScaleMonitor(4, folder=tmp_path), Save(), max_steps=5)
     resumed = trainer(tmp_path, ScaleMonitor(4, folder=tmp_path), max_steps=10)
     resumed.fit(build(), batches(), ckpt_path=tmp_path / "5.ckpt")
-    assert [record.step for record in records(tmp_path)] == [0, 4, 8, 9]
+    assert [snapshot.step for snapshot in snapshots(tmp_path)] == [0, 4, 8, 9]
 
 
 def test_an_exception_in_a_measured_step_leaves_nothing(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_skipped_batch_leaves_nothing(tmp_path: Path) -> None:
 
     module = Skips()
     fit(tmp_path, ScaleMonitor(1, folder=tmp_path), module=module, max_steps=5)
-    assert [record.step for record in records(tmp_path)] == [0, 1, 2, 3, 4]
+    assert [snapshot.step for snapshot in snapshots(tmp_path)] == [0, 1, 2, 3, 4]
     assert_nothing_installed(module.trainer, module)
 
 
@@ -295,16 +295,16 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Eve
 
 def test_scalars_of_every_step_go_to_every_logger(logged: tuple[Path, EventAccumulator, Bar]) -> None:
     folder, events, _ = logged
-    found = records(folder / "csv")  # beside the first logger's files
-    assert [record.step for record in found] == [0, 3, 4]
+    found = snapshots(folder / "csv")  # beside the first logger's files
+    assert [snapshot.step for snapshot in found] == [0, 3, 4]
     assert (folder / "csv" / "metrics.csv").read_text().count("unitscale/x/rms_median") == 1
-    for name, value in {**summary(found[1]), **each(found[1])}.items():
+    for name, value in {**summary(found[1]), **every_site(found[1])}.items():
         (event,) = [event for event in events.Scalars(name) if event.step == 3]
         assert event.value == pytest.approx(value, rel=1e-5)
 
 
 def test_summary_is_of_the_casts_with_their_scales(logged: tuple[Path, EventAccumulator, Bar]) -> None:
-    found = records(logged[0] / "csv")
+    found = snapshots(logged[0] / "csv")
     assert "unitscale/gradient/unscaled_snr_db_min" not in summary(found[0])  # measured before there were scales
     scalars, gradients = summary(found[-1]), found[-1].of("gradient")
     assert scalars["unitscale/gradient/snr_db_min"] == min(m.scaled.snr_db for m in gradients if m.scaled)
@@ -314,7 +314,7 @@ def test_summary_is_of_the_casts_with_their_scales(logged: tuple[Path, EventAccu
 
 def test_histograms_and_figure_go_to_tensorboard(logged: tuple[Path, EventAccumulator, Bar]) -> None:
     folder, events, _ = logged
-    first = records(folder / "csv")[0]
+    first = snapshots(folder / "csv")[0]
     (histogram,) = [event for event in events.Histograms("unitscale/weight/log2") if event.step == 0]
     assert histogram.histogram_value.num == sum(sum(m.exponents.counts) for m in first.of("weight"))
     assert "unitscale/weight/head:linear/log2" in events.Tags()["histograms"]
@@ -349,7 +349,7 @@ def test_histograms_and_figure_go_to_weights_and_biases(tmp_path: Path, monkeypa
     logger = Weights()
     monitor = ScaleMonitor(every_n_steps=3, figures=True, folder=tmp_path)
     fit(tmp_path, monitor, max_steps=3, logger=logger)
-    first = records(tmp_path)[0]
+    first = snapshots(tmp_path)[0]
     (found,) = [entry for entry in logger.logged if "unitscale/weight/log2" in entry and entry["step"] == 0]
     counts, edges = found["unitscale/weight/log2"]
     assert sum(counts) == sum(sum(m.exponents.counts) for m in first.of("weight"))
@@ -361,7 +361,7 @@ def test_histograms_and_figure_go_to_weights_and_biases(tmp_path: Path, monkeypa
 
 def test_progress_bar_shows_what_the_casts_lose(logged: tuple[Path, EventAccumulator, Bar]) -> None:
     folder, _, bar = logged
-    last = records(folder / "csv")[-1]
+    last = snapshots(folder / "csv")[-1]
     shown = {
         "snr_db": min(m.scaled.snr_db for m in last.measurements if m.scaled),
         "lost_%": 100 * max(m.scaled.flushed + m.scaled.saturated for m in last.measurements if m.scaled),
@@ -378,9 +378,9 @@ def test_progress_bar_without_a_format() -> None:
         nn.init.eye_(layer.weight)
         layer.weight.data *= factor
         nn.init.zeros_(layer.bias)
-    record = measure(layers, lambda m: m(torch.ones(2, 4)).mean())
-    assert for_progress_bar(record, asked=False) == {"x_near_1_%": 50.0}
-    assert set(for_progress_bar(record, asked=True)) == {"snr_db", "lost_%"}
+    snapshot = measure(layers, lambda m: m(torch.ones(2, 4)).mean())
+    assert for_progress_bar(snapshot, asked=False) == {"x_near_1_%": 50.0}
+    assert set(for_progress_bar(snapshot, asked=True)) == {"snr_db", "lost_%"}
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

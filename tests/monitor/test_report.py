@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from lightning_unitscale import cli
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor import Record, measure
+from lightning_unitscale.monitor import Snapshot, measure
 from lightning_unitscale.monitor.charts import drift_chart, exponent_chart, short_names
-from lightning_unitscale.monitor.page import render_report, write_report
+from lightning_unitscale.monitor.report import render_report, write_report
 
 PNG = b"\x89PNG"
 
@@ -65,16 +65,16 @@ def model(factor: float = 1.0) -> nn.Module:
     return layers
 
 
-def record(step: int, label: str = "run", factor: float = 1.0) -> Record:
+def snapshot(step: int, label: str = "run", factor: float = 1.0) -> Snapshot:
     x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step))
     measured = measure(model(factor), lambda m: F.mse_loss(m(x), x), label=label)
-    return Record(label, step, measured.format, measured.measurements)
+    return Snapshot(label, step, measured.format, measured.measurements)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run's folder, as a recipe leaves it."""
-    for measured in (record(0), record(10), record(20, factor=2.0**-12), record(0, "untouched")):
+    for measured in (snapshot(0), snapshot(10), snapshot(20, factor=2.0**-12), snapshot(0, "untouched")):
         measured.append_to(tmp_path / "monitor.jsonl")
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "metrics.csv").write_text("epoch,step,train/loss,val/loss\n0,0,3.0,\n0,9,2.0,\n0,9,,2.5\n")
@@ -120,7 +120,7 @@ def test_worst_sites_come_first_beside_the_untouched_model(run: Path) -> None:
 
 
 def test_the_verdict_counts_what_is_bad(run: Path) -> None:
-    last = Record.read(run / "monitor.jsonl")[-1]
+    last = Snapshot.read(run / "monitor.jsonl")[-1]
     bad = sum(m.cast.snr_db < 20 for m in last.measurements)
     assert bad > 0
     text = Page(run / "report" / "index.html").text
@@ -152,8 +152,8 @@ def test_nothing_to_report(tmp_path: Path) -> None:
 
 
 def test_exponent_chart_shows_what_was_measured() -> None:
-    measured = record(0)
-    scaled = Record(
+    measured = snapshot(0)
+    scaled = Snapshot(
         "scaled", 1, "fp8", measure(model(), lambda m: m(torch.ones(1, 16)).sum(), scales={
             (("0.weight", "linear"), "weight"): 8.0
         }).measurements,
@@ -174,7 +174,7 @@ def test_exponent_chart_shows_what_was_measured() -> None:
 
 
 def test_drift_chart_has_a_line_for_each_site_and_their_median() -> None:
-    figure = drift_chart([record(0), record(5), record(9, factor=4.0)])
+    figure = drift_chart([snapshot(0), snapshot(5), snapshot(9, factor=4.0)])
     weights = figure.axes[1]
     assert len(weights.lines) == 3
     first, second, middle = (line.get_ydata() for line in weights.lines)

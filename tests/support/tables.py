@@ -22,7 +22,7 @@ from torch import nn
 
 from lightning_unitscale import Plan, UnitScalingError, scale_learning_rates, unit_scale
 from lightning_unitscale.formats import FORMATS, exponent
-from lightning_unitscale.monitor import Record, measure
+from lightning_unitscale.monitor import Snapshot, measure
 from support import zoo
 
 STEPS = 40
@@ -77,20 +77,20 @@ def row(case: zoo.Case) -> list[str]:
     return [case.name, "yes", f"{difference:.0e}", ", ".join(kept) or "nothing", *shares]
 
 
-def lost(record: Record, operands: tuple[str, ...]) -> str:
+def lost(snapshot: Snapshot, operands: tuple[str, ...]) -> str:
     """Share in percent of the elements other than 0."""
-    measurements = [m for operand in operands for m in record.of(operand)]
+    measurements = [m for operand in operands for m in snapshot.of(operand)]
     elements = sum(sum(m.exponents.counts) for m in measurements)
     gone = sum(m.cast.flushed * sum(m.exponents.counts) + m.cast.saturated * m.cast.elements for m in measurements)
     return f"{100 * gone / elements:.2f}"
 
 
-def constants(record: Record) -> dict[tuple[tuple[str, str], str], float]:
+def constants(snapshot: Snapshot) -> dict[tuple[tuple[str, str], str], float]:
     """The powers of two that bring each operand to an RMS of about 1."""
     return {
         ((m.parameter, m.op), m.operand): 2.0
-        ** exponent(m.unscaled.rms, m.unscaled.largest, FORMATS[record.format].dtype(m.operand))
-        for m in record.measurements
+        ** exponent(m.unscaled.rms, m.unscaled.largest, FORMATS[snapshot.format].dtype(m.operand))
+        for m in snapshot.measurements
     }
 
 
@@ -103,9 +103,9 @@ def cast_row(case: zoo.Case) -> list[str]:
         as_it_is = measure(model, lambda m: case.loss(m, case.batch(0)))
         another = measure(model, lambda m: case.loss(m, case.batch(1)))
         times_constants = measure(model, lambda m: case.loss(m, case.batch(0)), scales=constants(another))
-        for record in (as_it_is, times_constants):
-            shares["forward"].append(lost(record, ("x", "weight")))
-            shares["backward"].append(lost(record, ("gradient",)))
+        for snapshot in (as_it_is, times_constants):
+            shares["forward"].append(lost(snapshot, ("x", "weight")))
+            shares["backward"].append(lost(snapshot, ("gradient",)))
     return [case.name, *shares["forward"], *shares["backward"]]
 
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_unitscale.cookbook.data.byte_text import ContinuingLoader
+from lightning_unitscale.cookbook.data.continuing_loader import ContinuingLoader
 from lightning_unitscale.errors import InputError
 
 Example = TypeVar("Example")
 Batch = dict[str, Tensor]  # arguments of a transformers model, "labels" among them
+IGNORED = -100  # a label that counts in no loss: the beginning of a document, and padding
 
 
 @dataclass(frozen=True)

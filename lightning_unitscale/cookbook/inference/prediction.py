@@ -1,166 +1,72 @@
-"""Predictions of any `predict_step` in a file, a row for each input, such that an interrupted run goes on.
-
-Rows are appended to a JSONL file batch by batch, in order, so how many whole lines it has is how far the run came. A
-Parquet file is made of the JSONL file at the end; until then the rows lie beside it in `<name>.partial.jsonl`.
-"""
+"""mode=predict: a prediction for every row of a data set, in a file."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.callbacks import BasePredictionWriter
-from torch import Tensor
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader, Subset
 
+from lightning_unitscale.cookbook.inference.evaluation import around, held_out
+from lightning_unitscale.cookbook.inference.loading import load, load_with_tokenizer, weight_formats
+from lightning_unitscale.cookbook.inference.numbers import print_numbers
+from lightning_unitscale.cookbook.inference.prediction_file import PredictionWriter, finish, read_rows, rows_done
+from lightning_unitscale.cookbook.inference.recorded_run import task_of
+from lightning_unitscale.cookbook.runs import plain
+from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.errors import InputError
 
-KINDS = (".jsonl", ".parquet")
+Rows = tuple[Task, Sequence[Any], Callable[[list[Any]], Any]]  # the task, the rows, and what makes a batch of some
 
 
-def read_rows(path: str, column: str) -> list[str]:
-    """One text for each row of a data set.
-
-    Args:
-        path: .jsonl, .csv, .parquet (its column `column`), or any other file, whose lines are the rows.
-
-    Raises:
-        InputError: there is no such file, it is no data set, or a row has no text in that column.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"rows={path}: no such file (looked in {Path.cwd()})")
+def predict_rows(cfg: DictConfig, path: str) -> Path:
+    """Every row of the data set, after those that an interrupted run has done."""
+    output = Path(cfg.output)
+    texts = read_rows(cfg.rows, cfg.column) if cfg.rows else None
+    done = rows_done(output)
+    task, rows, collate = _held_out_rows(cfg, path) if texts is None else _rows_of_texts(cfg, path, texts, done)
+    if done > len(rows):
+        raise InputError(f"output={output} has {done} rows and the data set only {len(rows)}; give another name")
+    begin = time.perf_counter()
+    trainer = pl.Trainer(
+        accelerator="cpu" if task.device.type == "cpu" else "auto",
+        devices=1,
+        logger=False,
+        callbacks=[PredictionWriter(output, start=done)],
+        enable_model_summary=False,
+        enable_progress_bar=cfg.progress_bar,
+    )
+    rest: Subset[Any] = Subset(rows, range(done, len(rows)))  # type: ignore[arg-type]  # a list is a data set
+    loader: DataLoader[Any] = DataLoader(rest, batch_size=cfg.batch_size, collate_fn=collate)
     try:
-        if file.suffix == ".jsonl":
-            rows: Sequence[Any] = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-        elif file.suffix == ".csv":
-            with file.open(newline="") as lines:
-                rows = list(csv.DictReader(lines))
-        elif file.suffix == ".parquet":
-            rows = _parquet().read_table(file).to_pylist()
-        else:
-            rows = [{column: line} for line in file.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"rows={path} cannot be read: {error}") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping) or not isinstance(row.get(column), str):
-            names = ", ".join(map(str, row)) if isinstance(row, Mapping) else "none"
-            raise InputError(f"rows={path}: row {number} has no text in column {column!r}; its columns are {names}")
-    if not rows:
-        raise InputError(f"rows={path} has no rows")
-    return [row[column] for row in rows]
+        trainer.predict(task, loader, return_predictions=False)
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
+        print(f"\nStopped after {rows_done(output)} of {len(rows)} rows. The same command goes on from there.")
+        sys.exit(130)
+    finish(output)
+    seconds = time.perf_counter() - begin
+    now = len(rows) - done
+    print_numbers(
+        rows=f"{now:,} in {seconds:.2f} s, {now / seconds:,.1f} rows/s ({done:,} were done)", output=str(output)
+    )
+    return output
 
 
-def rows_done(output: Path) -> int:
-    """How many rows earlier runs have written to `output`; a last line cut short by a crash is taken away.
-
-    Raises:
-        InputError: the output is of an unknown kind, finished already, not ours, or cannot be written.
-    """
-    if output.suffix not in KINDS:
-        raise InputError(f"output={output} must end in {' or '.join(KINDS)}")
-    if output.suffix == ".parquet":
-        _parquet()
-        if output.exists():
-            raise InputError(f"output={output} exists, and Parquet files are not continued; give another name")
-    rows = _rows_file(output)
-    try:
-        rows.parent.mkdir(parents=True, exist_ok=True)
-        with rows.open("ab+") as file:
-            file.seek(0)
-            whole = 0
-            done = 0
-            for line in file:
-                if not _is_row(line, done):
-                    if line.endswith(b"\n"):
-                        raise InputError(
-                            f"output={rows} exists and line {done + 1} is no prediction; give another name"
-                        )
-                    break
-                whole, done = whole + len(line), done + 1
-            file.truncate(whole)
-    except OSError as error:
-        raise InputError(f"output={output} cannot be written: {error.strerror}") from error
-    return done
+def _rows_of_texts(cfg: DictConfig, path: str, texts: list[str], done: int) -> Rows:
+    found = load_with_tokenizer(cfg, path)
+    task = around(task_of(found), found)
+    return task, texts, task.collate_texts(texts[done:] or texts, plain(cfg.generation))
 
 
-def finish(output: Path) -> None:
-    """Turn the rows into the file that was asked for."""
-    rows = _rows_file(output)
-    if rows != output:
-        import pyarrow
-
-        table = pyarrow.Table.from_pylist([json.loads(line) for line in rows.read_text().splitlines()])
-        _parquet().write_table(table, output)
-        rows.unlink()
-
-
-class PredictionWriter(BasePredictionWriter):
-    """Appends what `predict_step` returns to a file, as each batch is done.
-
-    Args:
-        output: .jsonl or .parquet; for the latter call `finish(output)` at the end.
-        start: number of the first row (`rows_done(output)`); the loader begins there.
-
-    A step returns a list or tensor with one entry for each row, or a dict of those. An entry that is no dict stands
-    under "prediction".
-    """
-
-    def __init__(self, output: str | Path, start: int = 0) -> None:
-        super().__init__(write_interval="batch")
-        self.rows = _rows_file(Path(output))
-        self.next = start
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """
-        Raises:
-            InputError: there is more than one process, whose rows would be out of order.
-        """
-        super().setup(trainer, pl_module, stage)
-        if trainer.world_size > 1:
-            raise InputError("predictions are written in order by one process; use trainer.devices=1")
-
-    def write_on_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, prediction: Any, *_: Any) -> None:
-        """One line a row; on the disk before the next batch begins."""
-        with self.rows.open("a") as file:
-            for row in _split(prediction):
-                entry = row if isinstance(row, Mapping) else {"prediction": row}
-                file.write(json.dumps({"row": self.next, **entry}) + "\n")
-                self.next += 1
-
-
-def _split(prediction: Any) -> list[Any]:
-    """A batch's prediction as one entry a row, of plain types."""
-    if isinstance(prediction, Mapping):
-        columns = {name: _split(values) for name, values in prediction.items()}
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    if isinstance(prediction, Tensor):
-        values: list[Any] = (
-            prediction.detach().to(dtype=torch.float32 if prediction.is_floating_point() else None).tolist()
-        )
-        return values
-    return list(prediction)
-
-
-def _rows_file(output: Path) -> Path:
-    return output if output.suffix == ".jsonl" else output.with_suffix(".partial.jsonl")
-
-
-def _is_row(line: bytes, number: int) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return False
-    return line.endswith(b"\n") and isinstance(row, dict) and row.get("row") == number
-
-
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError("Parquet files need the `pyarrow` package: pip install pyarrow; or use .jsonl") from error
-    return pyarrow.parquet
+def _held_out_rows(cfg: DictConfig, path: str) -> Rows:
+    """The examples that the model's run held out."""
+    found = load(cfg, path, weight_formats(cfg)[0])
+    if not task_of(found).predicts_held_out:
+        raise InputError(f"mode=predict needs rows=<file with the texts> for a {type(found.model).__name__}")
+    task, batches = held_out(cfg, found)
+    return task, batches.dataset, batches.collate_fn  # type: ignore[return-value]

@@ -1,8 +1,17 @@
-"""What pretrained models are fine-tuned for: one LightningModule a task, all around models of transformers."""
+"""What models are trained for: one file a task, with its data, its scores and its predictions."""
 
-from lightning_unitscale.cookbook.tasks.classification import Classification
-from lightning_unitscale.cookbook.tasks.fine_tuning import FineTuning
+from lightning_unitscale.cookbook.tasks.image_classification import ImageClassification
 from lightning_unitscale.cookbook.tasks.language_modeling import LanguageModeling
 from lightning_unitscale.cookbook.tasks.sequence_to_sequence import SequenceToSequence
+from lightning_unitscale.cookbook.tasks.task import Task
+from lightning_unitscale.cookbook.tasks.text_classification import TextClassification
+from lightning_unitscale.cookbook.tasks.text_generation import TextGeneration
 
-__all__ = ["Classification", "FineTuning", "LanguageModeling", "SequenceToSequence"]
+__all__ = [
+    "ImageClassification",
+    "LanguageModeling",
+    "SequenceToSequence",
+    "Task",
+    "TextClassification",
+    "TextGeneration",
+]

@@ -1,16 +1,30 @@
-"""Choosing one of several classes, for texts or images."""
+"""What tasks share that choose one of several classes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from transformers import PreTrainedConfig
 
-from lightning_unitscale.cookbook.data.examples import Batch
-from lightning_unitscale.cookbook.tasks.fine_tuning import FineTuning
+from lightning_unitscale.cookbook.data.continuing_loader import loading
+from lightning_unitscale.cookbook.data.examples import Batch, Examples, Image, Labelled, split_by
+from lightning_unitscale.cookbook.pretrained import Pretrained
+from lightning_unitscale.cookbook.tasks.task import Task
+from lightning_unitscale.errors import InputError
+
+Collate = Callable[[list[Any]], Batch]
+
+
+def numbers_of(config: PreTrainedConfig) -> dict[str, int]:
+    """Class -> its place in the head."""
+    classes: Any = config.id2label
+    return {label: number for number, label in classes.items()}
 
 
 class MajorityAccuracy(Metric):
@@ -31,10 +45,10 @@ class MajorityAccuracy(Metric):
         return self.counts.max() / self.counts.sum()
 
 
-class Classification(FineTuning):
+class Classification(Task):
     """Batches: inputs of the model, and labels [batch]. The model's config says how many classes there are."""
 
-    heads = ("AutoModelForSequenceClassification", "AutoModelForImageClassification")
+    predicts_held_out = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -48,6 +62,37 @@ class Classification(FineTuning):
             compute_groups=False,
         )
 
+    @classmethod
+    def classes(cls, examples: Sequence[Labelled | Image]) -> list[str]:
+        """All that the examples have, in alphabetical order."""
+        return sorted({example.label for example in examples})
+
+    @classmethod
+    def data_module(cls, examples: Sequence[Labelled | Image], found: Pretrained, cfg: DictConfig) -> Examples:
+        """Batches of examples; those of one group stay on one side of the split.
+
+        Raises:
+            InputError: an example has a class that the model does not know.
+        """
+        known = numbers_of(found.model.config)
+        if unknown := [label for label in cls.classes(examples) if label not in known]:
+            raise InputError(
+                f"the data has the class {unknown[0]!r}, but the model knows only "
+                f"{', '.join(map(repr, list(known)[:10]))}"
+            )
+        parts = split_by(lambda example: example.group, examples, cfg.data.held_out, lambda example: example.label)
+        return Examples(parts, cls.collate(known, found, cfg), **loading(cfg))
+
+    @classmethod
+    def collate(cls, numbers: dict[str, int], found: Pretrained, cfg: DictConfig) -> Collate:
+        """What makes a batch of examples.
+
+        Args:
+            numbers: class -> its place in the head.
+            found, cfg: as for `data_module`.
+        """
+        raise NotImplementedError
+
     def score(self, batch: Batch, output: Any) -> None:
         """Accuracy, that of the most frequent class, and the mean of the classes' F1."""
         self.metrics.update(output.logits, batch["labels"])
@@ -56,3 +101,14 @@ class Classification(FineTuning):
         """Accuracy, that of the most frequent class, and the mean of the classes' F1."""
         values: dict[str, Tensor] = self.metrics.compute()
         return values
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """The likeliest class of each example and how likely it is, beside its true class where that is known."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        probabilities = self.model(**inputs).logits.float().softmax(-1)  # [batch, classes]
+        score, number = probabilities.max(-1)
+        known = {"target": self._names(batch["labels"])} if "labels" in batch else {}
+        return {"label": self._names(number), "score": score, **known}
+
+    def _names(self, numbers: Tensor) -> list[str]:
+        return [self.model.config.id2label[number] for number in numbers.tolist()]

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor
 from torchmetrics.text import Perplexity
 
-from lightning_unitscale.cookbook.data import IGNORED
-from lightning_unitscale.cookbook.data.examples import Batch
-from lightning_unitscale.cookbook.tasks.fine_tuning import FineTuning
+from lightning_unitscale.cookbook.data.continuing_loader import loading
+from lightning_unitscale.cookbook.data.examples import IGNORED, Batch
+from lightning_unitscale.cookbook.data.token_text import TokenText
+from lightning_unitscale.cookbook.generation import generate, generation_config
+from lightning_unitscale.cookbook.pretrained import Pretrained
+from lightning_unitscale.cookbook.tasks.text_generation import TextGeneration, tokenizer_of
+from lightning_unitscale.cookbook.tokenizers import is_of_bytes
 
 
-class LanguageModeling(FineTuning):
+class LanguageModeling(TextGeneration):
     """Batches: input_ids and labels, both [batch, sequence], labels one token ahead. Losses are nats per token."""
 
     heads = ("AutoModelForCausalLM",)
+    shows_scores = False  # they follow from the loss
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.perplexity = Perplexity(ignore_index=IGNORED)
+
+    @classmethod
+    def data_module(cls, examples: Any, found: Pretrained, cfg: DictConfig) -> TokenText:
+        """Crops and windows of documents (name -> text)."""
+        return TokenText(
+            examples,
+            tokenizer_of(found, cfg),
+            sequence_length=cfg.task.sequence_length,
+            held_out=cfg.data.held_out,
+            test_part=cfg.task.get("test_part", True),
+            **loading(cfg),
+        )
 
     def loss(self, batch: Batch) -> tuple[Tensor, Any]:
         """The mean over the labels that count."""
@@ -33,5 +53,21 @@ class LanguageModeling(FineTuning):
         self.perplexity.update(output.logits, batch["labels"])
 
     def scores(self) -> dict[str, Tensor]:
-        """Perplexity per token."""
-        return {"perplexity": self.perplexity.compute()}
+        """Perplexity per token and, where tokens are bytes, bits."""
+        of_bytes = self.tokenizer is not None and is_of_bytes(self.tokenizer)
+        bits = {"bits_per_byte": self.held_out_loss.compute() / math.log(2)} if of_bytes else {}
+        return {**bits, "perplexity": self.perplexity.compute()}
+
+    def sample(self, prompt: str, count: int, temperature: float, seed: int) -> list[str]:
+        """Texts that begin with the prompt and fill the context; what can't be shown is a replacement character."""
+        self.eval()
+        settings = {"do_sample": True, "temperature": temperature, "top_k": 0}
+        room = self.model.config.max_position_embeddings - len(self.tokenizer(prompt).input_ids)
+        config = generation_config(self.model, self.tokenizer, {**settings, "max_new_tokens": room})
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            texts = generate(self.model, self.tokenizer, [prompt] * count, config).texts
+        return [
+            "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in prompt + text)
+            for text in texts
+        ]

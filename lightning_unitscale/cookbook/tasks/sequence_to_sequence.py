@@ -2,19 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate
 
-from lightning_unitscale.cookbook.data import IGNORED
-from lightning_unitscale.cookbook.data.examples import Batch
-from lightning_unitscale.cookbook.tasks.fine_tuning import FineTuning
+from lightning_unitscale.cookbook.data.continuing_loader import loading
+from lightning_unitscale.cookbook.data.examples import IGNORED, Batch, Examples, Pair, split_by
+from lightning_unitscale.cookbook.pretrained import Pretrained
+from lightning_unitscale.cookbook.tasks.text_generation import TextGeneration, tokenizer_of
+from lightning_unitscale.cookbook.tokenizers import make_able_to_pad
+from lightning_unitscale.errors import InputError
 
 
-class SequenceToSequence(FineTuning):
+class PairBatch:
+    """input_ids and attention_mask [batch, longest source], labels [batch, longest target] that end in eos.
+
+    Args:
+        tokenizer: of transformers, with an eos token.
+        max_length: tokens of source and target each; longer ones are cut.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    def __call__(self, pairs: Sequence[Pair]) -> Batch:
+        """One batch."""
+        tokens = self.tokenizer(
+            [pair.source for pair in pairs],
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        labels = [self._target(pair.target) for pair in pairs]
+        return {
+            "input_ids": tokens.input_ids,
+            "attention_mask": tokens.attention_mask,
+            "labels": torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        }
+
+    def _target(self, text: str) -> Tensor:
+        """Tokens and eos; the model itself puts its first decoder token in front."""
+        ids, eos = self.tokenizer(text_target=text).input_ids, self.tokenizer.eos_token_id
+        ids = ids[1:] if ids[:1] == [eos] else ids
+        ids = ids[:-1] if ids[-1:] == [eos] else ids
+        return torch.tensor([*ids[: self.max_length - 1], eos])
+
+
+class SequenceToSequence(TextGeneration):
     """Batches: input_ids and attention_mask [batch, source], labels [batch, target] that end in eos.
 
     Validation looks at the loss; the test also generates, greedily, and compares the texts.
@@ -26,6 +66,16 @@ class SequenceToSequence(FineTuning):
         super().__init__(*args, **kwargs)
         self.character_errors = CharErrorRate()
         self.exact = MeanMetric()
+
+    @classmethod
+    def data_module(cls, examples: Sequence[Pair], found: Pretrained, cfg: DictConfig) -> Examples:
+        """Batches of pairs; equal sources stay on one side of the split."""
+        tokenizer = tokenizer_of(found, cfg)
+        if tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no eos token, so a generated text would never end; give another one")
+        make_able_to_pad(tokenizer, found.model)
+        parts = split_by(lambda pair: pair.source, examples, cfg.data.held_out)
+        return Examples(parts, PairBatch(tokenizer, cfg.task.sequence_length), **loading(cfg))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss, and generated texts against the targets."""

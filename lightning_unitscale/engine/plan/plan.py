@@ -212,7 +212,8 @@ class Plan:
         if data["version"] != PLAN_VERSION:
             raise UnitScalingError(
                 f"the plan has version {data['version']}, this package reads version {PLAN_VERSION}; "
-                "load it with the package version that wrote it."
+                "go on with the lightning-unitscale that wrote it (0.1 for version 1), or make the model plain there: "
+                "remove_unit_scaling() or `unitscale export`."
             )
         data = deepcopy(dict(data))
         known = {f.name for f in fields(cls)} - {"parameters", "sites", "frames"}

@@ -20,7 +20,7 @@ from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.formats import cast
-from lightning_unitscale.monitor import Record
+from lightning_unitscale.monitor import Snapshot
 from lightning_unitscale.monitor.charts import exponent_chart
 from lightning_unitscale.ops import round_trip
 
@@ -305,8 +305,8 @@ def test_gradient_penalties_are_refused() -> None:
 def test_the_monitor_and_the_chart_show_it(tmp_path: Path) -> None:
     monitored = build(batch_norm=False)
     fit(tmp_path, UnitScaling(overrides=ALL), ScaleMonitor(2, folder=tmp_path), module=monitored, max_steps=4)
-    record = Record.read(tmp_path / "monitor.jsonl")[-1]
-    rows = {m.operand: m for m in record.measurements if m.op == SDPA}
+    snapshot = Snapshot.read(tmp_path / "monitor.jsonl")[-1]
+    rows = {m.operand: m for m in snapshot.measurements if m.op == SDPA}
     assert {operand: m.kind for operand, m in rows.items()} == {
         "query": "x", "key": "x", "value": "x", "gradient": "gradient"
     }  # fmt: skip
@@ -314,7 +314,7 @@ def test_the_monitor_and_the_chart_show_it(tmp_path: Path) -> None:
     for m in rows.values():
         assert m.scaled is not None
         assert m.scaled.snr_db > 20
-    labels = [tick.get_text() for tick in exponent_chart([record]).axes[4].get_xticklabels()]
+    labels = [tick.get_text() for tick in exponent_chart([snapshot]).axes[4].get_xticklabels()]
     assert "block.attention:scaled_dot_product_attention.key" in labels
     plain = build(batch_norm=False)
     fit(tmp_path, UnitScaling(overrides=ALL), module=plain, max_steps=4)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from lightning_unitscale import unit_scale
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
-from lightning_unitscale.monitor.exponents import HIGHEST, LOWEST, Exponents, count_exponents
+from lightning_unitscale.monitor.exponent_histogram import HIGHEST, LOWEST, ExponentHistogram, count_exponents
 
 ORACLE = {
     torch.float8_e4m3fn: gfloat.formats.format_info_ocp_e4m3,
@@ -95,7 +95,7 @@ def test_nothing_seen_and_all_zero() -> None:
 
 def test_exponents_against_the_definition() -> None:
     t = torch.cat([spread(2), torch.tensor([math.inf, math.nan, 1e-38, 1.0, 2.0, 0.99999994])])
-    exponents = Exponents.of(count_exponents(t))
+    exponents = ExponentHistogram.of(count_exponents(t))
     finite = [v for v in t.tolist() if v and math.isfinite(v)]
     expected = [min(max(math.frexp(v)[1] - 1, LOWEST), HIGHEST) for v in finite]
     assert exponents.first == min(expected) == LOWEST
@@ -103,7 +103,7 @@ def test_exponents_against_the_definition() -> None:
         assert number == expected.count(exponents.first + position)
     for share in (0.01, 0.5, 1.0):
         assert exponents.quantile(share) == sorted(expected)[math.ceil(share * len(expected)) - 1]
-    assert Exponents.of(count_exponents(torch.zeros(3))).quantile(0.5) is None
+    assert ExponentHistogram.of(count_exponents(torch.zeros(3))).quantile(0.5) is None
 
 
 # --- where it looks ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""What a plain model is written as. Each is read back from disk and run, before it counts as written.
+"""What a plain model is written as: a folder, weights or a program.
+
+Each is read back from disk and run, before it counts as written.
 
 hf           a folder that `from_pretrained` of transformers loads; in fp8, one for `load_pretrained` of this package
 safetensors  one file of weights
@@ -32,8 +34,7 @@ from lightning_unitscale.export.plain import check_same, relative_difference, to
 Inputs = dict[str, Tensor]
 Run = Callable[[Inputs], Tensor]
 FP8 = torch.float8_e4m3fn
-FORMATS = ("hf", "safetensors", "pt2", "onnx")
-SUFFIX = {"hf": "", "safetensors": ".safetensors", "pt2": ".pt2", "onnx": ".onnx"}
+SUFFIXES = {"hf": "", "safetensors": ".safetensors", "pt2": ".pt2", "onnx": ".onnx"}  # of the targets' names
 
 
 def export(
@@ -42,6 +43,7 @@ def export(
     format: str = "hf",
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype = torch.float32,
+    inputs_of: Callable[..., Inputs] = example_inputs,
 ) -> float:
     """Write the model, its scaling moved into plain weights.
 
@@ -63,7 +65,7 @@ def export(
     """
     check_output(output, format, dtype)
     model = model.cpu().eval()
-    plain: Any = to_plain(model, partial(logits_of, inputs=example_inputs(model)))
+    plain: Any = to_plain(model, partial(logits_of, inputs=inputs_of(model)))
     write = _WRITERS[format]
     if dtype == FP8:
         narrow_weights(plain, "fp8", plan_of(model))
@@ -72,13 +74,13 @@ def export(
         plain = plain.to(dtype)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch, torch.no_grad():
         written = Path(scratch) / output.name
-        run = write(plain, written, example_inputs(plain))
+        run = write(plain, written, inputs_of(plain))
         if tokenizer is not None and format == "hf":
             tokenizer.save_pretrained(written)
-        inputs = example_inputs(plain, batch=3, length=9, seed=1)
+        inputs = inputs_of(plain, batch=3, length=9, seed=1)
         found = run(inputs)
         check_same(found, logits_of(plain, inputs), type(model).__name__)
-        expected = logits_of(model, example_inputs(model, batch=3, length=9, seed=1))
+        expected = logits_of(model, inputs_of(model, batch=3, length=9, seed=1))
         for made in [written] if written.is_dir() else list(Path(scratch).iterdir()):  # large ONNX models are two files
             shutil.move(made, output.parent / made.name)
     return relative_difference(found.float(), expected)
@@ -89,8 +91,8 @@ def check_output(output: Path, format: str, dtype: torch.dtype = torch.float32) 
     Raises:
         InputError: there is no such format, not in this dtype, or the output exists or cannot be written.
     """
-    if format not in FORMATS:
-        raise InputError(f"format={format} is not known; choose one of {', '.join(FORMATS)}")
+    if format not in SUFFIXES:
+        raise InputError(f"format={format} is not known; choose one of {', '.join(SUFFIXES)}")
     if dtype == FP8 and format != "hf":
         raise InputError(f"dtype=fp8 is for format=hf, not for format={format}")
     if output.exists():

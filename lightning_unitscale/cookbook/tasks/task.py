@@ -1,31 +1,39 @@
-"""What the tasks share: an ordinary LightningModule around any model of transformers.
+"""What every task is: an ordinary LightningModule around any model of transformers, with its data and its answers.
 
 It knows nothing of unit scaling, and all its arguments are plain containers, so a checkpoint alone rebuilds it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
 from lightning_unitscale.cookbook.data.examples import Batch
-from lightning_unitscale.cookbook.pretrained import load_tokenizer, new_model, with_adapter
-from lightning_unitscale.cookbook.schedule import warm_up_and_decay
+from lightning_unitscale.cookbook.heads import new_model
+from lightning_unitscale.cookbook.learning_rate_schedule import warm_up_and_decay
+from lightning_unitscale.cookbook.pretrained import Pretrained, with_adapter
+from lightning_unitscale.cookbook.tokenizers import load_tokenizer
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.export import example_inputs
 
 
-class FineTuning(pl.LightningModule):
+class Task(pl.LightningModule):
     """Trains a model on the loss that it computes itself; batches are its arguments, with all that its loss needs.
+
+    A task of one's own is a subclass in one file and an option of the group `task` (see conf/README.md). What may be
+    changed, in the order in which it is used: `classes`, `data_module`, `loss`, `count`, `score` and `scores`,
+    `predict_step` (with `predicts_held_out`) and `collate_texts`, `example_inputs`.
 
     Args:
         model: its config: model_type, and arguments of the config class.
-        head: auto class of transformers.
+        head: auto class of transformers; default: the first of `heads`.
         optimizer: `_target_` and arguments.
         schedule: arguments of `warm_up_and_decay`.
         tokenizer: "bytes", a path or a hub name; None for models without text.
@@ -36,19 +44,26 @@ class FineTuning(pl.LightningModule):
 
     Attributes:
         heads: the auto classes that the task is for; None for any.
+        counted: what `count` counts.
+        shows_scores: whether the progress bar has the scores too.
+        predicts_held_out: whether `predict_step` takes the batches of the task's own data. It returns a list or tensor
+            with one entry for each example, or a dict of those: the columns of the file that is written.
 
     Raises:
         InputError: a glob of `freeze` matches nothing, or nothing is left to train.
     """
 
     heads: tuple[str, ...] | None = None
+    counted = "examples"
+    shows_scores = True
+    predicts_held_out = False
 
     def __init__(
         self,
         model: dict[str, Any],
-        head: str,
-        optimizer: dict[str, Any],
-        schedule: dict[str, Any],
+        head: str | None = None,
+        optimizer: dict[str, Any] | None = None,
+        schedule: dict[str, Any] | None = None,
         tokenizer: str | None = None,
         freeze: Sequence[str] = (),
         lora: dict[str, Any] | None = None,
@@ -57,17 +72,38 @@ class FineTuning(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="weights")
-        built: Any = weights if weights is not None else new_model(model, head)
+        built: Any = weights if weights is not None else new_model(model, head or (self.heads or ("AutoModel",))[0])
         freeze_parameters(built, freeze)
         built.name_or_path = base
-        self.model = with_adapter(built, lora) if lora else built
+        self.model: Any = with_adapter(built, lora) if lora else built
         self.tokenizer: Any = load_tokenizer(tokenizer) if tokenizer else None
         self.optimizer = optimizer
         self.schedule = schedule
         self.held_out_loss = MeanMetric()
 
+    # --- data -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def classes(cls, examples: Any) -> list[str]:
+        """The classes that the head is to tell apart; none where it has no classes."""
+        return []
+
+    @classmethod
+    def data_module(cls, examples: Any, found: Pretrained, cfg: DictConfig) -> pl.LightningDataModule:
+        """Batches for training, validation and test.
+
+        Args:
+            examples: what `data.<task.data>` gives; here a data module of the user's own.
+            found: the model that they are for, with its tokenizer.
+            cfg: the run's configuration; `cfg.task` and `cfg.data` hold the settings.
+        """
+        data: pl.LightningDataModule = examples
+        return data
+
+    # --- training and scores ----------------------------------------------------------------------------------------
+
     def loss(self, batch: Batch) -> tuple[Tensor, Any]:
-        """The loss, a mean over the labels, and the model's output.
+        """The loss, a mean over what `count` counts, and the model's output.
 
         Raises:
             InputError: the model gives none for such a batch.
@@ -80,6 +116,17 @@ class FineTuning(pl.LightningModule):
             )
         return output.loss, output
 
+    def count(self, batch: Batch) -> Tensor | int:
+        """How many numbers the loss is a mean of; heads without `labels` (answers to questions) take one an example."""
+        return (batch["labels"] >= 0).sum() if "labels" in batch else _examples(batch)
+
+    def score(self, batch: Batch, output: Any) -> None:
+        """Update the task's own metrics."""
+
+    def scores(self) -> dict[str, Tensor]:
+        """Name -> value of the task's own metrics over all batches."""
+        return {}
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch."""
         loss, _ = self.loss(batch)
@@ -89,19 +136,12 @@ class FineTuning(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss, and the task's own scores."""
         loss, output = self.loss(batch)
-        self.held_out_loss.update(loss, weight=_labels(batch))
+        self.held_out_loss.update(loss, weight=self.count(batch))
         self.score(batch, output)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """As for validation."""
         self.validation_step(batch, batch_idx)
-
-    def score(self, batch: Batch, output: Any) -> None:
-        """Update the task's own metrics."""
-
-    def scores(self) -> dict[str, Tensor]:
-        """Name -> value of the task's own metrics over all batches."""
-        return {}
 
     def on_validation_epoch_start(self) -> None:
         """Begin all metrics anew, here rather than at the end: what a test leaves can't be changed in training."""
@@ -123,22 +163,34 @@ class FineTuning(pl.LightningModule):
 
     def _log_scores(self, part: str) -> None:
         self.log(f"{part}/loss", self.held_out_loss.compute(), prog_bar=True, sync_dist=True)
-        self.log_dict({f"{part}/{name}": value for name, value in self.scores().items()}, prog_bar=True, sync_dist=True)
+        scores = {f"{part}/{name}": value for name, value in self.scores().items()}
+        self.log_dict(scores, prog_bar=self.shows_scores, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer, over what is trained; its learning rate rises linearly, then falls linearly."""
         optimizer = instantiate(self.optimizer, params=[p for p in self.parameters() if p.requires_grad])
-        scheduler = warm_up_and_decay(optimizer, **self.schedule)
+        scheduler = warm_up_and_decay(optimizer, **(self.schedule or {}))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    def collate_texts(self, texts: Sequence[str], generation: Mapping[str, Any]) -> Callable[[list[str]], Any]:
+        """What makes a batch for `predict_step` of texts that are no examples of the task's data.
+
+        Args:
+            texts: all of them, to be looked at before the first is predicted.
+            generation: settings of transformers' GenerationConfig, for tasks that write text.
+
+        Raises:
+            InputError: the model has nothing to say about texts, or one of them does not fit it.
+        """
+        raise InputError(f"{type(self.model).__name__} neither writes text nor has classes for whole texts")
+
+    example_inputs = staticmethod(example_inputs)  # what an export of the model is traced with and checked on
 
 
 def _examples(batch: Batch) -> int:
     return len(next(iter(batch.values())))
-
-
-def _labels(batch: Batch) -> Tensor | int:
-    """How many numbers the loss is a mean of; heads without `labels` (answers to questions) take one an example."""
-    return (batch["labels"] >= 0).sum() if "labels" in batch else _examples(batch)
 
 
 def freeze_parameters(model: nn.Module, globs: Sequence[str]) -> None:

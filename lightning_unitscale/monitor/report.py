@@ -24,9 +24,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor import Measurement, Record
 from lightning_unitscale.monitor.charts import HEADINGS, Curve, drift_chart, exponent_chart, loss_chart, short_names
-from lightning_unitscale.monitor.scale_monitor import FILE
+from lightning_unitscale.monitor.snapshot import FILE, Measurement, Snapshot
 
 WORST = 15  # rows
 BAD_SNR = 20.0  # dB; healthy casts to e4m3 have 31, to e5m2 25
@@ -86,15 +85,16 @@ def render_report(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder (looked in {Path.cwd()})")
-    report, curves, records = folder / "report", _read_log(folder / "csv" / "metrics.csv"), Record.read(folder / FILE)
-    if not curves and not records and not (report / "metrics.json").exists():
+    report, curves = folder / "report", _read_log(folder / "csv" / "metrics.csv")
+    snapshots = Snapshot.read(folder / FILE)
+    if not curves and not snapshots and not (report / "metrics.json").exists():
         raise InputError(f"{folder}: not the folder of a run; it has no {FILE}, csv/metrics.csv or report/metrics.json")
     report.mkdir(exist_ok=True)
     run = _read_json(report / "run.json")
     sections = [
         *_metrics(_read_json(report / "metrics.json")),
         *_loss(report, curves),
-        *_operands(report, records),
+        *_operands(report, snapshots),
         *_samples(run.get("samples", [])),
         *_plan(report / "plan.txt"),
     ]
@@ -116,12 +116,12 @@ def _metrics(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield _table([], ([html.escape(name), _readable(value)] for name, value in metrics.items()))
 
 
-def _operands(report: Path, records: Sequence[Record]) -> Iterator[str]:
+def _operands(report: Path, snapshots: Sequence[Snapshot]) -> Iterator[str]:
     """Exponents plain beside scaled, worst sites, drift."""
-    run = [record for record in records if record.label == "run"]
+    run = [snapshot for snapshot in snapshots if snapshot.label == "run"]
     if not run:
         return
-    plain = [record for record in records if record.label != "run"]
+    plain = [snapshot for snapshot in snapshots if snapshot.label != "run"]
     shown = list(dict.fromkeys((*plain, run[0], run[-1])))
     yield _section(
         "Exponents of matmul operands",
@@ -134,26 +134,27 @@ def _operands(report: Path, records: Sequence[Record]) -> Iterator[str]:
         yield _section("Drift over training", _image(report / "drift.png", drift_chart(run), "RMS of operands by step"))
 
 
-def _verdict(record: Record) -> str:
-    casts = [m.cast for m in record.measurements]
+def _verdict(snapshot: Snapshot) -> str:
+    casts = [m.cast for m in snapshot.measurements]
     bad = sum(cast.snr_db < BAD_SNR for cast in casts)
     lost = max(cast.flushed + cast.saturated for cast in casts)
-    condition = "Cast" if _is_cast(record) else "Nothing is cast. If it were, with no constants,"
+    condition = "Cast" if _is_cast(snapshot) else "Nothing is cast. If it were, with no constants,"
     return (
-        f"{condition} to {record.format} at step {record.step}, {bad} of {len(casts)} operands have a signal-to-noise "
-        f"ratio below {BAD_SNR:.0f} dB; the largest share of one operand that is flushed or saturated is {lost:.2%}."
+        f"{condition} to {snapshot.format} at step {snapshot.step}, {bad} of {len(casts)} operands have a "
+        f"signal-to-noise ratio below {BAD_SNR:.0f} dB; the largest share of one operand that is flushed or saturated "
+        f"is {lost:.2%}."
     )
 
 
-def _is_cast(record: Record) -> bool:
-    return any(m.scale is not None for m in record.measurements)
+def _is_cast(snapshot: Snapshot) -> bool:
+    return any(m.scale is not None for m in snapshot.measurements)
 
 
-def _worst(record: Record, plain: Record | None) -> str:
+def _worst(snapshot: Snapshot, plain: Snapshot | None) -> str:
     """The operands that the cast changes most."""
     before = {(m.parameter, m.op, m.operand): m for m in (plain.measurements if plain else ())}
-    worst = sorted(record.measurements, key=lambda m: m.cast.snr_db)[:WORST]
-    sites = [m.site for m in record.measurements]
+    worst = sorted(snapshot.measurements, key=lambda m: m.cast.snr_db)[:WORST]
+    sites = [m.site for m in snapshot.measurements]
     names = dict(zip(sites, short_names(sites), strict=True))
     header = ["site", "operand", "RMS", "largest", "scale before the cast", "flushed", "saturated", "SNR dB"]
     rows = [

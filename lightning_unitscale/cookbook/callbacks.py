@@ -1,0 +1,148 @@
+"""Callbacks of the recipes: exact continuation, Ctrl-C that loses nothing, and what is shown meanwhile."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.trainer.states import TrainerFn
+
+from lightning_unitscale.callback import UnitScaling
+from lightning_unitscale.errors import InputError
+
+
+class RandomNumbers(pl.Callback):
+    """Keeps the state of torch's generators in the checkpoint, so that dropout masks go on and don't begin anew."""
+
+    def __init__(self) -> None:
+        self._state: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The CPU's generator, and those of all CUDA devices."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """To be put in force when the first step begins: until then Lightning draws numbers itself."""
+        self._state = state_dict
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Puts the loaded state in force, once."""
+        if self._state is not None:
+            torch.set_rng_state(self._state["cpu"].cpu())
+            if len(self._state["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all([state.cpu() for state in self._state["cuda"]])
+            self._state = None
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, whose best score counts on when the run goes on in another folder.
+
+    The best checkpoint then stays in the folder of the earlier run until there is a better one.
+
+    Raises:
+        InputError: the best checkpoint of the earlier run is not there any more.
+    """
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over score and path."""
+        best = state_dict["best_model_path"]
+        if best and not Path(best).is_file():
+            raise InputError(
+                f"ckpt_path: the best checkpoint of this run so far, {best}, is not there. Put it back, or begin a new "
+                "run from the weights: model.path=<the checkpoint>"
+            )
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+
+
+class Interrupted(Exception):  # noqa: N818 (as KeyboardInterrupt)
+    """Raised by `trainer.fit` when training was stopped by Ctrl-C and has been saved."""
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps the last state in `path`: after every validation, better or not, and when Ctrl-C was pressed.
+
+    Lightning's `save_last` (2.6) writes only together with a better score. As a kind of `Checkpoint` this runs after
+    all other callbacks, and holds their state; list it after the `ModelCheckpoint` whose scores it is to hold.
+
+    An interrupt in the middle of an optimizer step would leave half of the parameters updated, so the step is finished
+    first and the checkpoint continues exactly; a second Ctrl-C stops at once. A validation that is due after the step
+    belongs to it; `Trainer.should_stop` is no way to stop, as Lightning then validates even where it is not due, and
+    early stopping would count that.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.interrupted = False
+        self._saved = False
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes over Ctrl-C."""
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Ends training, once it is saved.
+
+        Raises:
+            Interrupted: Ctrl-C came before the last step's end.
+        """
+        if self._saved:
+            raise Interrupted
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Saves if Ctrl-C came during this step."""
+        self._save_if_interrupted(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves; what an interrupt saved before a validation that was due is replaced."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves if Ctrl-C came after the last step, and gives it back."""
+        if not self._saved:
+            self._save_if_interrupted(trainer)
+        signal.signal(signal.SIGINT, self._previous)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Gives Ctrl-C back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _save_if_interrupted(self, trainer: pl.Trainer) -> None:
+        if trainer.strategy.reduce_boolean_decision(self.interrupted, all=False):  # on any of the processes
+            self.interrupted = self._saved = True
+            trainer.save_checkpoint(self.path, weights_only=False)
+
+
+class PrintPlan(pl.Callback):
+    """Shows what unit scaling does to each parameter, once, when the first step has shown the model."""
+
+    def __init__(self) -> None:
+        self._printed = False
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Prints above the progress bar."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, UnitScaling) and callback.plan is not None and not self._printed:
+                _, _, table = callback.plan.summary().partition("\n")  # the callback has logged the first line
+                pl_module.print(table)
+                self._printed = True
+
+
+class Progress(RichProgressBar):
+    """Lightning's, without an epoch number: crops are drawn at random, so there are none."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"

@@ -1,0 +1,52 @@
+"""Checks of settings that would fail late or obscurely; each raises InputError with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_unitscale.checkpoint import read_checkpoint
+from lightning_unitscale.errors import InputError
+
+
+def check_known(key: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """The names in the setting `key` are among the known ones."""
+    choices = list(known)
+    for name in names:
+        if name not in choices:
+            raise InputError(f"{key}: {name!r} is not known; choose from {', '.join(choices)}")
+
+
+def check_whole_numbers(cfg: DictConfig, *keys: str) -> None:
+    """Positive, where the keys are there."""
+    for key in keys:
+        value = OmegaConf.select(cfg, key, default=1)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{key}={value} must be a positive whole number")
+
+
+def check_learning_rate(cfg: DictConfig) -> None:
+    """A positive number."""
+    if not isinstance(cfg.optimizer.lr, (int, float)) or cfg.optimizer.lr <= 0:
+        raise InputError(f"optimizer.lr={cfg.optimizer.lr} must be a positive number")
+
+
+def check_interval(cfg: DictConfig) -> None:
+    """Training does not end before its first validation."""
+    interval, batches = cfg.trainer.val_check_interval, cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
+    if isinstance(interval, int) and interval > batches:
+        raise InputError(
+            f"trainer.val_check_interval={interval} is more than the {batches} batches of training, so there would be "
+            "no score to choose a checkpoint by; make it smaller"
+        )
+
+
+def check_checkpoint(cfg: DictConfig) -> None:
+    """The one to continue from, if there is one, can be read."""
+    if not cfg.ckpt_path:
+        return
+    if not Path(cfg.ckpt_path).is_file():
+        raise InputError(f"ckpt_path={cfg.ckpt_path}: no such file (looked in {Path.cwd()})")
+    read_checkpoint(cfg.ckpt_path)

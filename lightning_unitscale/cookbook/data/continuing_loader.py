@@ -1,0 +1,44 @@
+"""A loader that goes on where a checkpoint was written, and the options that all loaders of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader
+
+
+class ContinuingLoader(DataLoader[Any]):
+    """Counts the batches it hands out; Lightning keeps the count in the checkpoint and gives it back.
+
+    Its data set has an attribute `start`, the number of samples used before.
+    """
+
+    batches = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning needs an iterator, not torch's own class
+        assert self.batch_size is not None
+        dataset: Any = self.dataset
+        dataset.start = self.batches * self.batch_size * getattr(self.sampler, "num_replicas", 1)
+        for batch in super().__iter__():
+            self.batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches handed out since training began."""
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continues after that many batches."""
+        self.batches = state["batches"]
+
+
+def loading(cfg: DictConfig) -> dict[str, Any]:
+    """What a run's configuration says about batches: the arguments that `TokenText` and `Examples` share."""
+    return {
+        "batch_size": cfg.data.batch_size,
+        "steps": cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches,
+        "seed": cfg.seed,
+        "workers": cfg.data.workers,
+    }

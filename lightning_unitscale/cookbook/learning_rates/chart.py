@@ -1,0 +1,73 @@
+"""The plot of a sweep of learning rates: held-out loss by learning rate, a colour for each width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # without pyplot: no display, no global state
+from omegaconf import DictConfig
+
+from lightning_unitscale.cookbook.learning_rates.findings import best_of, losses_of
+from lightning_unitscale.cookbook.learning_rates.grid import RateRun, is_power_of_two
+from lightning_unitscale.cookbook.sweeps.results import Result
+
+Losses = Mapping[float, Sequence[float]]  # of the seeds, by learning rate
+
+
+def transfer_chart(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Figure:
+    """Standard, `umup` and drop-in beside each other; bands go from the best to the worst seed."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    shown = sorted({*cfg.sweep.widths, *cfg.sweep.drop_in.widths})
+    colours = {width: f"C{number}" for number, width in enumerate(shown)}
+    _draw_grid(left, cfg, results, "standard", colours)
+    left.set(title="Standard parametrization", ylabel="held-out loss, nats per byte")
+    _draw_grid(middle, cfg, results, "umup", colours)
+    middle.set(title='UnitScaling(lr_units="umup")')
+    _draw_drop_in(right, cfg, results, colours)
+    right.set(title='UnitScaling(lr_units="standard")')
+    for axes in (left, middle, right):
+        axes.set_xlabel("learning rate")
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    return figure
+
+
+def _draw_grid(
+    axes: Axes, cfg: DictConfig, results: Sequence[Result[RateRun]], name: str, colours: Mapping[int, str]
+) -> None:
+    """The powers of two of one parametrization, in the same frame for each."""
+    widths = cfg.sweep.widths
+    for width in widths:
+        losses = {rate: all_ for rate, all_ in losses_of(results, name, width).items() if is_power_of_two(rate)}
+        _draw_line(axes, losses, f"width {width}", color=colours[width])
+    axes.set_xscale("log", base=2)
+    bests = [best.loss for width in widths for name in ("standard", "umup") if (best := best_of(results, name, width))]
+    if bests and math.isfinite(max(bests)):  # diverged runs leave the frame
+        axes.set_ylim(min(bests) - 0.05, max(bests) + 0.6)
+
+
+def _draw_drop_in(axes: Axes, cfg: DictConfig, results: Sequence[Result[RateRun]], colours: Mapping[int, str]) -> None:
+    """The untouched model dashed, the scaled one at the same learning rates."""
+    kept = list(cfg.sweep.drop_in.learning_rates)
+    for width in cfg.sweep.drop_in.widths:
+        plain = {rate: all_ for rate, all_ in losses_of(results, "standard", width).items() if rate in kept}
+        _draw_line(axes, plain, f"width {width}, untouched", color=colours[width], linestyle="--")
+        _draw_line(axes, losses_of(results, "drop-in", width), f"width {width}", color=colours[width])
+    axes.set_xscale("log")
+    axes.set_xticks(kept, [f"{rate:g}" for rate in kept])
+    axes.minorticks_off()
+
+
+def _draw_line(axes: Axes, losses: Losses, label: str, **style: Any) -> None:
+    """One line with its band."""
+    if not losses:
+        return
+    axes.plot(list(losses), [fmean(all_) for all_ in losses.values()], marker="o", label=label, **style)
+    low, high = ([end(all_) for all_ in losses.values()] for end in (min, max))
+    axes.fill_between(list(losses), low, high, color=style["color"], alpha=0.2)

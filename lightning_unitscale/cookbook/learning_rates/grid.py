@@ -1,0 +1,69 @@
+"""The runs that show whether a best learning rate carries over: parametrization × width × learning rate × seed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+
+from lightning_unitscale.cookbook.sweeps.sweep import run_configuration
+
+
+@dataclass(frozen=True)
+class RateRun:
+    """One training run.
+
+    Attributes:
+        parametrization: "standard" (the untouched model), "umup" or "drop-in" (`lr_units="standard"`).
+    """
+
+    parametrization: str
+    width: int
+    learning_rate: float
+    seed: int
+
+    def __str__(self) -> str:
+        rate = readable_rate(self.learning_rate)
+        return f"{self.parametrization:8} width {self.width:4}, learning rate {rate:>5}, seed {self.seed}"
+
+    def to_row(self) -> dict[str, Any]:
+        """Its part of the line in `runs.jsonl`."""
+        return {"run": asdict(self)}
+
+
+def planned_runs(sweep: DictConfig) -> list[RateRun]:
+    """All runs, one seed after the other, small widths first, so that an early stop leaves whole tables."""
+    runs = []
+    for seed in sweep.seeds:
+        for width in sweep.widths:
+            runs += [RateRun("standard", width, 2.0**k, seed) for k in sweep.standard]
+            runs += [RateRun("umup", width, 2.0**k, seed) for k in sweep.umup]
+        for width in sweep.drop_in.widths:
+            for rate in sweep.drop_in.learning_rates:
+                runs += [RateRun("standard", width, rate, seed), RateRun("drop-in", width, rate, seed)]
+    return list(dict.fromkeys(runs))
+
+
+def configuration(cfg: DictConfig, run: RateRun) -> DictConfig:
+    """The settings of `unitscale pretrain` for one run."""
+    cfg = run_configuration(cfg, run.seed)
+    cfg.model.width, cfg.optimizer.lr = run.width, run.learning_rate
+    if run.parametrization == "standard":
+        cfg.unitscale = None
+    elif run.parametrization == "drop-in":
+        cfg.unitscale.lr_units = "standard"
+    else:
+        cfg.unitscale.lr_units = "umup"
+    return cfg
+
+
+def is_power_of_two(rate: float) -> bool:
+    """Whether it lies on the grid, which has a factor of 2 between neighbours."""
+    return math.log2(rate).is_integer()
+
+
+def readable_rate(rate: float) -> str:
+    """A power of two as such."""
+    return f"2^{math.log2(rate):.0f}" if is_power_of_two(rate) else f"{rate:g}"

@@ -1,0 +1,54 @@
+"""The two tables of a sweep of learning rates: the best of each width, and the untouched model's rates kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from omegaconf import DictConfig
+from rich.table import Table
+
+from lightning_unitscale.cookbook.learning_rates.findings import best_of, losses_of
+from lightning_unitscale.cookbook.learning_rates.grid import RateRun, readable_rate
+from lightning_unitscale.cookbook.sweeps.results import Result
+from lightning_unitscale.cookbook.tables import new_table
+
+
+def transfer_table(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Table:
+    """The best of each parametrization at each width."""
+    title = f"Best held-out loss, nats per byte, after {cfg.trainer.max_steps} steps"
+    columns = ("standard", "learning rate", "umup", "learning rate", "gain", "seeds")
+    table = new_table(title, ["width"], columns)
+    for width in cfg.sweep.widths:
+        bests = [best_of(results, name, width) for name in ("standard", "umup")]
+        cells = []
+        for best in bests:
+            rate = readable_rate(best.learning_rate) + (" *" if best.at_edge else "") if best else ""
+            cells += [mean_and_spread(best.losses), rate] if best else ["", ""]
+            if best and best.at_edge:
+                table.caption = "* at the edge of the grid: the best may lie outside"
+        theirs, ours = bests
+        gain = f"{theirs.loss - ours.loss:+.3f}" if ours and theirs else ""
+        seeds = ", ".join(dict.fromkeys(str(len(best.losses)) for best in bests if best))
+        table.add_row(str(width), *cells, gain, seeds)
+    return table
+
+
+def drop_in_table(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Table:
+    """The scaled model beside the untouched one at the same learning rates."""
+    title, numbers = "The untouched model's learning rates kept", ("untouched", "drop-in", "gain")
+    table = new_table(title, ("width", "learning rate"), numbers)
+    for width in cfg.sweep.drop_in.widths:
+        plain, scaled = losses_of(results, "standard", width), losses_of(results, "drop-in", width)
+        for rate in cfg.sweep.drop_in.learning_rates:
+            if rate in plain and rate in scaled:
+                gain = fmean(plain[rate]) - fmean(scaled[rate])
+                losses = mean_and_spread(plain[rate]), mean_and_spread(scaled[rate])
+                table.add_row(str(width), f"{rate:g}", *losses, f"{gain:+.3f}")
+    return table
+
+
+def mean_and_spread(losses: Sequence[float]) -> str:
+    """Mean, and half the range over the seeds."""
+    text = f"{fmean(losses):.3f}"
+    return f"{text} ± {(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else text

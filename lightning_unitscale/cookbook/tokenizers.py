@@ -1,0 +1,84 @@
+"""Tokenizers: those of transformers, and one of the same kind for bytes."""
+
+from __future__ import annotations
+
+import transformers
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from lightning_unitscale.errors import InputError, first_line
+
+BYTES = "bytes"  # the name of `byte_tokenizer()` where a path could stand
+BOS = 256  # of bytes: begins every document
+VOCABULARY = 257
+_DOCUMENT = "<|document|>"  # as text, the token BOS
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """Bytes as tokens 0 to 255, and one token (BOS) that begins documents, ends them and pads.
+
+    A tokenizer without merges, so `save_pretrained` writes one that plain transformers loads.
+    """
+    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
+    backend = Backend(models.BPE(vocab={**vocabulary, _DOCUMENT: BOS}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single=f"{_DOCUMENT} $A", special_tokens=[(_DOCUMENT, BOS)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=_DOCUMENT,
+        eos_token=_DOCUMENT,
+        pad_token=_DOCUMENT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """ "bytes", or a folder or hub name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name == BYTES:
+        return byte_tokenizer()
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model.tokenizer={name}: no tokenizer there ({first_line(error)})") from error
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """
+    Raises:
+        InputError: the tokenizer has tokens that the model has no embedding for.
+    """
+    embeddings = model.get_input_embeddings()
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if isinstance(embeddings, nn.Embedding) and largest >= embeddings.num_embeddings:
+        raise InputError(
+            f"the tokenizer ({tokenizer.name_or_path or BYTES}) has token numbers up to {largest}, but the model's "
+            f"vocabulary has only {embeddings.num_embeddings}; give the one it was trained with: model.tokenizer=<path>"
+        )
+
+
+def is_of_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it is `byte_tokenizer()`, or was saved as one."""
+    return len(tokenizer) == VOCABULARY and tokenizer.get_vocab() == byte_tokenizer().get_vocab()
+
+
+def make_able_to_pad(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Names a pad token where there is none; its positions are masked, so any token does.
+
+    Raises:
+        InputError: the tokenizer has no token that could stand there.
+    """
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer has no pad, eos, bos or unk token to pad texts with")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # where a causal model's text ends

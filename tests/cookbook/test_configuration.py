@@ -1,0 +1,74 @@
+"""The configuration in conf/: what a file states is what a run gets, and every recipe has its short run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from support.recipe_runs import run_recipe
+
+from lightning_unitscale.cookbook import config
+
+CONF = config.shipped("conf")
+COMMANDS = [file.stem for file in sorted(CONF.glob("*.yaml")) if file.stem != "common"]
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    config.register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def leaves(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Path -> value, interpolations as they are written."""
+    if isinstance(node, dict) and node:
+        return {key: value for name, child in node.items() for key, value in leaves(child, (*path, name)).items()}
+    return {path: node}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_a_file_states_is_what_a_run_gets(name: str) -> None:
+    """An experiment is there to change it, so it is left out where the file names one."""
+    written: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+    experiment = any("experiment" in part for part in written.pop("defaults") if isinstance(part, dict))
+    written.pop("hydra", None)
+    found: Any = OmegaConf.to_container(composed(name, *(["~experiment"] if experiment else [])))
+    values = leaves(found)
+    for path, value in leaves(written).items():
+        assert values[path] == value, ".".join(path)
+
+
+def test_an_experiment_changes_what_the_file_states() -> None:
+    assert composed("finetune").model.base is not None
+    assert composed("finetune", "experiment=digits").patience == 6
+
+
+def test_callbacks_are_chosen_left_out_and_added() -> None:
+    names = set(composed("finetune").callbacks)
+    assert {"best", "early_stopping", "learning_rate", "last", "progress"} <= names
+    assert set(composed("finetune", "callbacks=[best,last]").callbacks) == {"best", "last"}
+    mine = composed("finetune", "~callbacks.early_stopping", "+callbacks.mine._target_=my_package.Mine").callbacks
+    assert set(mine) == names - {"early_stopping"} | {"mine"}
+
+
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune", "distill"])
+def test_debug_is_a_run_of_two_steps_without_logs(recipe: str, tmp_path: Path) -> None:
+    smaller = {
+        "pretrain": ["model.width=64", "model.depth=1"],
+        "finetune": ["model.base=['model.width=64','model.depth=1']"],  # of a base, too, only two steps are trained
+        "distill": ["teacher.base=['model.width=64','model.depth=1']"],
+    }
+    quiet = "trainer.enable_progress_bar=false"
+    folder, printed = run_recipe(recipe, tmp_path, "debug=default", quiet, *smaller[recipe])
+    for file in folder.glob("*.ckpt"):
+        assert torch.load(file, weights_only=True)["global_step"] == 2
+    assert "report" in printed
+    reports = [json.loads(file.read_text()) for file in folder.rglob("metrics.json")]
+    assert reports
+    assert {report["steps"] for report in reports} == {2}
+    assert not list(folder.rglob("metrics.csv")) and not list(folder.rglob("events*"))
