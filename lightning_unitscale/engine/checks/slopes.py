@@ -3,10 +3,10 @@
 A set of parameters is moved along its gradients, each in proportion to its own size, and the change of the loss is
 compared with what the gradients predict for exactly this move (roundings of the stored values included):
 
-    one pass, a small move          within 2 % of the prediction: they agree, as healthy gradients do
-    else forth and back, further    within 2 % at any length: they agree
-    and further each time           two lengths say the same and it is more than 4 % off: they do not
-    else                            nothing is known: the loss is too coarse, or has jumps
+    one pass, a small move     within 2 % of the prediction: they agree, as healthy gradients do
+    else forth and back        within 2 % at any length: they agree
+    and further each time      two lengths after each other say the same, more than 4 % off: they do not
+    else                       nothing is known: the loss is too coarse, or has jumps
 
 Moves are measured by the change of the loss that they promise. Where anything is computed in bfloat16 or float16 only
 long ones show something, and the bounds are wider (`Reach`). Only the elements sampled for the gradient are moved, and
