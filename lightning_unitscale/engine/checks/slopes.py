@@ -55,7 +55,7 @@ class Reach(NamedTuple):
 # Measured over the models of the tests: float32 is within 0.6 % at the first move or 1 % at the next; autocast to
 # bfloat16 within 5 %.
 FINE = Reach(sets=2, first=3e-4, moves=(1e-4, 1e-3, 1e-2), tolerance=0.02, off=0.04)
-COARSE = Reach(sets=2, first=3e-2, moves=(1.6e-2, 6.4e-2), tolerance=0.05, off=0.1)
+COARSE = Reach(sets=2, first=1e-2, moves=(4e-3, 1.6e-2, 6.4e-2), tolerance=0.05, off=0.25)
 
 
 class Measured(NamedTuple):
@@ -114,6 +114,8 @@ class Slopes:
             if predicted and abs(change - predicted) <= self.reach.tolerance * abs(predicted):
                 return Measured(True, 1.0)
             ratio = change / predicted if predicted and abs(change - predicted) > self._noise else nan
+            if not forth_and_back or length == _LONGEST:
+                ratio = nan  # one way it bends, and where moves can't be longer two of them are one
             if abs(ratio - before) <= self.reach.tolerance * max(1.0, abs(ratio)):
                 return Measured(False if abs(ratio - 1) > self.reach.off else None, ratio)
         return Measured(None, 1.0)
