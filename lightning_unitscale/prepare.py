@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
@@ -18,6 +18,7 @@ from lightning_unitscale.engine.checks.sharded import refuse_sharded
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
 from lightning_unitscale.engine.checks.verify import verify
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
+from lightning_unitscale.engine.checks.verify_gradients import verify_gradients
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
 from lightning_unitscale.engine.plan.rename import plan_around
@@ -27,7 +28,13 @@ from lightning_unitscale.engine.record.random_draws import draw_anew, random_sta
 from lightning_unitscale.engine.record.recorder import loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.record.trace import Trace
-from lightning_unitscale.engine.runtime.install import install, rescale_parameters, restore_parameters, uninstall
+from lightning_unitscale.engine.runtime.install import (
+    install,
+    rescale_parameters,
+    restore_parameters,
+    uninstall,
+    untouched_factors,
+)
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.optim.unscaled_steps import watch_steps
@@ -73,10 +80,16 @@ def prepare(
         refuse_trained(module, trace, plan)
     plan = Plan.from_dict(agree(plan.to_dict()))
     check_device(module, plan)
+    zeroed = _about_to_be_zero(module, plan)
     rescale_parameters(module, plan)
     put_in_force(module, plan)
     if options.verify:
-        verify(module, plan, trace, lambda: record(module, step, trainer))
+        try:
+            verify(module, plan, trace, lambda: record(module, step, trainer))
+            verify_gradients(module, plan, trace, step, trainer)
+        except UnitScalingError:
+            _bring_back(module, plan, zeroed)
+            raise
     return plan
 
 
@@ -236,6 +249,24 @@ def forget(module: nn.Module) -> None:
     uninstall(module)
     remove_marker(module)
     module.__dict__.pop(ATTRIBUTE, None)
+
+
+def _about_to_be_zero(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Copies of what no factor brings back: biases, which a scheme lets begin at 0."""
+    named = dict(module.named_parameters())
+    factors = {p.name: p.initial_factor * p.stored for p in plan.parameters.values() if not p.fixed}
+    return {name: named[name].detach().clone() for name, factor in factors.items() if factor == 0.0}
+
+
+def _bring_back(module: nn.Module, plan: Plan, zeroed: dict[str, Tensor]) -> None:
+    """Take a plan off again that was refused; weights are what they were, to rounding."""
+    forget(module)
+    named = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, factor in untouched_factors(plan).items():
+            named[name].mul_(factor)
+        for name, values in zeroed.items():
+            named[name].copy_(values)
 
 
 def _refuse_nothing(module: nn.Module, trace: Trace, plan: Plan) -> None:

@@ -102,6 +102,7 @@ class Recorder(TorchFunctionMode):
         """
         if self._torch_calls_running:
             return apply(*args)
+        self.trace.functions.add(function.__name__)
         self._functions_running += 1
         try:
             result = apply(*args)

@@ -90,6 +90,7 @@ class Trace:
         facts: what each parameter was like, by its first name.
         transformed: a transform of torch.func (vmap, grad) ran part of the step on tensors of its own.
         drew: whether the step drew random numbers.
+        functions: names of the `torch.autograd.Function`s that were applied.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -100,6 +101,7 @@ class Trace:
     facts: dict[str, ParameterFacts] = field(default_factory=dict)
     transformed: bool = False
     drew: bool = False
+    functions: set[str] = field(default_factory=set)
 
 
 @dataclass(eq=False)

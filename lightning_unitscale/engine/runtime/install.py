@@ -34,6 +34,12 @@ def rescale_parameters(module: nn.Module, plan: Plan) -> None:
                 named[name].mul_(factor)
 
 
+def untouched_factors(plan: Plan) -> dict[str, float]:
+    """What brings stored parameters back to their initial values, to rounding, by name, where it is not 1."""
+    factors = {p.name: 1.0 if p.fixed else p.initial_factor * p.stored for p in plan.parameters.values()}
+    return {name: 1 / factor for name, factor in factors.items() if factor not in (0.0, 1.0)}
+
+
 def restore_parameters(module: nn.Module, before: Plan, after: Plan) -> None:
     """Bring parameters from what one plan stores to what another stores of the same function, in place."""
     named = dict(module.named_parameters())
