@@ -4,8 +4,8 @@
 callback alone wraps the same few methods on the instance of whatever strategy the Trainer has.
 
     Lightning calls          we run                   which does
-    setup                    before_run               the `log` of a compiled LightningModule is kept out of the
-                                                      compiler
+    setup                    before_run               a prepared model must be whole; the `log` of a compiled
+                                                      LightningModule is kept out of the compiler
     load_model_state_dict    before_loading           the checkpoint's plan is put in force, then weights are loaded
     on_train_batch_start     before_train_batch       no plan yet: the step is rehearsed on this batch, and the plan
                                                       that follows is put in force. Then, where it is not done yet:
@@ -43,9 +43,11 @@ from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
 from lightning_unitscale.engine.plan.summary import headline
 from lightning_unitscale.engine.runtime.install import rescale_parameters
+from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
 from lightning_unitscale.optim.families import check_family, optimizer_family
+from lightning_unitscale.optim.late_parameters import may_learn_late
 from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps, scale_learning_rates
 from lightning_unitscale.options import PLAN_OPTIONS, Options
@@ -102,7 +104,12 @@ class Lifecycle:
             )
 
     def before_run(self, module: pl.LightningModule) -> None:
-        """Keep `log` of a compiled LightningModule out of the compiler, which it crashes (torch 2.12, 2.13)."""
+        """Keep `log` of a compiled LightningModule out of the compiler, which it crashes (torch 2.12, 2.13).
+
+        Raises:
+            UnitScalingError: a part of a prepared model was replaced, and its factor with it.
+        """
+        check_placement(module)
         if getattr(module, "_compiler_ctx", None) is not None and "log" not in module.__dict__:
             module.__dict__["log"] = torch.compiler.disable(module.log)
             self._uncompiled = module
@@ -146,6 +153,7 @@ class Lifecycle:
             UnitScalingError: the model can't be prepared, or its plan was made with other options.
         """
         module = _module_of(strategy)
+        check_placement(module)
         step = _training_step(batch, batch_idx)
         plan = self._plan_in_force(module)
         if plan is None:
@@ -206,14 +214,14 @@ class Lifecycle:
         self._without_loss = error
 
     def _scale_steps(self, optimizer: Optimizer, plan: Plan, module: pl.LightningModule) -> None:
-        """Give an optimizer the plan's learning-rate multipliers, if it has not got them and any is not 1."""
+        """Give an optimizer the plan's learning-rate multipliers, if it has not got them and there is cause to."""
         known, step = self._steps.get(optimizer, (None, None))
         if known is plan:
             return
         if step is not None:
             step.remove()
         step = None
-        if changes_steps(plan):
+        if changes_steps(plan) or may_learn_late(plan):
             step = scale_learning_rates(optimizer, plan, module=module, family=self._family(optimizer))
             if plan.lr_units == "umup":
                 warn_of_ordinary_units(optimizer, find(plan.scheme).least_usual_rate)

@@ -9,29 +9,43 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.checks.beside import warn_of_code_beside
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
 from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
+from lightning_unitscale.engine.checks.sharded import refuse_sharded
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
 from lightning_unitscale.engine.checks.verify import verify
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
+from lightning_unitscale.engine.checks.verify_gradients import verify_gradients
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
 from lightning_unitscale.engine.plan.rename import plan_around
+from lightning_unitscale.engine.plan.siblings import differ_in_a_number
 from lightning_unitscale.engine.plan.site import READING
 from lightning_unitscale.engine.plan.state_dict import add_marker, remove_marker
+from lightning_unitscale.engine.record.random_draws import draw_anew, random_state
 from lightning_unitscale.engine.record.recorder import loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.record.trace import Trace
-from lightning_unitscale.engine.runtime.install import install, rescale_parameters, restore_parameters, uninstall
+from lightning_unitscale.engine.runtime.install import (
+    install,
+    rescale_parameters,
+    restore_parameters,
+    uninstall,
+    untouched_factors,
+)
 from lightning_unitscale.engine.runtime.kept_copies import kept_copies, rescale_kept
+from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
+from lightning_unitscale.optim.unscaled_steps import watch_steps
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes import find
 from lightning_unitscale.schemes.planner import make_plan
 
+MORE_DRAWS = 3
 Step = Callable[[Rehearsal], Any]  # runs one step's forward pass and returns its loss, or a dict with it
 
 
@@ -53,6 +67,7 @@ def prepare(
     Raises:
         UnitScalingError: see `unit_scale`.
     """
+    refuse_sharded(module)
     scheme = find(options.scheme)
     current = plan_of(module)
     if current is not None and not scheme.changes_training and current.is_plain:
@@ -61,8 +76,8 @@ def prepare(
         raise UnitScalingError(
             f"{type(module).__name__} is already unit-scaled; call remove_unit_scaling() first to prepare it anew."
         )
-    trace = record(module, step, trainer)
-    plan = make_plan(scheme, module, trace, options)
+    trace, fullest = record_draws(module, step, trainer, agree)
+    plan = make_plan(scheme, module, fullest, options)
     _refuse_nothing(module, trace, plan)
     if plan.changes_training:
         refuse_trained(module, trace, plan)
@@ -70,11 +85,17 @@ def prepare(
     check_device(module, plan)
     kept = kept_copies(module, plan, trace, trainer)
     warn_of_code_beside(module, plan, trace)
+    zeroed = _about_to_be_zero(module, plan)
     rescale_parameters(module, plan)
     rescale_kept(plan, kept)
     put_in_force(module, plan)
     if options.verify:
-        verify(module, plan, trace, lambda: record(module, step, trainer))
+        try:
+            verify(module, plan, trace, lambda: record(module, step, trainer))
+            verify_gradients(module, plan, trace, step, trainer)
+        except UnitScalingError:
+            _bring_back(module, plan, zeroed)
+            raise
     return plan
 
 
@@ -107,16 +128,51 @@ def measure_operands(module: nn.Module, step: Step, options: Options, trainer: p
         )
 
 
-def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None) -> Trace:
+def record_draws(
+    module: nn.Module, step: Step, trainer: pl.Trainer | None, agree: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[Trace, Trace]:
+    """The step as its own random numbers have it, and as it ran most of the model (stochastic depth, LayerDrop).
+
+    Other numbers are drawn, a few times, only where a step that draws any leaves parameters unused that no sibling
+    speaks for.
+    """
+    first = record(module, step, trainer)
+    traces = [first]
+    while len(traces) <= MORE_DRAWS and agree({"again": first.drew and bool(_unheard_of(traces[-1]))})["again"]:
+        traces.append(record(module, step, trainer, draw=len(traces)))
+    return first, max(traces, key=lambda trace: len(used_parameters(trace)))
+
+
+def _unheard_of(trace: Trace) -> set[str]:
+    """Trainable parameters that the step did not use, nor any sibling of theirs."""
+    used = used_parameters(trace)
+    shapes = {name: facts.shape for name, facts in trace.facts.items()}
+    return {
+        name
+        for name, facts in trace.facts.items()
+        if facts.trainable
+        and name not in used
+        and not any(shapes[other] == facts.shape and differ_in_a_number(name, other) for other in used)
+    }
+
+
+def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None, draw: int = 0) -> Trace:
     """Run the step without leaving a trace in the model, and return what it did.
+
+    Args:
+        draw: 0 for the random numbers that are next, other numbers for others.
 
     Raises:
         NoLossError: there is none.
         UnitScalingError: the loss is not one number, or not finite.
     """
     with rehearsal(module, trainer) as rehearsed, recording(module) as recorder, torch.enable_grad():
+        if draw:
+            draw_anew(draw)
+        before = random_state()
         output = step(rehearsed)
         trace = recorder.finish(output, rehearsed.losses)
+        trace.drew = random_state() != before
         trace.copies = [(value, rehearsed.original(tensor)) for value, tensor in trace.copies]
         backwards = bool(rehearsed.losses)
     if not trace.loss_numbers:
@@ -149,6 +205,7 @@ def put_in_force(module: nn.Module, plan: Plan) -> None:
     module.__dict__[ATTRIBUTE] = plan
     add_marker(module, plan)
     plan.bind(module)
+    watch_steps()
 
 
 def adopt(module: nn.Module) -> Plan | None:
@@ -179,6 +236,7 @@ def remove(module: nn.Module) -> None:
     plan = plan_of(module)
     if plan is None:
         raise UnitScalingError(f"{type(module).__name__} is not unit-scaled; there is nothing to remove.")
+    check_placement(module)
     folded = folded_copy(plan)
     left = [site for site in folded.explicit_sites if site.role != READING]
     if left:
@@ -206,7 +264,27 @@ def forget(module: nn.Module) -> None:
     module.__dict__.pop(ATTRIBUTE, None)
 
 
+def _about_to_be_zero(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Copies of what no factor brings back: biases, which a scheme lets begin at 0."""
+    named = dict(module.named_parameters())
+    factors = {p.name: p.initial_factor * p.stored for p in plan.parameters.values() if not p.fixed}
+    return {name: named[name].detach().clone() for name, factor in factors.items() if factor == 0.0}
+
+
+def _bring_back(module: nn.Module, plan: Plan, zeroed: dict[str, Tensor]) -> None:
+    """Take a plan off again that was refused; weights are what they were, to rounding."""
+    forget(module)
+    named = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, factor in untouched_factors(plan).items():
+            named[name].mul_(factor)
+        for name, values in zeroed.items():
+            named[name].copy_(values)
+
+
 def _refuse_nothing(module: nn.Module, trace: Trace, plan: Plan) -> None:
+    if trace.transformed and not plan.changes_training and plan.options["format"] is None:
+        return  # there is nothing to do, and the step runs the model where it can't be seen
     if not any(site.params for site in plan.sites) or all(p.reason for p in plan.parameters.values()):
         reasons = "; ".join(sorted({p.reason for p in plan.parameters.values() if p.reason})) or "it has no parameters"
         raise UnitScalingError(

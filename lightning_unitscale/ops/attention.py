@@ -21,6 +21,11 @@ class DotProductAttention(Matmul):
     def fan_in(self, call: FunctionCall, label: str) -> int:
         return int(self.operands(call)["query"].shape[-1])
 
+    def takers(self, call: FunctionCall, of: str | None = None) -> list[tuple[str, ...]]:
+        """The output is linear in the value, the logits in query and key."""
+        others = {None: "value", "query": "key", "key": "query"}
+        return [(others[of],)] if of in others else []
+
     def query_and_key(self, call: FunctionCall) -> tuple[Any, Any]:
         operands = self.operands(call)
         return operands["query"], operands["key"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -21,13 +22,27 @@ class Einsum(Matmul):
 
     def fan_in(self, call: FunctionCall, label: str) -> int:
         """The product of the sizes of the operand's indices that are summed over."""
+        return prod(self._summed(call, label).values())
+
+    def fan_ins(self, call: FunctionCall, weights: Sequence[str]) -> dict[str, int]:
+        """An index that two weights sum over is the later one's, as in one matmul after the other."""
+        found: dict[str, int] = {}
+        counted: set[str] = set()
+        for label in reversed(weights):
+            sizes = self._summed(call, label)
+            found[label] = prod(size for letter, size in sizes.items() if letter not in counted)
+            counted |= sizes.keys()
+        return found
+
+    def _summed(self, call: FunctionCall, label: str) -> dict[str, int]:
+        """The sizes of the operand's indices that are summed over."""
         terms, output = self._equation(call)
         term, shape = terms[int(label)], self.operands(call)[label].shape
         before, dots, after = term.partition("...")
         sizes = dict(zip(before, shape, strict=False))
         if dots:
             sizes |= dict(zip(reversed(after), reversed(shape), strict=False))
-        return prod(size for letter, size in sizes.items() if letter not in output)
+        return {letter: size for letter, size in sizes.items() if letter not in output}
 
     def products(self, call: FunctionCall, x: Any, weight: Any) -> Products:
         equation = str(call.args[0]).replace(" ", "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -120,6 +120,10 @@ class Bilinear(Matmul):
     def fan_in(self, call: FunctionCall, label: str) -> int:
         _, left, right = self.operands(call)["weight"].shape
         return int(left * right)
+
+    def fan_ins(self, call: FunctionCall, weights: Sequence[str]) -> dict[str, int]:
+        """All terms are the weight's; an input that is a weight too sums over none of its own."""
+        return {label: self.fan_in(call, label) if label == weights[-1] else 1 for label in weights}
 
     def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Any:
         operands = self.operands(call)

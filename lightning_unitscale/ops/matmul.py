@@ -12,7 +12,7 @@ products themselves wherever the function has room for them (`addmm(alpha=a, bet
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,23 @@ class Matmul(ABC):
     @abstractmethod
     def fan_in(self, call: FunctionCall, label: str) -> int:
         """Number of terms summed into one output element, `label` being the weight."""
+
+    def fan_ins(self, call: FunctionCall, weights: Sequence[str]) -> dict[str, int]:
+        """The fan-in of each weight, where one call has these; what two of them sum over together counts once."""
+        return {label: self.fan_in(call, label) for label in weights}
+
+    # --- where a constant of a tensor may stand instead ----------------------------------------------------------
+
+    def takers(self, call: FunctionCall, of: str | None = None) -> list[tuple[str, ...]]:
+        """The ways in which operands can take a constant of the operand `of`, or of the output.
+
+        The labels of one way take it together: of what is multiplied one alone, of what is added all.
+        """
+        if of is None:
+            biases = [label for label, operand in self.operands(call).items() if self.is_bias(label, operand)]
+            return [(label, *biases) for label in self.multiplicands(call)]
+        factors = self.multiplicands(call)
+        return [(label,) for label in factors if label != of] if of in factors else []
 
     # --- scaled ------------------------------------------------------------------------------------------------
 

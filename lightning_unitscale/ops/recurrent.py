@@ -33,6 +33,17 @@ class Recurrent(Matmul):
     def fan_in(self, call: FunctionCall, label: str) -> int:
         return int(self.operands(call)[label].shape[-1])
 
+    def takers(self, call: FunctionCall, of: str | None = None) -> list[tuple[str, ...]]:
+        """Of the input: the first layer's input matrices, of both directions. The output is linear in no operand."""
+        if of != "x":
+            return []
+        if self.name.endswith("_cell"):
+            return [("2",)]
+        position = 2 if isinstance(call.args[2], (list, tuple)) else 3  # packed sequences bring their lengths along
+        layers, directions = call.args[position + 2], 1 + call.args[position + 5]
+        in_one_layer = len(call.args[position]) // layers
+        return [tuple(f"{position}.{i}" for i in range(0, in_one_layer, in_one_layer // directions))]
+
     def scaled(self, call: FunctionCall, factors: Mapping[str, float]) -> Any:
         def scale(label: str, item: Any) -> Any:
             return item * factors[label] if factors.get(label, 1.0) != 1.0 else item

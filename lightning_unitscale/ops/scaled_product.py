@@ -15,6 +15,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_unitscale.ops.autocast import autocast_dtype
@@ -58,6 +59,9 @@ def _product(left: Tensor, right: Tensor, a: float) -> Tensor:
 
 def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: float) -> Tensor:
     """`a · x Wᵀ + b · bias`; x: (*, in), weight: (out, in), bias: (out,), result: (*, out)."""
+    if x.is_complex():  # whose gradients have conjugates in them
+        unbiased = F.linear(x, weight) * a
+        return unbiased if bias is None else unbiased + bias * b
     dtype = autocast_dtype(x.device)
     if dtype is not None:
         # Cast first: inside the Function autocast would give the backward pass operands of two dtypes.

@@ -22,7 +22,7 @@ import functools
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,13 +32,16 @@ from torch.optim import Optimizer
 from lightning_unitscale.engine.checks.trained_weights import rescaled
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, PLAIN, StepScale
+from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.families import check_family, optimizer_family
+from lightning_unitscale.optim.late_parameters import LateParameters
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup
 from lightning_unitscale.optim.write_watch import Watched, WriteWatch
 
 _ATTRIBUTE = "_unit_scaled_step"  # where an optimizer keeps its ScaledStep
 _WATCH = "_write_watch"  # where a plan in force keeps what its optimizers left
+_AT_WORK: weakref.WeakSet[ScaledStep] = weakref.WeakSet()
 
 
 def scale_learning_rates(
@@ -70,11 +73,34 @@ def scale_learning_rates(
 
     Raises:
         UnitScalingError: the family is unknown; none of the optimizer's parameters is the plan's; multipliers differ
-            but the optimizer takes a single step size (LBFGS) or is not stepped by torch's own `step` machinery.
+            but the optimizer takes a single step size (LBFGS) or is not stepped by torch's own `step` machinery; a
+            module that the plan has put a factor on was replaced.
+
+    Warns:
+        of parameters of the plan that the module has not got any more, or in another shape.
     """
     optimizer = _innermost(optimizer)
     check_family(family, "family")
+    prepared = plan.model if module is None else module
+    check_placement(prepared)
+    _warn_of_replaced(prepared, plan)
     return ScaledStep(optimizer, plan, family or _family_under(plan, optimizer), module)
+
+
+def _warn_of_replaced(module: nn.Module, plan: Plan) -> None:
+    differences = plan.differences(module)
+    for kind, consequence in (
+        ("missing", "what took their place has no learning-rate multiplier"),
+        ("other shape", "they take the learning-rate multipliers of what was there before"),
+    ):
+        names = differences[kind]
+        if names and plan.changes_training:
+            warnings.warn(
+                f"unit scaling: {type(module).__name__} was changed since it was prepared ({kind}: "
+                f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}); {consequence}. Change a model before it is "
+                "prepared, or between remove_unit_scaling(model) and preparing it anew.",
+                stacklevel=3,
+            )
 
 
 def _family_under(plan: Plan, optimizer: Optimizer) -> str:
@@ -100,6 +126,11 @@ def _watch_of(plan: Plan) -> WriteWatch:
     """One for all optimizers of a plan: what one of them writes is nobody else's write to another."""
     watch: WriteWatch = vars(plan).setdefault(_WATCH, WriteWatch())
     return watch
+
+
+def parameters_with_scaled_steps() -> set[Tensor]:
+    """The parameters of all optimizers that use a plan's multipliers."""
+    return {parameter for step in list(_AT_WORK) for parameter in step.parameters()}
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
@@ -129,6 +160,7 @@ class ScaledStep:
         self._depth = 0
         self._reached = False
         self._steps = 0
+        self._late = LateParameters(plan, self._named_parameters())
 
         self._lay_out(optimizer)
         if isinstance(former := vars(optimizer).get(_ATTRIBUTE), ScaledStep):
@@ -138,6 +170,7 @@ class ScaledStep:
     def remove(self) -> None:
         """Make the optimizer plain again; doing it twice does nothing more."""
         self._attached = False
+        _AT_WORK.discard(self)
         optimizer = self._optimizer()
         if optimizer is None or vars(optimizer).get(_ATTRIBUTE) is not self:
             return
@@ -147,6 +180,12 @@ class ScaledStep:
             vars(optimizer).pop("step")
             if self._former is not None:
                 vars(optimizer)["step"] = self._former
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The parameters of the optimizer, as it has them."""
+        optimizer = self._optimizer()
+        for group in optimizer.param_groups if optimizer is not None else ():
+            yield from group["params"]
 
     def __repr__(self) -> str:
         counts: dict[StepScale, int] = {}
@@ -175,6 +214,7 @@ class ScaledStep:
         self._method = types.MethodType(step, weakref.proxy(optimizer))
         vars(optimizer)["step"] = self._method
         vars(optimizer)[_ATTRIBUTE] = self
+        _AT_WORK.add(self)
 
     def _run(
         self, optimizer: Optimizer, plain_step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -234,6 +274,7 @@ class ScaledStep:
         self._depth -= 1
         if self._depth == 0:
             self._restore(optimizer)
+            self._late.warn_of_those_that_learn()
 
     def _with_users_groups(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         evaluations = 0

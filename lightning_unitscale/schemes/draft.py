@@ -13,7 +13,7 @@ from lightning_unitscale.engine.analysis.readings import find_readings
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.factors import Factor, averaged
-from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
+from lightning_unitscale.engine.plan.parameter_plan import FROZEN, UNUSED, ParameterPlan
 from lightning_unitscale.engine.plan.plan import FramePlan, Plan
 from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
@@ -29,8 +29,12 @@ LEFT_ALONE_ROLES = {
     "scale": "multiplies activations elementwise; kept as the model initialises it",
     "relative_position": "added to attention logits; kept as the model initialises it",
     "other": "used in a way no rule is known for",
-    "unused": "no torch call of the recorded step used it",
+    "unused": UNUSED,
 }
+IN_TRANSFORM = (
+    "used by no torch call that could be followed: torch.func (vmap, grad, functional_call) runs the model on tensors "
+    "of its own"
+)
 IN_FUNCTION = "inside a hand-written autograd.Function, whose backward pass would not see it"
 
 
@@ -109,12 +113,13 @@ class Draft:
     def _left_alone(self) -> dict[str, str]:
         reasons = {}
         for name, facts in self.trace.facts.items():
-            if not facts.trainable:
-                reasons[name] = "frozen"
-            elif self._is_skipped(name):
+            if self._is_skipped(name):
                 reasons[name] = SKIPPED
+            elif not facts.trainable:
+                reasons[name] = FROZEN
             elif self.roles[name] in LEFT_ALONE_ROLES:
-                reasons[name] = LEFT_ALONE_ROLES[self.roles[name]]
+                hidden = self.roles[name] == "unused" and self.trace.transformed
+                reasons[name] = IN_TRANSFORM if hidden else LEFT_ALONE_ROLES[self.roles[name]]
         return reasons
 
     def _is_skipped(self, name: str) -> bool:
@@ -231,6 +236,8 @@ class Draft:
             site.format_reason = SKIPPED
         elif reason := self.no_place(call):
             site.format_reason = reason
+        elif any(value.is_complex for value in call.inputs):
+            site.format_reason = "complex numbers, which no narrow format has"
         else:
             site.format = format
             site.operands = [*MATMULS[call.name].multiplicands(call), "gradient"]

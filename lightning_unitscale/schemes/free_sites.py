@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from math import isclose
+from math import isclose, prod
 
 from lightning_unitscale.engine.plan.factors import Factor, averaged
 from lightning_unitscale.engine.plan.site import Site
@@ -44,7 +44,7 @@ class FreeSites:
         """One call of a site, and the matmuls whose weights take its factor when it is folded."""
         if self.draft.is_skipped(site.module):
             site.leave_alone(SKIPPED)
-        self.entries[site.place].append((site, list(targets)))
+        self.entries[site.place].append((site, list(dict.fromkeys(targets))))
 
     def sites(self) -> list[Site]:
         """One site for each place."""
@@ -73,6 +73,7 @@ class FreeSites:
         """
         for loop, calls in self.draft.counted_calls.items():
             known = [place for place in self.entries if place.at_every_call == loop]
+            calls = [call for call in calls if self.draft.structure.decides(call) or call.place not in known]
             entries = [entry for place in known for entry in self.entries[place]]
             for site, _ in entries:
                 site.calls_in_frame = self.draft.calls_in_frame(loop)
@@ -93,8 +94,9 @@ class FreeSites:
             products = self._folded_products(folding)
             for site in folding.values():
                 for use in site.fold_into:
+                    whole = prod(other.multiplier for other in folding.values() if use in other.fold_into)
                     found = [products[call.index, use] for call in self.draft.uses[use].calls]
-                    if not all(isclose(a, found[0], rel_tol=1e-9) for a in found):
+                    if not all(isclose(a, whole, rel_tol=1e-9) for a in found):
                         site.fold_into, changed = [], True
                         site.reason = f"{use.key} is also called on other inputs"
                         break

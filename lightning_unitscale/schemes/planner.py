@@ -4,7 +4,8 @@
     factors    what the scheme says of each weight, branch, sum, attention and activation, pushed back to the weights
                that can take it; what no weight can take stands on a parameter-free site
     constants  initial values and learning rates
-    neighbours experts that got no token take the rule of their siblings, copies inside the model that of the original
+    neighbours experts that got no token and blocks that were left out take the rule of their siblings, copies inside
+               the model that of the original
     resolve    where each constant is kept, by storage
 
 The model's own constants (1/√d on logits, √d on embeddings, fixed residual multipliers) are absorbed: the rules give
@@ -22,11 +23,14 @@ from typing import Any
 from torch import nn
 
 from lightning_unitscale.engine.analysis.activations import Activation
+from lightning_unitscale.engine.analysis.attention import Attention
+from lightning_unitscale.engine.analysis.left_out import Step, steps_of
+from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.analysis.residuals import Residual, Stream
 from lightning_unitscale.engine.analysis.roles import WEIGHT_ROLES, Use, primary_use
 from lightning_unitscale.engine.analysis.structure import Sum
 from lightning_unitscale.engine.plan.copies import include_copies
-from lightning_unitscale.engine.plan.factors import Factor, geometric_mean, product, to_unit_scale
+from lightning_unitscale.engine.plan.factors import Factor, averaged, geometric_mean, product, to_unit_scale
 from lightning_unitscale.engine.plan.fold import resolve
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
@@ -37,9 +41,10 @@ from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.options import STORAGES, Options
 from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_rms
+from lightning_unitscale.schemes.beside import BesideSites
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
 from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_site
-from lightning_unitscale.schemes.pushing import Push, pushes
+from lightning_unitscale.schemes.pushing import Push, pushes, takers
 from lightning_unitscale.schemes.scheme import ResidualBranch, Scheme, Weight
 
 NEAR_ZERO = 1e-3  # of the usual size of a weight
@@ -76,6 +81,7 @@ class Planner:
         self.factors: dict[tuple[int, str], list[Factor]] = {}
         self.free = FreeSites(self.draft)
         self.depth: dict[int, float] = {}
+        self.branches: list[tuple[Step, list[Factor]]] = []
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
@@ -83,23 +89,30 @@ class Planner:
         for use in self.draft.uses.values():
             for call, value in zip(use.calls, use.values, strict=True):
                 self.factors[call.index, use.key] = self._weight_factors(use, call, value)
-        for stream in self.structure.streams:
-            self._note_depth(stream)
+        streams = [(stream, self._steps(stream)) for stream in self.structure.streams]
+        for stream, steps in streams:
+            self._note_depth(stream, len(steps) / 2)
         if self.options.activations:
-            for stream in self.structure.streams:
-                self._branch_factors(stream)
+            for stream, steps in streams:
+                self._branch_factors(stream, steps)
             for addition in self.structure.sums:
                 self._sum_factors(addition)
             self._attention_factors()
             self._activation_factors()
         self._move_out_of_functions()
-        plan = self.draft.plan(self.factors, self.free.sites())
+        sites = self.free.sites()
+        self._follow(sites)
+        if self.options.activations:
+            sites += BesideSites(self.draft, self.free, sites, self._activation_site, self._attention_site).find()
+        plan = self.draft.plan(self.factors, sites)
         for parameter in plan.parameters.values():
             self._initial_value_and_rates(parameter)
         self._multiplier_overrides(plan)
         plan.notes += self.notes
-        include_siblings(plan)
-        include_copies(plan, self.module)
+        models = include_siblings(plan)
+        self._own_relative_steps(plan, models)
+        self._branches_left_out(plan, models)
+        include_copies(plan, self.module, used_parameters(self.trace, self.structure.learned))
         _hand_over_to_readings(plan)
         resolve(plan, self.options.storage)
         self._readout_rates(plan)
@@ -112,7 +125,7 @@ class Planner:
             return []
         factors = list(self.scheme.weight(self._weight(use)))
         if use.role in ("hidden", "readout"):
-            factors += _inverse(self._model_constant_of_input(call), "a constant on its input", MODEL)
+            factors += _inverse(self._model_constant_of_input(call, use), "a constant on its input", MODEL)
             if use.is_expression:  # which keeps the scale it has
                 factors += _inverse(value.rms or 1.0, "RMS of the expression that the weight is", "the recorded step")
         if use.role == "readout" or (use.role in ("embedding", "position") and is_lookup(call.name)):
@@ -125,9 +138,12 @@ class Planner:
         is_tied = any(self.draft.roles[name] != use.role for name in use.parameters)
         return Weight(use.role, use.fan_in, shape[-1] if shape else 1, depth, is_tied)
 
-    def _model_constant_of_input(self, call: Call) -> float:
+    def _model_constant_of_input(self, call: Call, use: Use) -> float:
+        """Of the several weights of a call one absorbs it."""
         moving = [v for v in call.inputs if v.is_float and not v.parameters]
-        return self.structure.model_constant(moving[0]) if len(moving) == 1 else 1.0
+        if len(moving) != 1 or (call.index, use.key) not in takers(self.draft, call, moving[0]):
+            return 1.0
+        return self.structure.model_constant(moving[0])
 
     def _multiplier_overrides(self, plan: Plan) -> None:
         for name, override in self.draft.overrides.items():
@@ -218,44 +234,76 @@ class Planner:
 
     # --- residual streams and sums ------------------------------------------------------------------------------
 
-    def _push(self, found: Iterable[Push], factors: list[Factor], absorb: bool) -> None:
-        """Put factors on the uses at the sources of a tensor, there divided by the model's constant on the way."""
+    def _push(self, found: Iterable[Push], factors: list[Factor]) -> None:
+        """Put factors on the uses at the sources of a tensor."""
         for push in found:
-            divided = _inverse(push.model_constant, "a constant behind it", MODEL) if absorb else []
             for use in push.uses:
-                self.factors[use] = [*self.factors.get(use, []), *factors, *divided]
+                self.factors[use] = [*self.factors.get(use, []), *factors]
 
-    def _note_depth(self, stream: Stream) -> None:
-        depth = stream.branch_count / 2
+    def _steps(self, stream: Stream) -> list[Step]:
+        used: dict[int, frozenset[str]] = {}
+        for use in self.draft.uses.values():
+            for call in use.calls:
+                used[call.index] = used.get(call.index, frozenset()).union(use.parameters)
+        shapes = {name: facts.shape for name, facts in self.trace.facts.items()}
+        unused = frozenset(name for name, role in self.draft.roles.items() if role == "unused")
+        return steps_of(stream, used, shapes, unused)
+
+    def _note_depth(self, stream: Stream, depth: float) -> None:
         for branch in sorted((b for r in stream.residuals for b in r.branches), key=lambda b: -len(b.calls)):
             for index in branch.calls:
                 self.depth[index] = depth
 
-    def _branch_factors(self, stream: Stream) -> None:
-        depth, post_norm = stream.branch_count / 2, self.structure.is_post_norm(stream)
-        before: tuple[str, ...] = ()
-        for residual in stream.residuals:
-            for branch in residual.branches:
-                factors = self.scheme.branch(ResidualBranch(branch.kind, depth, before, post_norm))
-                if factors:
-                    self._scale_branch(residual, branch.value, factors)
-            before += tuple(branch.kind for branch in residual.branches)
+    def _branch_factors(self, stream: Stream, steps: list[Step]) -> None:
+        depth, post_norm = len(steps) / 2, self.structure.is_post_norm(stream)
+        for step in steps:
+            factors = self.scheme.branch(ResidualBranch(step.kind, depth, step.before, post_norm))
+            self.branches.append((step, factors))
+            if factors and step.seen is not None:
+                residual, branch = step.seen
+                self._scale_branch(residual, branch.value, factors)
+
+    def _own_relative_steps(self, plan: Plan, models: Mapping[str, str]) -> None:
+        """What takes the rule of a sibling keeps the relative step that it had itself."""
+        for name, model in models.items():
+            rms, role = self.trace.facts[name].rms, plan.parameters[model].role
+            uses = [use for use in self.draft.uses.values() if model in use.parameters and use.role == role]
+            if uses and rms and role in WEIGHT_ROLES and model not in self.zeros and not plan.parameters[model].reason:
+                plan.parameters[name].set_constant("relative_lr", [self._relative_step(rms, uses[0])])
+
+    def _branches_left_out(self, plan: Plan, models: Mapping[str, str]) -> None:
+        """Where a branch's factor depends on its place, those that were left out have another than their siblings."""
+        of = {name: factors for step, factors in self.branches if step.seen is not None for name in step.parameters}
+        for step, factors in self.branches:
+            for name in step.parameters if step.seen is None else ():
+                theirs = of.get(models.get(name, ""), [])
+                for site in plan.sites if theirs != factors else ():
+                    causes = site.causes.get(name, [])
+                    if theirs and all(factor in causes for factor in theirs):
+                        site.set_factors(name, [*(f for f in causes if f not in theirs), *factors])
 
     def _scale_branch(self, residual: Residual, value: Value, factors: list[Factor]) -> None:
         found = pushes(self.draft, value, {call.index for call in residual.calls})
         if found:
-            self._push(found, factors, absorb=True)
+            for push in found:
+                self._push([push], [*factors, *self._branch_constant(push.model_constant)])
             return
         call = next(call for call in residual.calls if value in call.inputs)
         if reason := self.draft.no_place(call):
             self.notes.append(f"the residual addition {_at(call)} was left alone: {reason}")
             return
         own = max((source.model_constant for source in self.structure.sources(value)[0]), default=1.0)
-        site = parameter_free_site(
-            call, "residual", [*factors, *_inverse(own, "a constant on the branch", MODEL)], value
-        )
+        site = parameter_free_site(call, "residual", [*factors, *self._branch_constant(own)], value)
         site.reason = "the branch does not end in a matmul or norm of its own"
         self.free.add(site)
+
+    def _branch_constant(self, own: float) -> list[Factor]:
+        """The factor that takes the model's own constant out of a branch.
+
+        Above 1, in a step that draws random numbers, it is 1/(1 - p) of a branch kept with probability 1 - p, and
+        belongs to the drawing: without it, in evaluation, the branch would be too small.
+        """
+        return [] if own > 1 and self.trace.drew else _inverse(own, "a constant on the branch", MODEL)
 
     def _sum_factors(self, addition: Sum) -> None:
         if self.structure.goes_only_into_norms(addition.call.output):
@@ -267,7 +315,7 @@ class Planner:
         found = [pushes(self.draft, term, set(addition.chain)) for term in addition.terms]
         if all(found):
             for terms in found:
-                self._push(terms, factors, absorb=False)
+                self._push(terms, factors)
         elif not self.draft.no_place(addition.call):
             site = parameter_free_site(addition.call, "sum", factors)
             site.reason = "a term is used elsewhere too, or is left alone"
@@ -287,38 +335,52 @@ class Planner:
 
     def _attention_factors(self) -> None:
         for attention in self.structure.attentions:
-            call, rule = attention.call, self.scheme.attention(attention.head_dim)
-            if rule is None:
+            call, factors = attention.call, self._logit_factors(attention)
+            if factors is None:
                 continue
-            factors = [*rule, *_inverse(attention.model_constant, "its constant on the logits", MODEL)]
             sides = (pushes(self.draft, side, {call.index}) for side in (attention.query, attention.key))
             found = next(filter(None, sides), [])
             if reason := self.draft.no_place(call):
                 if found and call.in_function:
-                    self._push(found, factors, absorb=False)
+                    self._push(found, factors)
                 else:
                     self.notes.append(f"the attention {_at(call)} was left alone: {reason}")
                 continue
-            site = parameter_free_site(call, "attention", factors, attention.query)
-            site.last_dim = attention.head_dim if attention.query.shape[-1] == attention.head_dim else None
+            site = self._attention_site(attention)
+            assert site is not None
             into = [use for push in found for use in push.uses]
             site.fold_into = [UseId(key, self.trace.calls[index].name) for index, key in into]
             if not into:
                 site.reason = "query and key come out of one weight, or are shared"
             self.free.add(site, (self.trace.calls[index] for index, _ in into))
 
+    def _logit_factors(self, attention: Attention) -> list[Factor] | None:
+        rule = self.scheme.attention(attention.head_dim)
+        if rule is None:
+            return None
+        return [*rule, *_inverse(attention.model_constant, "its constant on the logits", MODEL)]
+
+    def _attention_site(self, attention: Attention) -> Site | None:
+        factors = self._logit_factors(attention)
+        if factors is None or self.draft.no_place(attention.call):
+            return None
+        site = parameter_free_site(attention.call, "attention", factors, attention.query)
+        site.last_dim = attention.head_dim if attention.query.shape[-1] == attention.head_dim else None
+        return site
+
     def _activation_factors(self) -> None:
         for activation in self.structure.activations:
             site = self._activation_site(activation)
             if site is None:
                 continue
-            targets = self.structure.targets(activation.output)
-            weights = [(call, value.key) for call in targets or [] for value in self.structure.weights_of(call)]
-            if not weights or any(self.draft.is_left_alone(key) for _, key in weights):
+            targets = self.structure.targets(activation.output) or []
+            taken = [takers(self.draft, call, operand) for call, operand in targets]
+            if not targets or not all(taken):
                 site.leave_alone("its output does not go into scaled matmuls alone")
             else:
-                site.fold_into = list(dict.fromkeys(UseId(key, call.name) for call, key in weights))
-            self.free.add(site, targets or [])
+                uses = (use for found in taken for use in found)
+                site.fold_into = list(dict.fromkeys(UseId(key, self.trace.calls[i].name) for i, key in uses))
+            self.free.add(site, (call for call, _ in targets))
 
     def _activation_site(self, activation: Activation) -> Site | None:
         """The site of an activation; None where it has no place, or the scheme no rule for it."""
@@ -333,6 +395,21 @@ class Planner:
             return None
         factors = self.scheme.activation(call_rms(call))
         return parameter_free_site(call, "activation", factors) if factors else None
+
+    # --- calls beside the loss ------------------------------------------------------------------------------------
+
+    def _follow(self, sites: list[Site]) -> None:
+        """Give uses that a call beside the loss alone makes of a weight the factors that it has on the loss's path."""
+        for use in self.draft.uses.values():
+            main = use.follows
+            if main is None:
+                continue
+            factors = averaged([self.factors[call.index, main.key] for call in main.calls])
+            for call in use.calls:
+                self.factors[call.index, use.key] = factors
+            for site in sites:
+                if main.id in site.fold_into:
+                    site.fold_into.append(use.id)
 
     # --- hand-written autograd.Functions --------------------------------------------------------------------------
 
@@ -360,7 +437,7 @@ class Planner:
         if len(moving) != 1:
             return False
         if found := pushes(self.draft, moving[0], {call.index}):
-            self._push(found, factors, absorb=False)
+            self._push(found, factors)
             return True
         sources, passed = self.structure.sources(moving[0])
         maker = sources[0].value.producer

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from lightning_unitscale.engine.analysis.graph import Source
 from lightning_unitscale.engine.record.keys import ParameterKey
-from lightning_unitscale.engine.record.trace import Value
-from lightning_unitscale.ops import is_lookup
+from lightning_unitscale.engine.record.trace import Call, Value
+from lightning_unitscale.ops import MATMULS, is_lookup
 from lightning_unitscale.schemes.draft import Draft
 
 CallUse = tuple[int, ParameterKey]  # index of a call, and the key of a parameter that it uses
@@ -47,13 +47,38 @@ def pushes(draft: Draft, value: Value, end: Collection[int]) -> list[Push]:
     return found
 
 
+def takers(draft: Draft, call: Call, operand: Value | None = None) -> list[CallUse]:
+    """The uses of a matmul-like call that together can take a constant of an operand, or of its output.
+
+    Of several weights that multiply each other one takes it; empty if there is none, or if something without a
+    parameter would have to take it too.
+    """
+    op = MATMULS[call.name]
+    operands = op.operands(call)
+    of = None if operand is None else next((label for label, v in operands.items() if v is operand), "")
+    keys = [v.key for v in operands.values() if isinstance(v, Value)]
+    for labels in op.takers(call, of):
+        uses = [operands[label] for label in labels]
+        if all(
+            isinstance(v, Value) and v.parameters and not draft.is_left_alone(v.key) and keys.count(v.key) == 1
+            for v in uses
+        ):
+            return [(call.index, v.key) for v in uses]
+    return []
+
+
 def _uses_at(draft: Draft, value: Value, consumers: set[int]) -> list[CallUse]:
     if value.parameters:
-        return [(call.index, value.key) for call in value.consumers if call.index in consumers]
+        calls = [call for call in draft.structure.consumers(value) if call.index in consumers]
+        multiplied = [call for call in calls if call.name in MATMULS and call.inputs.count(value) > 1]
+        return [] if multiplied else [(call.index, value.key) for call in calls]
     call = value.producer
     if call is None:
         return []
-    uses = [(call.index, v.key) for v in dict.fromkeys(call.inputs) if v.parameters]
+    if call.name in MATMULS:
+        return takers(draft, call)
+    made_of = draft.structure.norms[call].x if call in draft.structure.norms else None
+    uses = [(call.index, v.key) for v in dict.fromkeys(call.inputs) if v.parameters and v is not made_of]
     if call in draft.structure.gains and call.name == "add":  # a norm's bias comes after its gain
         above = next((v for v in call.inputs if not v.parameters), None)
         uses += _uses_at(draft, above, consumers) if above is not None else []

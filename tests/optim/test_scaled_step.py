@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -37,10 +37,10 @@ class Plan:
     """Stands for `engine.plan.plan.Plan`: constants by parameter name."""
 
     unfollowed_schedule: tuple[int, ...] = ()
-    parameters: dict[str, Any] = {}  # none of which is stored at another scale  # noqa: RUF012
+    parameters: ClassVar[dict[str, object]] = {}
 
     def __init__(self, module: nn.Module, scales: dict[str, StepScale], coupled: dict[str, StepScale] | None = None):
-        self.module, self.scales, self.coupled = module, scales, coupled or scales
+        self.model, self.scales, self.coupled = module, scales, coupled or scales
         self.asked: list[tuple[str, bool]] = []
 
     def step_scales(self, family: str, *, decoupled_decay: bool) -> dict[str, StepScale]:
@@ -48,7 +48,10 @@ class Plan:
         return self.scales if decoupled_decay else self.coupled
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.module.named_parameters())
+        return dict(self.model.named_parameters())
+
+    def differences(self, module: nn.Module) -> dict[str, list[str]]:
+        return {"missing": [], "other shape": []}
 
 
 SCALES = {

@@ -23,9 +23,10 @@ def find_activations(graph: Graph) -> list[Activation]:
     found: list[Activation] = []
     inside: set[int] = set()
     for span in graph.trace.spans:
+        if span.output is None or span.output.producer is None or not graph.decides(span.output.producer):
+            continue
         if _is_elementwise(graph, span):
             inside.update(span.calls)
-            assert span.output is not None
             found.append(Activation(span.output, None, span))
     for call in graph.calls:
         if call.name in ACTIVATIONS and call.index not in inside and not call.output.parameters:
@@ -35,7 +36,8 @@ def find_activations(graph: Graph) -> list[Activation]:
 
 def _is_elementwise(graph: Graph, span: ModuleSpan) -> bool:
     calls = [graph.trace.calls[index] for index in span.calls]
-    if span.output is None or len(span.inputs) != 1 or span.inputs[0].shape != span.output.shape:
+    assert span.output is not None
+    if len(span.inputs) != 1 or span.inputs[0].shape != span.output.shape:
         return False
     if len(calls) < 2 or span.output.producer is None or span.output.producer.index not in span.calls:
         return False

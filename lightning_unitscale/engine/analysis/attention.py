@@ -95,9 +95,9 @@ def _product_above(graph: Graph, value: Value, found: AttentionLogits) -> tuple[
 
 def _is_query_key_product(graph: Graph, call: Call) -> bool:
     op = MATMULS[call.name]
-    if graph.is_site(call) or not op.is_batched or len(op.multiplicands(call)) < 2:
+    if graph.is_site(call) or not op.is_batched or len(op.multiplicands(call)) != 2:
         return False
-    return not any(operand.constant for operand in op.query_and_key(call))
+    return all(isinstance(v, Value) and v.is_float and not v.constant for v in op.query_and_key(call))
 
 
 def attention_products(graph: Graph) -> list[Call]:
@@ -128,7 +128,7 @@ def _products_above(graph: Graph, logits: Value) -> list[Call]:
 def _products_below(graph: Graph, probabilities: Value) -> list[Call]:
     found, pending, seen = [], [probabilities], {probabilities}
     while pending:
-        for call in pending.pop().consumers:
+        for call in graph.consumers(pending.pop()):
             if call.name in MATMULS:
                 if not graph.is_site(call):
                     found.append(call)

@@ -21,6 +21,8 @@ def reason_not_to_cast(call: Call, format: str) -> str:
     if operands is None:
         return "its operands are not one activation and one weight"
     x, weight = operands
+    if x.is_complex or weight.is_complex:
+        return "complex numbers, which no narrow format has"
     try:
         products = op.products(call, x, weight)
     except UncastableError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from lightning_unitscale.engine.analysis.loss_path import deciding_calls, learned_calls
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.torch_functions import ACCUMULATES, HOMOGENEOUS, JOINS, NORMALIZERS, NORMS, PASSTHROUGH
@@ -35,15 +36,27 @@ class Norm:
 
 
 class Graph:
-    """The calls of one trace; everything is computed when asked for."""
+    """The calls of one trace; everything is computed when asked for.
 
-    def __init__(self, trace: Trace) -> None:
+    Args:
+        whole: take calls beside the loss in, all but those of hooks; without, the plan is made from this graph.
+    """
+
+    def __init__(self, trace: Trace, whole: bool = False) -> None:
         self.trace = trace
-        # A logging hook must not change the plan.
-        self.calls = [call for call in trace.calls if call.frame is not None or call.index in self.to_loss]
-        for call in set(trace.calls).difference(self.calls):
-            for value in call.inputs:
-                value.consumers = [consumer for consumer in value.consumers if consumer is not call]
+        self.learned = learned_calls(trace)
+        self._deciding = deciding_calls(trace, self.learned)
+        if whole:
+            self._deciding |= {call.index for call in trace.calls if call.frame is not None}
+        self.calls = [call for call in trace.calls if self.decides(call)]
+
+    def decides(self, call: Call) -> bool:
+        """Whether `call` is one of this graph: logging, say, must not change a plan."""
+        return call.index in self._deciding
+
+    def consumers(self, value: Value) -> list[Call]:
+        """The calls of this graph that `value` goes into."""
+        return [call for call in value.consumers if self.decides(call)]
 
     # --- linear calls ------------------------------------------------------------------------------------------
 
@@ -173,7 +186,7 @@ class Graph:
         for norm in self.norms.values():
             pending = [norm.call.output]
             while pending:
-                for call in pending.pop().consumers:
+                for call in self.consumers(pending.pop()):
                     if call.name in PASSTHROUGH:
                         pending.extend(call.outputs)
                     elif (
@@ -194,13 +207,14 @@ class Graph:
             norms = [norm for norm in self.norms.values() if norm.x is current]
             inside = {norm.call.index for norm in norms}.union(*(norm.statistics for norm in norms))
             reached = reached or bool(norms)
-            for call in current.consumers:
+            consumers = self.consumers(current)
+            for call in consumers:
                 if call.index in inside:
                     continue
                 if call.name not in PASSTHROUGH:
                     return False
                 pending.extend(call.outputs)
-            if not current.consumers:
+            if not consumers:
                 return False
         return reached
 
@@ -213,18 +227,23 @@ class Graph:
         pending = list(self.trace.losses)
         while pending:
             call = pending.pop().producer
-            if call is not None and call.index not in found:
+            if call is not None and call.index not in found and self.decides(call):
                 found.add(call.index)
                 pending.extend(call.inputs)
         return found
 
     @cached_property
     def feeds_matmul(self) -> set[int]:
-        """Indices of the calls whose output reaches a matmul with a parameter on the way to the loss."""
+        """Indices of the calls whose output reaches a matmul with a parameter on the way to the loss.
+
+        For a learned call that is the way that gradients take: choosing the next token by the logits is no use of them.
+        For one that this step's loss does not depend on, any way: it may be the head of another step's.
+        """
         found: set[int] = set()
         for call in reversed(self.calls):
-            for consumer in (c for output in call.outputs for c in output.consumers):
-                if consumer.index in self.to_loss and (consumer.index in found or self.is_site(consumer)):
+            way = next((way for way in (self.learned, self.to_loss) if call.index in way), self._deciding)
+            for consumer in (c for output in call.outputs for c in self.consumers(output)):
+                if consumer.index in way and (consumer.index in found or self.is_site(consumer)):
                     found.add(call.index)
                     break
         return found

@@ -41,11 +41,6 @@ class Stream:
     normed_links: int = 0
     links: int = 0
 
-    @property
-    def branch_count(self) -> int:
-        """Branches of all its additions; parallel ones counted each."""
-        return sum(len(residual.branches) for residual in self.residuals)
-
 
 def find_additions(graph: Graph) -> list[Addition]:
     """Chains of same-shape additions as one: (calls, terms); the last call gives the sum."""
@@ -64,7 +59,7 @@ def find_additions(graph: Graph) -> list[Addition]:
                 and term.shape == call.output.shape
                 and all(v.shape == term.shape and v.requires_grad for v in above.inputs)
                 and len(above.inputs) == 2
-                and len(term.consumers) == 1
+                and len(graph.consumers(term)) == 1
             ):
                 absorbed.add(above.index)
                 calls.append(above)

@@ -6,7 +6,7 @@ embedding           a table looked up by data
 position            a position, query or other learned tensor added to activations; a table looked up by constants
 token               a learned tensor joined to activations (class, register, mask tokens)
 hidden              weight of a matmul from which the loss is reached through another one
-readout             weight of a matmul from which the loss is reached without another one
+readout             weight of a matmul from which the loss is reached without another one, or no loss in this step
 bias, norm          as named (`norm` is the gain)
 relative_position   added to attention logits
 scale               multiplies activations elementwise (LayerScale, logit scale)
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lightning_unitscale.engine.analysis.loss_path import kinds_of_use, uses
 from lightning_unitscale.engine.analysis.readings import Readings
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
@@ -33,7 +34,11 @@ _TOKEN_CALLS = JOINS | {"where", "setitem", "index_put", "masked_scatter", "copy
 class Use:
     """One way in which a parameter (or an expression of several) enters the model: its key, and the function.
 
-    A use is what a factor can be attached to at run time; it may stand for many calls.
+    A use is what a factor can be attached to at run time; it may stand for many calls. Calls beside the loss are not
+    among them, unless there are no others.
+
+    Attributes:
+        follows: the use on the loss's path whose factors this one, beside it, must have too.
     """
 
     key: ParameterKey
@@ -42,6 +47,7 @@ class Use:
     values: list[Value] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     fan_in: int = 1
+    follows: Use | None = None
 
     @property
     def id(self) -> UseId:
@@ -66,20 +72,32 @@ class Use:
 
 def find_uses(structure: Structure, readings: Readings) -> dict[UseId, Use]:
     """Every use of every parameter in the trace but the readings."""
-    uses: dict[UseId, Use] = {}
+    found: dict[UseId, Use] = {}
+    decided: dict[UseId, Use] = {}  # by kind
     for call in structure.trace.calls:
-        if not call.outputs or call.outputs[0].parameters or call.outputs[0].constant:
-            continue
-        for value in dict.fromkeys(call.inputs):
-            if not value.parameters or (call.index, value) in readings.ends:
-                continue
-            role, fan_in = _role(structure, call, value)
-            use = uses.setdefault(UseId(value.key, call.name), Use(value.key, call.name, role, fan_in=fan_in))
-            use.calls.append(call)
-            use.values.append(value)
-            if use.role != role and use.role == "readout":
-                use.role = role  # a layer that is called before other matmuls too is a hidden one
-    return uses
+        if structure.decides(call):
+            for value, kind in zip(uses(call), kinds_of_use(call), strict=True):
+                if (call.index, value) not in readings.ends:
+                    decided.setdefault(kind, _note(found, structure, call, value))
+    deciding = set(found)
+    for call in structure.trace.calls:
+        if not structure.decides(call):
+            for value, kind in zip(uses(call), kinds_of_use(call), strict=True):
+                if UseId(value.key, call.name) not in deciding:
+                    use = _note(found, structure, call, value)
+                    use.follows = decided.get(kind)
+                    use.role = use.role if use.follows is None else use.follows.role
+    return found
+
+
+def _note(found: dict[UseId, Use], structure: Structure, call: Call, value: Value) -> Use:
+    role, fan_in = _role(structure, call, value)
+    use = found.setdefault(UseId(value.key, call.name), Use(value.key, call.name, role, fan_in=fan_in))
+    use.calls.append(call)
+    use.values.append(value)
+    if use.role != role and use.role == "readout":
+        use.role = role  # a layer that is called before other matmuls too is a hidden one
+    return use
 
 
 def primary_use(uses: list[Use]) -> Use:
@@ -122,8 +140,11 @@ def _matmul_role(structure: Structure, call: Call, label: str) -> tuple[str, int
             return "relative_position", 1
         index = call.argument(0, "input")
         return ("position" if isinstance(index, Value) and index.constant else "embedding"), 1
-    direct = call.index in structure.to_loss and call.index not in structure.feeds_matmul
-    return ("readout" if direct else "hidden"), op.fan_in(call, label)
+    labels = list(structure.weights_of(call).values())
+    # Of weights that multiply each other the last one is the readout, as in one matmul after the other.
+    last = label == labels[-1] or not op.takers(call)
+    direct = call.index not in structure.feeds_matmul
+    return ("readout" if direct and last else "hidden"), op.fan_ins(call, labels)[label]
 
 
 def _is_logit_bias(structure: Structure, call: Call, value: Value) -> bool:

@@ -6,6 +6,7 @@ upward to where a tensor really comes from, `targets` follows them downward to w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -166,8 +167,8 @@ class Structure(Graph):
         A soft cap, c · tanh(x / c), has slope 1 and is no such constant.
         """
         product = 1.0
-        while len(value.consumers) == 1:
-            (call,) = value.consumers
+        while len(consumers := self.consumers(value)) == 1:
+            (call,) = consumers
             if call.name == "tanh":
                 value = call.output
                 continue
@@ -182,40 +183,52 @@ class Structure(Graph):
     def only_feeds(self, value: Value, passed: frozenset[int], end: set[int]) -> bool:
         """Whether everything made from `value` goes through `passed` into the calls `end`."""
         pending, seen = [value], {value}
+        products: list[Call] = []
         reached = False
         while pending:
-            for call in pending.pop().consumers:
+            for call in self.consumers(pending.pop()):
                 if call.index in end:
                     reached = True
+                    if call.name in MATMULS:
+                        products.append(call)
                 elif call.index in passed:
                     new = [output for output in call.outputs if output not in seen]
                     seen.update(new)
                     pending.extend(new)
                 else:
                     return False
-        return reached
+        return reached and _enter_once(seen, products)
 
-    def targets(self, value: Value) -> list[Call] | None:
-        """The matmuls with parameters that `value` reaches through linear calls and gates, if nothing else uses it."""
-        found: list[Call] = []
+    def targets(self, value: Value) -> list[tuple[Call, Value]] | None:
+        """The matmuls with parameters that `value` reaches through linear calls and gates, if nothing else uses it.
+
+        Each with the operand that it is there.
+        """
+        found: list[tuple[Call, Value]] = []
+        passed: list[Call] = []
         pending, seen = [value], {value}
         while pending:
             current = pending.pop()
-            if not current.consumers:
+            consumers = self.consumers(current)
+            if not consumers:
                 if current.producer is None or not current.producer.outputs or len(current.producer.outputs) == 1:
                     return None
                 continue
-            for call in current.consumers:
-                if self.is_site(call) and call.name in MATMULS:
-                    if current in self.weights_of(call):
-                        return None
-                    found.append(call)
+            for call in consumers:
+                if self.is_site(call):
+                    found.append((call, current))
                     continue
                 if not self._scales_with(call, seen):
                     return None
+                passed.append(call)
                 new = [output for output in call.outputs if output not in seen]
                 seen.update(new)
                 pending.extend(new)
+        # Again, as more of the operands of a call may have been reached since.
+        if not all(self._scales_with(call, seen) for call in passed) or not _enter_once(
+            seen, [call for call, _ in found]
+        ):
+            return None
         return found or None
 
     def _scales_with(self, call: Call, scaled: set[Value]) -> bool:
@@ -227,3 +240,8 @@ class Structure(Graph):
         if call.name in PASSTHROUGH or call.name in HOMOGENEOUS or call.name == "div":
             return bool(call.inputs) and call.inputs[0] in scaled and not any(v in scaled for v in call.inputs[1:])
         return False
+
+
+def _enter_once(scaled: set[Value], products: Iterable[Call]) -> bool:
+    """Whether one operand of each product is scaled, and no other: a constant on two of them would be squared."""
+    return all(sum(operand in scaled for operand in call.inputs) == 1 for call in products)

@@ -26,6 +26,7 @@ from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator, Statistics, add_over_processes
+from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import FORMATS, exponent, kind, supports
 
@@ -39,9 +40,13 @@ class Calibration:
     Args:
         module: with the plan in force.
         recalibrate: the steps at which scales are measured again.
+
+    Raises:
+        UnitScalingError: a module with a factor was replaced.
     """
 
     def __init__(self, module: nn.Module, plan: Plan, recalibrate: Sequence[int]) -> None:
+        check_placement(module)
         self.module, self.plan, self.recalibrate = module, plan, tuple(recalibrate)
         self.step: int | None = None  # of the measurement under way
         self._open = ExitStack()

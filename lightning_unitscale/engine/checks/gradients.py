@@ -1,9 +1,9 @@
-"""Gradients of a step that leaves no trace."""
+"""Losses and gradients of a step that leaves no trace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,6 +19,29 @@ from lightning_unitscale.engine.runtime.observer import OperandObserver
 SAMPLES = 65_536  # elements of a gradient that are kept: enough to compare two, little beside the model
 
 
+@contextmanager
+def rehearsed_losses(
+    module: nn.Module,
+    step: Callable[[Rehearsal], Any],
+    trainer: pl.Trainer | None = None,
+    *,
+    casts: bool = True,
+    observer: OperandObserver | None = None,
+) -> Iterator[list[Tensor]]:
+    """The sum of each loss of the step that can be differentiated, inside the rehearsal.
+
+    Args:
+        casts: whether operands are cast.
+        observer: watches the step, forward and backward.
+    """
+    with rehearsal(module, trainer) as run, torch.enable_grad():
+        if not casts:
+            casts_in_force(module).clear()  # of the copies that the rehearsal works on
+        with reentrant_checkpoints_opened(), observer or nullcontext():
+            losses = {id(loss): loss for loss in loss_tensors(step(run), run.losses)}
+            yield [loss.sum() for loss in losses.values() if loss.requires_grad]
+
+
 def rehearsed_gradients(
     module: nn.Module,
     step: Callable[[Rehearsal], Any],
@@ -28,24 +51,41 @@ def rehearsed_gradients(
     observer: OperandObserver | None = None,
     seed: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Evenly spaced elements of each parameter's gradient, in float64; parameters without one are left out.
+    """Samples of each parameter's gradient, in float64; parameters without one are left out.
 
     Args:
-        casts: whether operands are cast.
-        observer: watches the step, forward and backward.
+        casts, observer: as for `rehearsed_losses`.
         seed: what the backward pass starts from.
     """
-    with rehearsal(module, trainer) as run, torch.enable_grad():
-        if not casts:
-            casts_in_force(module).clear()  # of the copies that the rehearsal works on
-        with reentrant_checkpoints_opened(), observer or nullcontext():
-            losses = [loss.sum() for loss in loss_tensors(step(run), run.losses) if loss.requires_grad]
-            named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-            gradients = torch.autograd.grad(
-                losses, list(named.values()), [torch.full_like(loss, seed) for loss in losses], allow_unused=True
-            )
+    with rehearsed_losses(module, step, trainer, casts=casts, observer=observer) as losses:
+        return sampled_gradients(module, losses, seed)
+
+
+def sampled_gradients(
+    module: nn.Module, losses: list[Tensor], seed: float = 1.0, *, keep_graph: bool = False
+) -> dict[str, Tensor]:
+    """Evenly spaced elements of the gradient of the losses' sum, by parameter."""
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    gradients = torch.autograd.grad(
+        losses,
+        list(named.values()),
+        [torch.full_like(loss, seed) for loss in losses],
+        retain_graph=keep_graph,
+        allow_unused=True,
+    )
     return {
-        name: gradient.reshape(-1)[:: -(-gradient.numel() // SAMPLES)].double()
+        name: as_real(gradient).reshape(-1)[:: spacing(gradient)].double()
         for name, gradient in zip(named, gradients, strict=True)
         if gradient is not None and gradient.numel()
     }
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The same numbers, dense and real: complex ones as pairs, what a sparse gradient leaves out as 0."""
+    tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def spacing(tensor: Tensor) -> int:
+    """How far apart the elements are that are kept of a tensor."""
+    return -(-tensor.numel() * (2 if tensor.is_complex() else 1) // SAMPLES)

@@ -132,6 +132,11 @@ def _measure(plan: Plan, trace: Trace) -> None:
 def _folded_activations(plan: Plan, key: str, op: str) -> float:
     product = 1.0
     for site in plan.sites:
-        if site.role == "activation" and site.factors.get("") == 1.0 and UseId(key, op) in site.fold_into:
+        if (
+            site.role == "activation"
+            and not site.beside
+            and site.factors.get("") == 1.0
+            and UseId(key, op) in site.fold_into
+        ):
             product *= site.multiplier
     return product

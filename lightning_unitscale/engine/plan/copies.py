@@ -1,15 +1,19 @@
 """Copies of a part of the model that the model holds itself take the rules of that part.
 
 A momentum encoder, a target network, an average of the weights or a frozen reference model starts as a copy: equal
-values, under other names, frozen or not called in the recorded step. Training code moves numbers from one to the other
+values, under other names, and the recorded step learns nothing for it: it is frozen, not called, or called without
+gradients. Training code moves numbers from one to the other
 (`target.lerp_(online, 0.01)`, `load_state_dict`), so both must store the same thing and have the same factors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
+from lightning_unitscale.engine.plan.parameter_plan import FROZEN
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.rename import renamed_site
 from lightning_unitscale.engine.plan.siblings import like
@@ -17,15 +21,24 @@ from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.places import Frame
 
 
-def include_copies(plan: Plan, module: nn.Module) -> None:
-    """Give the parameters of every such copy the constants of the original, and its calls the original's sites."""
+def include_copies(plan: Plan, module: nn.Module, learned: Collection[str]) -> None:
+    """Give the parameters of every such copy the constants of the original, and its calls the original's sites.
+
+    Args:
+        learned: names of the parameters that gradients of the recorded loss reach.
+    """
     done: list[str] = []
     for name, child in module.named_modules():
-        if not name or any(_inside(name, other) for other in done) or not _is_left_alone(plan, name, child):
+        if not name or any(_inside(name, other) for other in done):
+            continue
+        is_left_alone = _is_left_alone(plan, name, child)
+        if not is_left_alone and not _is_called_only_beside(plan, name, child, learned):
             continue
         for original, other in module.named_modules():
             if not original or _inside(original, name) or _is_left_alone(plan, original, other):
                 continue
+            if not is_left_alone and not any(_inside(key, original) for key in learned):
+                continue  # both are called beside the loss alone, and have rules already
             if _are_equal(child, other):
                 if _is_tied_to_its_surroundings(plan, original):
                     plan.notes.append(
@@ -45,9 +58,13 @@ def _inside(name: str, module: str) -> bool:
 def _is_left_alone(plan: Plan, name: str, child: nn.Module) -> bool:
     parameters = [plan.parameters.get(f"{name}.{key}") for key, _ in child.named_parameters()]
     return bool(parameters) and all(
-        parameter is not None and (parameter.reason == "frozen" or parameter.role == "unused")
-        for parameter in parameters
+        parameter is not None and (parameter.reason == FROZEN or parameter.role == "unused") for parameter in parameters
     )
+
+
+def _is_called_only_beside(plan: Plan, name: str, child: nn.Module, learned: Collection[str]) -> bool:
+    names = [f"{name}.{key}" for key, _ in child.named_parameters()]
+    return bool(names) and all(key in plan.parameters and key not in learned for key in names)
 
 
 def _are_equal(one: nn.Module, other: nn.Module) -> bool:

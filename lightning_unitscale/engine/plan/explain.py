@@ -81,7 +81,7 @@ def folded_into(plan: Plan, key: str, op: str) -> list[Factor]:
     return [
         Factor(factor.value, f"{factor.cause}; of the {site.role} {site.name}, folded", factor.source)
         for site in plan.sites
-        if (key, op) in site.fold_into
+        if (key, op) in site.fold_into and not site.beside
         for factor in site.causes.get("", [])
     ]
 

@@ -26,7 +26,7 @@ def resolve(plan: Plan, storage: str) -> None:
     folded = dict(unfolded)
     for site in plan.sites:
         if site.ordinal is not None:
-            for neighbour in site.fold_into:
+            for neighbour in () if site.beside else site.fold_into:
                 folded[neighbour] *= site.multiplier
             fold = storage == "folded" and bool(site.fold_into)
             site.factors = {"": 1.0 if fold else site.multiplier}

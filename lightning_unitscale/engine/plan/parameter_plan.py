@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from lightning_unitscale.engine.plan.factors import Factor, product
 
+FROZEN = "frozen"
+UNUSED = "no torch call of the recorded step used it"
+
 
 @dataclass
 class ParameterPlan:

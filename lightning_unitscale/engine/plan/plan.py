@@ -28,6 +28,7 @@ from lightning_unitscale.errors import UnitScalingError
 
 PLAN_VERSION = 2
 ATTRIBUTE = "_unit_scaling_plan"  # of a prepared model
+_BOUND: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that a plan was put in force on
 
 
 class FramePlan(NamedTuple):
@@ -237,6 +238,7 @@ class Plan:
     def bind(self, module: nn.Module) -> None:
         """Remember the model the plan is in force on (weakly: a plan never keeps a model alive)."""
         self._module = weakref.ref(module)
+        _BOUND.add(module)
 
     @property
     def model(self) -> nn.Module:
@@ -259,29 +261,29 @@ class Plan:
         named = dict(self.model.named_parameters())
         return {name: named[name] for name in self.parameters if name in named}
 
+    def differences(self, module: nn.Module) -> dict[str, list[str]]:
+        """In what the model is not the one that the plan was made for; empty lists where it is."""
+        modules = {name for name, _ in module.named_modules()}
+        shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+        return {
+            "missing": sorted(set(self.parameters) - set(shapes)),
+            "added": sorted(set(shapes) - set(self.parameters)),
+            "other shape": sorted(
+                f"{name} {parameter.shape} -> {shapes[name]}"
+                for name, parameter in self.parameters.items()
+                if name in shapes and shapes[name] != parameter.shape
+            ),
+            "missing module": sorted({frame.module for frame in self.frames} - modules),
+        }
+
     def check_matches(self, module: nn.Module) -> None:
         """
         Raises:
             UnitScalingError: the model has other parameters or shapes than the plan, naming the first few.
         """
-        modules = {name for name, _ in module.named_modules()}
-        shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
-        missing = sorted(set(self.parameters) - set(shapes))
-        added = sorted(set(shapes) - set(self.parameters))
-        changed = sorted(
-            f"{name} {parameter.shape} -> {shapes[name]}"
-            for name, parameter in self.parameters.items()
-            if name in shapes and shapes[name] != parameter.shape
-        )
-        gone = sorted({frame.module for frame in self.frames} - modules)
         problems = [
             f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-            for what, names in (
-                ("missing", missing),
-                ("added", added),
-                ("other shape", changed),
-                ("missing module", gone),
-            )
+            for what, names in self.differences(module).items()
             if names
         ]
         if problems:
@@ -293,6 +295,15 @@ class Plan:
     def __getstate__(self) -> dict[str, Any]:
         kept = {f.name for f in fields(self)} | {"_module", "schedule_followed", "_text"}
         return {name: value for name, value in self.__dict__.items() if name in kept} | {"_module": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        """A copy; one made with its model, in `copy.deepcopy(model)`, is in force on the model's copy."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        copied.__dict__.update(deepcopy(self.__getstate__(), memo))
+        module = self._module() if self._module is not None else None
+        if module is not None and id(module) in memo:
+            copied.bind(memo[id(module)])
+        return copied
 
 
 def _with_causes(data: dict[str, Any]) -> dict[str, Any]:
@@ -317,3 +328,8 @@ def plan_of(module: nn.Module) -> Plan | None:
     if plan is not None:
         plan.bind(module)  # a copied model brings a copied plan
     return plan
+
+
+def prepared_models() -> dict[nn.Module, Plan]:
+    """All models in this process on which a plan is in force."""
+    return {module: module.__dict__[ATTRIBUTE] for module in list(_BOUND) if ATTRIBUTE in module.__dict__}

@@ -1,4 +1,4 @@
-"""Experts that got no token in the recorded step take the rule of those that did.
+"""Experts that got no token in the recorded step, and blocks that were left out, take the rule of those that ran.
 
 Siblings are parameters of one shape whose names differ in one number ("experts.3.w1.weight", "experts.5.w1.weight").
 Their modules ("experts.3" and "experts.5") are alike, so whatever the plan says of one holds for the other.
@@ -10,31 +10,46 @@ from copy import deepcopy
 from dataclasses import replace
 
 from lightning_unitscale.engine.plan.factors import to_unit_scale
-from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
+from lightning_unitscale.engine.plan.parameter_plan import UNUSED, ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Frame
 
 
-def include_siblings(plan: Plan) -> None:
-    """Give every unused parameter the rule of a sibling that was used, in place."""
+def include_siblings(plan: Plan) -> dict[str, str]:
+    """Give every unused parameter the rule of a sibling that was used, in place; returns the sibling's name of each."""
     used = [parameter for parameter in plan.parameters.values() if parameter.role != "unused"]
-    count = 0
+    models: dict[str, str] = {}
+    renamings: dict[tuple[str, str], _Renaming] = {}
     for name, parameter in plan.parameters.items():
+        if parameter.reason != UNUSED:
+            continue
         model = next((other for other in used if _are_siblings(parameter, other)), None)
-        if parameter.role == "unused" and model is not None:
+        if model is not None:
+            models[name] = model.name
             plan.parameters[name] = like(parameter, model)
-            _copy_sites(plan, _Renaming(model.name, name))
-            count += 1
-    if count:
-        plan.notes.append(f"{count} parameters got no data in the recorded step and take the rule of their siblings")
+            renaming = _Renaming(model.name, name)
+            renamings.setdefault((renaming.model, renaming.sibling), renaming)
+            _copy_sites(plan, renaming)
+    ran = {name for name in plan.parameters if name not in models}
+    for renaming in renamings.values():
+        if not any(name.startswith(f"{renaming.sibling}.") for name in ran):
+            _copy_free_sites(plan, renaming)
+    if models:
+        plan.notes.append(
+            f"{len(models)} parameters got no data in the recorded step and take the rule of their siblings"
+        )
+    return models
 
 
 def _are_siblings(one: ParameterPlan, other: ParameterPlan) -> bool:
-    if one.shape != other.shape:
-        return False
-    left, right = one.name.split("."), other.name.split(".")
+    return one.shape == other.shape and differ_in_a_number(one.name, other.name)
+
+
+def differ_in_a_number(one: str, other: str) -> bool:
+    """Whether two names are the same but for one number: "experts.3.w1.weight" and "experts.5.w1.weight"."""
+    left, right = one.split("."), other.split(".")
     differing = [(a, b) for a, b in zip(left, right, strict=False) if a != b]
     return len(left) == len(right) and len(differing) == 1 and all(part.isdigit() for part in differing[0])
 
@@ -79,6 +94,15 @@ def _copy_sites(plan: Plan, renaming: _Renaming) -> None:
             known = plan.frame_plan(Frame(renamed, method)).keys
             if model in keys and sibling not in known:
                 known.append(sibling)
+
+
+def _copy_free_sites(plan: Plan, renaming: _Renaming) -> None:
+    """Give a module that did not run the parameter-free sites of its sibling, those that no weight takes among them."""
+    known = {site.place for site in plan.sites}
+    for site in list(plan.sites):
+        module = renaming.of(site.module)
+        if site.ordinal is not None and module != site.module and site.place._replace(module=module) not in known:
+            _twin(plan, site, module)
 
 
 def _twin(plan: Plan, site: Site, module: str) -> Site:

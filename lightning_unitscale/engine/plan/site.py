@@ -33,6 +33,7 @@ class Site:
         last_dim: size of the last dimension that argument must have, where it does not depend on the data.
         fold_into: the uses whose multipliers can take the factor; empty where none can.
         folded: nothing stays explicit.
+        beside: a parameter-free site beside the loss, folded into weights that have the factor of one on its path.
         calls: how often it was called in the recorded step.
         rms_before, rms_after: RMS of its operands and output, untouched and under the plan.
         reason: why it has no factor, or why its factor could not be folded.
@@ -60,6 +61,7 @@ class Site:
     last_dim: int | None = None
     fold_into: list[UseId] = field(default_factory=list)
     folded: bool = True
+    beside: bool = False
     calls: int = 1
     rms_before: dict[str, float] = field(default_factory=dict)
     rms_after: dict[str, float] = field(default_factory=dict)

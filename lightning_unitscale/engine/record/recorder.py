@@ -111,6 +111,7 @@ class Recorder(TorchFunctionMode):
         """
         if self._torch_calls_running:
             return apply(*args)
+        self.trace.functions.add(function.__name__)
         self._functions_running += 1
         try:
             result = apply(*args)
@@ -246,6 +247,7 @@ class Recorder(TorchFunctionMode):
         constant: bool = False,
     ) -> Value:
         self._value_count += 1
+        self.trace.transformed |= torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         value = Value(
             index=self._value_count,
             shape=tuple(tensor.shape),
@@ -255,6 +257,7 @@ class Recorder(TorchFunctionMode):
             parameters=parameters,
             expression=expression and bool(parameters),
             constant=constant,
+            is_complex=tensor.is_complex(),
             number=_number(tensor) if constant else None,
         )
         self._values[tensor] = value
@@ -286,7 +289,7 @@ class Recorder(TorchFunctionMode):
             if code.co_argcount:
                 owner = python_frame.f_locals.get(code.co_varnames[0])
                 module = self._module_names.get(id(owner)) if isinstance(owner, nn.Module) else None
-                if module is not None and callable(getattr(type(owner), code.co_name, None)):
+                if module is not None and _is_method(owner, code.co_name):
                     self._frames[id(python_frame)] = python_frame
                     key = (id(python_frame), name)
                     ordinal = self._ordinals.get(key, 0)
@@ -305,6 +308,14 @@ def code_place(caller: FrameType) -> str:
         return "torch"
     code = frame.f_code
     return f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
+
+
+def _is_method(owner: Any, name: str) -> bool:
+    """Whether a scope can stand in for a method: python looks `__call__` and the like up on the class alone.
+
+    What those do (attention processors) belongs to the module that calls them.
+    """
+    return not name.startswith("__") and callable(getattr(type(owner), name, None))
 
 
 def loss_tensors(output: Any, backwards: list[Tensor]) -> list[Tensor]:
@@ -352,11 +363,16 @@ def parameter_facts(module: nn.Module) -> dict[str, ParameterFacts]:
 
 
 def rms(tensor: Tensor) -> float:
-    """Root mean square of a tensor's elements; 0 for an empty one or one that is not of floating point."""
-    if tensor.numel() == 0 or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_meta:
+    """Root mean square of a tensor's elements; 0 of none, of other than floating point, or of what can't be read."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not _is_readable(tensor):
         return 0.0
     with torch.no_grad():
         return float(torch.linalg.vector_norm(tensor, dtype=_wide(tensor)) / tensor.numel() ** 0.5)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether a tensor has elements, and memory with their values: not on meta, nor inside vmap or the like."""
+    return tensor.numel() > 0 and not tensor.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -371,20 +387,21 @@ def _is_alias(one: Tensor, other: Tensor) -> bool:
         one.shape == other.shape
         and one.stride() == other.stride()
         and one.device == other.device
-        and not one.is_meta
+        and _is_readable(one)
+        and _is_readable(other)
         and one.data_ptr() == other.data_ptr() != 0
     )
 
 
 def _is_constant(tensor: Tensor) -> bool:
-    if tensor.numel() == 0 or tensor.is_meta:
+    if not _is_readable(tensor):
         return False
     flat = tensor.detach().reshape(-1)
     return bool((flat == flat[0]).all())
 
 
 def _number(tensor: Tensor) -> float | None:
-    if tensor.numel() != 1 or tensor.is_meta or tensor.is_complex():
+    if tensor.numel() != 1 or tensor.is_complex() or not _is_readable(tensor):
         return None
     return float(tensor.detach())
 

@@ -23,6 +23,7 @@ class Value:
         parameters: names of the parameters it is computed from, if from nothing else but constants
             (a view, a cast, a weight-norm expression); empty for an activation.
         expression: something else than views and casts was done to the parameters (1 + w, weight norm).
+        is_complex: its elements are complex numbers, which `is_float` counts in.
         constant: no parameter and no input of the step went into it.
         number: its value, when it is a 0-dim constant.
         rms: root mean square, taken only for operands and outputs of matmul-like calls.
@@ -36,6 +37,7 @@ class Value:
     parameters: tuple[str, ...] = ()
     expression: bool = False
     constant: bool = False
+    is_complex: bool = False
     number: float | None = None
     rms: float | None = None
     consumers: list[Call] = field(default_factory=list)
@@ -93,6 +95,9 @@ class Trace:
         copies: tensors that no call made and that have the values of a parameter, as the step met them.
         gradients: what `torch.autograd.grad` took of parameters.
         written: trainable parameters that the step's own code writes to, and that code.
+        transformed: a transform of torch.func (vmap, grad) ran part of the step on tensors of its own.
+        drew: whether the step drew random numbers.
+        functions: names of the `torch.autograd.Function`s that were applied.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -104,6 +109,9 @@ class Trace:
     copies: list[tuple[Value, Tensor]] = field(default_factory=list)
     gradients: list[GradientTaken] = field(default_factory=list)
     written: dict[str, str] = field(default_factory=dict)
+    transformed: bool = False
+    drew: bool = False
+    functions: set[str] = field(default_factory=set)
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from lightning_unitscale.engine.record.keys import ParameterKey, UseId, is_param
 from lightning_unitscale.engine.record.places import EVERY_CALL, HOOK, Frame
 from lightning_unitscale.engine.runtime.casts import CastSite, WeightCast, cast_sites
 from lightning_unitscale.engine.runtime.interceptor import AppliedFactors, Rules, ScopedForward
+from lightning_unitscale.engine.runtime.placement import look_after, look_away
 
 _KeysByFrame = dict[Frame, list[ParameterKey]]
 STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
@@ -31,6 +32,12 @@ def rescale_parameters(module: nn.Module, plan: Plan) -> None:
             factor = 1.0 if parameter.fixed else parameter.initial_factor * parameter.stored
             if factor != 1.0:
                 named[name].mul_(factor)
+
+
+def untouched_factors(plan: Plan) -> dict[str, float]:
+    """What brings stored parameters back to their initial values, to rounding, by name, where it is not 1."""
+    factors = {p.name: 1.0 if p.fixed else p.initial_factor * p.stored for p in plan.parameters.values()}
+    return {name: 1 / factor for name, factor in factors.items() if factor not in (0.0, 1.0)}
 
 
 def restore_parameters(module: nn.Module, before: Plan, after: Plan) -> None:
@@ -84,6 +91,7 @@ def install(module: nn.Module, plan: Plan) -> None:
                     scope.sites[site.op, site.ordinal] = site
                     if site.ordinal != EVERY_CALL:
                         scope.most_calls[site.op] = site.calls_in_frame
+    look_after(module)
 
 
 def rules_in_force(module: nn.Module) -> Rules | None:
@@ -160,6 +168,7 @@ def _fused_frames(uses: list[UseId], free: list[Site], modules: dict[str, nn.Mod
 
 def uninstall(module: nn.Module) -> None:
     """Take every scope off again."""
+    look_away(module)
     for child in module.modules():
         for method, scope in list(child.__dict__.items()):
             if isinstance(scope, ScopedForward):

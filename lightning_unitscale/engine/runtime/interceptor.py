@@ -132,6 +132,11 @@ class ScopedForward:
     def __name__(self) -> str:
         return self.method
 
+    @property
+    def __code__(self) -> Any:
+        """As of any forward: `torch.export` names its inputs by the file and line."""
+        return self.__wrapped__.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method in a frame, inside the interceptor of the plan."""
         # One mode for the outermost scope and all inside it: a second one would apply every factor twice, and a weight
@@ -183,6 +188,8 @@ class Interceptor(TorchFunctionMode):
         outside = len(self.parameters)
         # Anew at each run: sharding and functional calls put other tensors in the place of a parameter.
         for owner, attribute, key in scope.touched:
+            if not torch.compiler.is_compiling() and attribute not in owner._parameters:
+                _refuse_computed(owner, attribute, key)
             self._track(self.parameters, getattr(owner, attribute), key)
         self.frames.append(_OpenFrame(scope))
         try:
@@ -270,14 +277,24 @@ class Interceptor(TorchFunctionMode):
         if a == 1.0:
             return self._run(name, call)
         if site.role == "attention":
+            if name in self.rules.ops:  # a learned query or value has a factor of its own
+                call = call.with_each(lambda argument: self._scaled(argument, name))
             return MATMULS[name].scaled_logits(call, a, site.operand)
         if site.role == "residual":
             left, right = call.args[:2]
             if site.operand == 1:
                 return left.add_(right, alpha=a) if in_place else torch.add(left, right, alpha=a)
             return left.mul_(a).add_(right) if in_place else torch.add(right, left, alpha=a)
+        if in_place or (site.role == "activation" and _asked_in_place(call)):
+            return self._run_in_place(name, call, a)
         result = self._run(name, call)
-        return result.mul_(a) if in_place or name in OUTPUT_IS_FREE else result * a
+        return result.mul_(a) if name in OUTPUT_IS_FREE else result * a
+
+    def _run_in_place(self, name: str, call: FunctionCall, a: float) -> Any:
+        """The factor comes onto a copy: autograd may have saved the output of the call, which must not change."""
+        target, *others = call.args
+        result = self._run(name, FunctionCall(call.function, (target.clone(), *others), call.kwargs))
+        return target.copy_(result * a)
 
     def _scaled(self, argument: Any, name: str) -> Any:
         factor = self._factor(argument, name)
@@ -350,6 +367,24 @@ class Interceptor(TorchFunctionMode):
                     "record a step that takes both paths."
                 )
         return site
+
+
+def _refuse_computed(owner: nn.Module, attribute: str, key: str) -> None:
+    """
+    Raises:
+        UnitScalingError: what was a parameter is made anew at each access now, and so can't be followed to its use.
+    """
+    if attribute not in owner.__dict__:  # where sharding and functional calls put tensors in place of parameters
+        raise UnitScalingError(
+            f"{key} has a factor and is no parameter of {type(owner).__name__} any more, but computed (a "
+            "parametrization such as weight_norm?): done after the model was prepared, it takes the factor away. Do "
+            "it before, or between remove_unit_scaling(model) and preparing the model anew."
+        )
+
+
+def _asked_in_place(call: FunctionCall) -> bool:
+    """Whether an activation is called with `inplace=True`, the one flag that activations have."""
+    return any(argument is True for argument in (*call.args[1:], *call.kwargs.values()))
 
 
 def _called_by_hook() -> bool:

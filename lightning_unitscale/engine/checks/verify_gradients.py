@@ -1,0 +1,218 @@
+"""The gate of the gradients: before the first step, on the recorded batch, a backward pass under the plan.
+
+A factor that the forward pass has and a backward pass has not (one put inside a hand-written autograd.Function, or an
+operation that takes it wrongly) leaves every loss as it is and makes gradients wrong. So they are compared with what
+does not use any backward pass: with the change of the loss as parameters are moved (`engine.checks.slopes`), in a few
+sets, one more forward pass each. Without scopes nothing stands in the model's code, and nothing is to be checked.
+
+Some gradients are meant to be others than the slope (straight-through estimators, gradient reversal, detached
+targets). So where they disagree the untouched model is asked the same, on the same batch with the same random numbers:
+what disagrees there too is left to its author, with a note in the plan. It takes the model's weights brought back to
+what they were, to rounding, and back again bit for bit.
+
+Each of the losses of manual optimization is looked at by itself: a generator's gradients are no slope of the sum.
+Nothing is sent to other processes. A step that does so of its own accord is not checked, as the number of forward
+passes depends on what they show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from math import inf
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_unitscale.engine.checks.gradients import rehearsed_losses, sampled_gradients
+from lightning_unitscale.engine.checks.slopes import Reach, Slopes
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.record.rehearsal import Rehearsal
+from lightning_unitscale.engine.record.trace import Trace
+from lightning_unitscale.engine.runtime.install import install, rules_in_force, uninstall, untouched_factors
+from lightning_unitscale.errors import UnitScalingError
+
+_ROUNDS = 2  # sets that disagree in the untouched model too are looked at once more, by halves
+_NAMED = 8
+
+Step = Callable[[Rehearsal], Any]
+
+
+def verify_gradients(
+    module: nn.Module, plan: Plan, before: Trace, step: Step, trainer: pl.Trainer | None = None
+) -> None:
+    """Check the gradients of a plan just put in force; a note in the plan says what could not be checked.
+
+    Args:
+        before: the step as the untouched model took it.
+        step: the same step.
+
+    Raises:
+        UnitScalingError: gradients are not the slope of the loss, though the untouched model's are.
+    """
+    if rules_in_force(module) is None:
+        return
+    try:
+        wrong = _Gate(module, plan, step, trainer).wrong_gradients()
+    except Exception as error:  # a model's own code may object to anything: a second backward, another value
+        plan.notes.append(f"gradients were not checked: {type(error).__name__}: {str(error)[:200]}")
+        return
+    if wrong:
+        raise UnitScalingError(_message(module, plan, before, wrong))
+
+
+class _Gate:
+    """The comparison, for all losses of a step."""
+
+    def __init__(self, module: nn.Module, plan: Plan, step: Step, trainer: pl.Trainer | None) -> None:
+        self.module, self.plan, self.step, self.trainer = module, plan, step, trainer
+
+    def wrong_gradients(self) -> dict[str, float]:
+        """By parameter, how many times too large its gradient is."""
+        ours = self._slopes()
+        wrong: dict[str, float] = {}
+        unknown: list[str] = []
+        level = [
+            (loss, names)
+            for loss, slopes in enumerate(ours)
+            for names in _split(list(slopes.gradients), slopes.reach.sets)
+        ]
+        for _ in range(_ROUNDS):
+            found = [(loss, names, ours[loss].measure(names)) for loss, names in level]
+            unknown += [name for _, names, measured in found if measured.agrees is None for name in names]
+            off = [(loss, names) for loss, names, measured in found if measured.agrees is False]
+            honest = self._agreeing_untouched(off)
+            for loss, names in honest[-1:]:
+                wrong = _narrowed(ours[loss], names)
+            level = [(loss, half) for loss, names in off if (loss, names) not in honest for half in _split(names, 2)]
+            if wrong or not level:
+                break
+        if not wrong:
+            self._note(unknown, [name for _, names in level for name in names])
+        return wrong
+
+    def _slopes(self) -> list[Slopes]:
+        """One for each loss of the step as the model is now."""
+        with _Watch() as watch, rehearsed_losses(self.module, self.step, self.trainer) as losses:
+            gradients = [
+                sampled_gradients(self.module, [loss], keep_graph=index + 1 < len(losses))
+                for index, loss in enumerate(losses)
+            ]
+            return [
+                Slopes(
+                    self.module,
+                    partial(self._loss, index),
+                    _number(loss),
+                    torch.finfo(loss.dtype).eps,
+                    gradients[index],
+                    Reach.of(watch.eps),
+                )
+                for index, loss in enumerate(losses)
+            ]
+
+    def _loss(self, index: int) -> float:
+        with rehearsed_losses(self.module, self.step, self.trainer) as losses:
+            return _number(losses[index])
+
+    def _agreeing_untouched(self, sets: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
+        """Those of the sets whose gradients are the slope of the loss in the untouched model."""
+        if not sets:
+            return []
+        with _untouched(self.module, self.plan):
+            theirs = self._slopes()
+            return [(loss, names) for loss, names in sets if theirs[loss].measure(names).agrees]
+
+    def _note(self, unknown: list[str], otherwise: list[str]) -> None:
+        for names, why in (
+            (unknown, "the loss is 0, jumps, or is too coarse to show its slope"),
+            (otherwise, "in the untouched model too they are not the slope of the loss"),
+        ):
+            if names:
+                self.plan.notes.append(f"gradients were not checked of {_some(list(dict.fromkeys(names)))}: {why}")
+
+
+def _narrowed(slopes: Slopes, names: list[str]) -> dict[str, float]:
+    """The smallest part that disagrees, of several the one nearest to the loss: what is before it passes it on."""
+    ratio = slopes.measure(names).ratio
+    narrower: list[str] | None = names
+    while narrower:
+        names, narrower = narrower, None
+        for half in reversed(_split(names, 2) if len(names) > 1 else []):
+            measured = slopes.measure(half)
+            if measured.agrees is False:
+                narrower, ratio = half, measured.ratio
+                break
+    return dict.fromkeys(names, 1 / ratio if ratio else inf)
+
+
+@contextmanager
+def _untouched(module: nn.Module, plan: Plan) -> Iterator[None]:
+    """The model without the plan inside."""
+    named = dict(module.named_parameters())
+    kept = {name: (named[name].data, factor) for name, factor in untouched_factors(plan).items()}
+    before = [(data, data.clone()) for data, _ in kept.values()]
+    uninstall(module)
+    try:
+        for data, factor in kept.values():
+            data.mul_(factor)
+        yield
+    finally:
+        for data, saved in before:
+            data.copy_(saved)
+        install(module, plan)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the coarsest dtype of a step, and objects to one that talks to other processes."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.eps = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "namespace", "") in ("c10d", "_c10d_functional") and distributed.get_world_size() > 1:
+            raise RuntimeError("the step talks to other processes")
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return result
+
+
+def _message(module: nn.Module, plan: Plan, before: Trace, wrong: dict[str, float]) -> str:
+    functions = sorted(before.functions)
+    sites = [
+        site.name
+        for site in plan.explicit_sites
+        if not wrong.keys().isdisjoint(name for key in site.params for name in key.names)
+    ]
+    return (
+        f"{type(module).__name__}: under the plan gradients are not the slope of the loss, though the untouched "
+        f"model's are. Nearest to the loss: {_some([f'{name} (× {factor:.3g})' for name, factor in wrong.items()])}, "
+        "which those of earlier layers may follow. A factor of the forward pass is missing or another one in a "
+        "backward pass"
+        + (f"; explicit factors stand at {_some(sites)}" if sites else "")
+        + (f"; hand-written autograd.Functions in this step: {_some(functions)}" if functions else "")
+        + ". List in skip the parameters that such a Function uses, or those named first; the model was brought back "
+        "to what it was, to rounding."
+    )
+
+
+def _split(names: Sequence[str], parts: int) -> list[list[str]]:
+    """In order, as even as can be."""
+    bounds = [len(names) * part // parts for part in range(parts + 1)]
+    return [list(names[start:end]) for start, end in pairwise(bounds) if start < end]
+
+
+def _number(loss: Tensor) -> float:
+    return float(loss.detach().double())
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

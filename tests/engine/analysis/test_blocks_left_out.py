@@ -1,0 +1,121 @@
+"""Blocks that the recorded step happened not to run count in the depth, and have the rule of those like them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_unitscale import Plan, unit_scale
+from lightning_unitscale.engine.record.random_draws import random_state
+
+X = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+Y = X[:, :4].argmax(-1)
+DRAWS = [(0.4, 0), (0.4, 1), (0.4, 3), (0.8, 5)]  # (share left out, seed); 3 leaves all of them out
+
+
+class Block(nn.Module):
+    def __init__(self, share: float, post_norm: bool, rescaled: bool) -> None:
+        super().__init__()
+        self.share, self.post_norm, self.rescaled = share, post_norm, rescaled
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(()).item() < self.share:
+            return x
+        branch = self.down(F.gelu(self.up(x if self.post_norm else self.norm(x))))
+        if self.rescaled and self.training:
+            branch = branch / (1 - self.share)
+        return self.norm(x + branch) if self.post_norm else x + branch
+
+
+class Net(nn.Module):
+    def __init__(self, share: float, post_norm: bool = False, rescaled: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(Block(share, post_norm, rescaled) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(X), Y)
+
+
+def prepared(model: nn.Module, seed: int, **options: object) -> Plan:
+    torch.manual_seed(seed)
+    return unit_scale(model, loss_of, **options)  # type: ignore[arg-type]
+
+
+def constants(plan: Plan) -> dict[str, object]:
+    names = ("role", "multiplier", "stored", "unit_lr", "sgd_lr", "depth_lr", "relative_lr", "reason")
+    return {
+        name: [pytest.approx(v, rel=1e-9) if isinstance(v := getattr(p, key), float) else v for key in names]
+        for name, p in plan.parameters.items()
+    }
+
+
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+@pytest.mark.parametrize(("share", "seed"), DRAWS)
+@pytest.mark.parametrize("post_norm", [False, True], ids=["pre_norm", "post_norm"])
+@pytest.mark.parametrize("rescaled", [False, True], ids=["plain", "rescaled"])
+def test_every_draw_gives_the_plan_of_the_whole_model(
+    storage: str, share: float, seed: int, post_norm: bool, rescaled: bool
+) -> None:
+    whole, drawn = Net(0.0, post_norm, rescaled), Net(share, post_norm, rescaled)
+    wanted = prepared(whole, 0, storage=storage)
+    plan = prepared(drawn, seed, storage=storage)
+    assert constants(plan) == constants(wanted)
+    assert torch.allclose(drawn.eval()(X), whole.eval()(X), rtol=1e-4, atol=1e-6)
+
+
+def test_drawing_again_leaves_the_random_numbers_alone() -> None:
+    model = Net(0.4)
+    torch.manual_seed(3)
+    before = random_state()
+    unit_scale(model, loss_of)
+    assert random_state() == before
+
+
+def test_a_step_that_draws_nothing_is_recorded_once() -> None:
+    class Unused(Net):
+        def __init__(self) -> None:
+            super().__init__(-1.0)
+            self.blocks = nn.ModuleList()
+            self.calls, self.spare = [0], nn.Linear(3, 3)
+
+    model, calls = Unused(), []
+    unit_scale(model, lambda m: (calls.append(1), loss_of(m))[1], verify=False)
+    assert len(calls) == 1
+
+
+def test_a_block_left_out_that_is_to_be_skipped_is_skipped() -> None:
+    plan = prepared(Net(0.4), 1, skip=["blocks.*"])
+    assert all(p.multiplier == 1.0 and p.reason for name, p in plan.parameters.items() if name.startswith("blocks"))
+
+
+class Experts(nn.Module):
+    """One expert of three gets data in the recorded step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.router = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(16, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x + self.router(x).softmax(-1)[:, :1] * self.experts[1](x))
+
+
+def test_experts_without_data_are_no_branches_of_their_own() -> None:
+    plan = prepared(Experts(), 0)
+    causes = [f.cause for p in plan.sites for f in p.causes.get("experts.1.2.weight", [])]
+    assert any("a stream of 1 branches" in cause for cause in causes)
+    assert plan.parameters["experts.0.2.weight"].multiplier == plan.parameters["experts.1.2.weight"].multiplier
