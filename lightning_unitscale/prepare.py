@@ -37,7 +37,7 @@ from lightning_unitscale.engine.runtime.install import (
     uninstall,
     untouched_factors,
 )
-from lightning_unitscale.engine.runtime.kept_copies import kept_copies, rescale_kept
+from lightning_unitscale.engine.runtime.kept_copies import Kept, kept_copies, rescale_kept
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.optim.unscaled_steps import watch_steps
@@ -94,7 +94,7 @@ def prepare(
             verify(module, plan, trace, lambda: record(module, step, trainer))
             verify_gradients(module, plan, trace, step, trainer)
         except UnitScalingError:
-            _bring_back(module, plan, zeroed)
+            _bring_back(module, plan, zeroed, kept)
             raise
     return plan
 
@@ -271,15 +271,17 @@ def _about_to_be_zero(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return {name: named[name].detach().clone() for name, factor in factors.items() if factor == 0.0}
 
 
-def _bring_back(module: nn.Module, plan: Plan, zeroed: dict[str, Tensor]) -> None:
-    """Take a plan off again that was refused; weights are what they were, to rounding."""
+def _bring_back(module: nn.Module, plan: Plan, zeroed: dict[str, Tensor], kept: list[Kept]) -> None:
+    """Take a plan off again that was refused; weights and their kept copies are what they were, to rounding."""
     forget(module)
-    named = dict(module.named_parameters())
+    factors = untouched_factors(plan)
+    rescaled = [*module.named_parameters(), *((name, tensor) for _, tensor, name in kept)]
     with torch.no_grad():
-        for name, factor in untouched_factors(plan).items():
-            named[name].mul_(factor)
-        for name, values in zeroed.items():
-            named[name].copy_(values)
+        for name, tensor in rescaled:
+            if name in zeroed:
+                tensor.copy_(zeroed[name])
+            elif name in factors:
+                tensor.mul_(factors[name])
 
 
 def _refuse_nothing(module: nn.Module, trace: Trace, plan: Plan) -> None:
