@@ -258,7 +258,7 @@ def test_honest_gradients_are_checked_in_silence(name: str) -> None:
 @pytest.mark.parametrize("name", BY_DESIGN)
 def test_gradients_that_are_no_slopes_by_design_are_left_to_their_author(name: str) -> None:
     notes = prepare(seeded(BY_DESIGN[name]))
-    assert any("in the untouched model too" in note for note in notes)
+    assert any("in the untouched model too" in note or "the loss is 0, jumps" in note for note in notes)
 
 
 def test_a_step_that_cannot_be_differentiated_is_noted() -> None:
