@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
@@ -238,6 +239,7 @@ def test_interrupt_saves_after_the_step_and_gives_ctrl_c_back(tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    logging.getLogger("pytorch_lightning").setLevel(logging.INFO)  # a sweep in this process has silenced it
     """`unitscale pretrain experiment=tiny`: the run folder and what it printed."""
     folder = tmp_path_factory.mktemp("run")
     printed = folder / "printed"
