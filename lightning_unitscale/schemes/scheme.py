@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.options import choose
+from lightning_unitscale.options import STORAGES, choose
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,14 @@ class Scheme(ABC):
         changes_training: False for a scheme that leaves weights, function and learning rates alone; it is then asked
             for nothing, and the first loss must equal the untouched model's bit for bit.
         least_usual_rate: an η below it is taken for a rate in ordinary units, and warned of; 0 warns of none.
+        storages: those that it can be kept in.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
     changes_training: ClassVar[bool] = True
     least_usual_rate: ClassVar[float] = 0.0
+    storages: ClassVar[tuple[str, ...]] = STORAGES
 
     @abstractmethod
     def weight(self, weight: Weight) -> list[Factor]:
