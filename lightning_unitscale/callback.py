@@ -24,8 +24,8 @@ class UnitScaling(Callback):
     keep your values.
 
     Args:
-        scheme: "umup" (u-μP, for training from scratch; arXiv 2407.17465) or "preserve" (the model's own function
-            and training, for pretrained models).
+        scheme: "umup" (u-μP, for training from scratch; arXiv 2407.17465), "preserve" (the model's own function
+            and training, for pretrained models) or "amax" (tensors divided by max|t|/√n, see `schemes.amax`).
         format: what the operands of every matmul with a parameter are cast to, each times one power of two: "fp8"
             (e4m3, gradients e5m2), "fp16", "bf16", or None for no casts. Measured on the first step, in which nothing
             is cast yet; see `formats`.
@@ -46,6 +46,8 @@ class UnitScaling(Callback):
             the gradients that come back to them. Numerics alone, at no gain in speed; see `engine.runtime.casts`.
         recalibrate: steps at which operand scales are measured again; of use with a `format` only.
         verify: check the plan on the first batch before training starts, see `engine.checks.verify`.
+        keep_function: of "amax" alone. True, as None: the divisors of weights and activations are carried along, and
+            the function stays the model's own. False: it changes, and those of activations follow each call.
         optimizer_family: "adam", "sgd" or "muon", for an optimizer class of which unit scaling does not know how its
             step answers to the gradient's scale, see `optimizer_family`.
 
@@ -70,6 +72,7 @@ class UnitScaling(Callback):
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         recalibrate: Sequence[int] = RECALIBRATE,
         verify: bool = True,
+        keep_function: bool | None = None,
         optimizer_family: str | None = None,
     ) -> None:
         self.unit_scaling = Lifecycle(
@@ -85,6 +88,7 @@ class UnitScaling(Callback):
                 overrides=overrides or {},
                 recalibrate=recalibrate,
                 verify=verify,
+                keep_function=keep_function,
             ),
             optimizer_family,
         )

@@ -46,13 +46,13 @@ from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
-from lightning_unitscale.optim.families import check_family, optimizer_family
+from lightning_unitscale.optim.families import check_family, optimizer_family, refuse_family
 from lightning_unitscale.optim.late_parameters import may_learn_late
 from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps, scale_learning_rates
 from lightning_unitscale.options import PLAN_OPTIONS, Options
 from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
-from lightning_unitscale.schemes import find
+from lightning_unitscale.schemes import find, scheme_of
 from lightning_unitscale.wrapped_methods import WrappedMethods
 
 
@@ -71,7 +71,7 @@ class Lifecycle:
     """
 
     def __init__(self, options: Options, optimizer_family: str | None = None) -> None:
-        find(options.scheme)
+        scheme_of(options)
         check_family(optimizer_family, "optimizer_family")
         self.options = options
         self.optimizer_family = optimizer_family
@@ -90,7 +90,7 @@ class Lifecycle:
 
     @property
     def _changes_training(self) -> bool:
-        return find(self.options.scheme).changes_training
+        return scheme_of(self.options).changes_training
 
     # --- before and after a run -------------------------------------------------------------------------------
 
@@ -186,8 +186,9 @@ class Lifecycle:
     def _prepare(self, strategy: Strategy, module: pl.LightningModule, step: Step, batch_idx: int) -> Plan | None:
         """Rehearse the step and put its plan in force on the model and its averages; None if the step has no loss."""
         if self._changes_training:
-            for optimizer in strategy.optimizers:
-                self._family(optimizer)  # is known, before anything is changed
+            for optimizer in strategy.optimizers:  # before anything is changed
+                scheme = find(self.options.scheme)
+                refuse_family(scheme.name, scheme.families, self._family(optimizer), optimizer)
             _refuse_pruning(module.trainer)
         try:
             plan = prepare(

@@ -89,6 +89,7 @@ class Options:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     recalibrate: Sequence[int] = RECALIBRATE
     verify: bool = True
+    keep_function: bool | None = None
 
     def __post_init__(self) -> None:
         choose("storage", self.storage, STORAGES)
@@ -98,6 +99,8 @@ class Options:
         for name in ("weights", "activations", "gradients", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise UnitScalingError(f"{name}={getattr(self, name)!r} must be True or False.")
+        if self.keep_function not in (None, True, False):
+            raise UnitScalingError(f"keep_function={self.keep_function!r} must be True, False or None.")
         object.__setattr__(self, "skip", _globs(self.skip))
         object.__setattr__(self, "recalibrate", _steps(self.recalibrate))
         overrides = _overrides(self.overrides)

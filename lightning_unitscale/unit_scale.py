@@ -29,6 +29,7 @@ def unit_scale(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     recalibrate: Sequence[int] = RECALIBRATE,
     verify: bool = True,
+    keep_function: bool | None = None,
 ) -> Plan:
     """Prepare a model in place and return the plan.
 
@@ -36,8 +37,8 @@ def unit_scale(
         module: any model; its parameters stay the same objects.
         step: `step(module)` runs one training step's forward pass on real data and returns the scalar loss
             (or a dict with "loss"). It is called to record the model; nothing it changes is kept.
-        scheme … verify: as for `UnitScaling`. With a `format`, operand scales are measured on this step; `recalibrate`
-            needs `recalibrating` around your later ones.
+        scheme … keep_function: as for `UnitScaling`. With a `format`, operand scales are measured on this step;
+            `recalibrate` needs `recalibrating` around your later ones.
 
     Returns:
         The plan in force; `scale_learning_rates(optimizer, plan)` takes its learning-rate multipliers.
@@ -57,6 +58,7 @@ def unit_scale(
         overrides=overrides or {},
         recalibrate=recalibrate,
         verify=verify,
+        keep_function=keep_function,
     )
     plan = prepare(module, lambda _: step(module), options)
     measure_operands(module, lambda _: step(module), options)

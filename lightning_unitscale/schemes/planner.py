@@ -14,9 +14,10 @@ the total, so each factor is divided by what the model has there itself.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from math import isclose, log2, sqrt
+from math import isclose, log2, prod, sqrt
 from statistics import median
 from typing import Any
 
@@ -37,6 +38,7 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.siblings import include_siblings
 from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import UseId
+from lightning_unitscale.engine.record.places import EVERY_CALL, Place
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.options import STORAGES, Options
@@ -101,13 +103,18 @@ class Planner:
             self._activation_factors()
         self._move_out_of_functions()
         sites = self.free.sites()
+        if self.scheme.keeps_function:
+            self._take_back(sites)
         self._follow(sites)
         if self.options.activations:
-            sites += BesideSites(self.draft, self.free, sites, self._activation_site, self._attention_site).find()
+            beside = self._activation_site, self._attention_site, self.scheme.on_top
+            sites += BesideSites(self.draft, self.free, sites, *beside).find()
         plan = self.draft.plan(self.factors, sites)
+        plan.keeps_function, plan.families = self.scheme.keeps_function, list(self.scheme.families)
         for parameter in plan.parameters.values():
             self._initial_value_and_rates(parameter)
         self._multiplier_overrides(plan)
+        self._say_what_is_divided(plan)
         plan.notes += self.notes
         models = include_siblings(plan)
         self._own_relative_steps(plan, models)
@@ -115,7 +122,8 @@ class Planner:
         include_copies(plan, self.module, used_parameters(self.trace, self.structure.learned))
         _hand_over_to_readings(plan)
         resolve(plan, self.options.storage)
-        self._readout_rates(plan)
+        if not self.scheme.on_top:
+            self._readout_rates(plan)
         return plan
 
     # --- weights ----------------------------------------------------------------------------------------------
@@ -123,6 +131,8 @@ class Planner:
     def _weight_factors(self, use: Use, call: Call, value: Value) -> list[Factor]:
         if not self.options.weights or self.draft.is_left_alone(use.key):
             return []
+        if self.scheme.on_top:
+            return [] if self._stays_as_it_is(use.parameters) else list(self.scheme.weight(self._weight(use)))
         factors = list(self.scheme.weight(self._weight(use)))
         if use.role in ("hidden", "readout"):
             factors += _inverse(self._model_constant_of_input(call, use), "a constant on its input", MODEL)
@@ -134,9 +144,10 @@ class Planner:
         return factors
 
     def _weight(self, use: Use, depth: float = 1.0) -> Weight:
-        shape = self.trace.facts[use.parameters[0]].shape
+        facts = self.trace.facts[use.parameters[0]]
         is_tied = any(self.draft.roles[name] != use.role for name in use.parameters)
-        return Weight(use.role, use.fan_in, shape[-1] if shape else 1, depth, is_tied)
+        width = facts.shape[-1] if facts.shape else 1
+        return Weight(use.role, use.fan_in, width, depth, is_tied, facts.largest, prod(facts.shape))
 
     def _model_constant_of_input(self, call: Call, use: Use) -> float:
         """Of the several weights of a call one absorbs it."""
@@ -158,6 +169,8 @@ class Planner:
         facts = self.trace.facts[parameter.name]
         uses = [use for use in self.draft.uses.values() if parameter.name in use.parameters]
         use = next((use for use in uses if use.role == parameter.role), None)
+        divides = self.scheme.divides_gradients and self.options.gradients
+        parameter.divided_gradient = divides and use is not None and not parameter.reason
         if use is None or parameter.reason or not self.options.weights:
             if parameter.role in ("scale", "other") and facts.rms:
                 parameter.set_constant("unit_lr", [Factor(facts.rms, "its initial RMS, at which it is left")])
@@ -169,10 +182,26 @@ class Planner:
         parameter.set_constant("depth_lr", rates.depth)
         parameter.fixed = use.is_expression
         parameter.stored_whole = any(use.in_function for use in uses)
-        if use.role in WEIGHT_ROLES:
+        if self.scheme.on_top:
+            if not self._stays_as_it_is([parameter.name]):
+                parameter.set_constant("initial_factor", self.scheme.initial(self._weight(use)))
+                parameter.set_constant("relative_lr", [self._step_on_top(parameter)])
+        elif use.role in WEIGHT_ROLES:
             self._bring_to_unit_scale(parameter, use)
         elif use.role == "bias" and not facts.is_constant and not self.draft.is_read(parameter.name):
             parameter.set_constant("initial_factor", [Factor(0.0, "biases start at 0")])
+
+    def _stays_as_it_is(self, names: Iterable[str]) -> bool:
+        """Whether a scheme that is on top of the model leaves these parameters at the scale that they have."""
+        used = {name for use in self.draft.uses.values() if use.is_expression for name in use.parameters}
+        return any(name in used or name in self.zeros or not self.trace.facts[name].largest for name in names)
+
+    def _step_on_top(self, parameter: ParameterPlan) -> Factor:
+        """The relative step that it had; exactly, where the function is kept: folded weights then have plain steps."""
+        rate = parameter.initial_factor
+        if not self.scheme.keeps_function:
+            rate = _rounded(rate)
+        return Factor(rate, "as its initial value was multiplied: the relative step that it had", STANDARD)
 
     def _bring_to_unit_scale(self, parameter: ParameterPlan, use: Use) -> None:
         rms = self.trace.facts[parameter.name].rms
@@ -193,13 +222,12 @@ class Planner:
         """What a learning rate of 1 changes a weight by, relative to it.
 
         Where a whole model is drawn so small that its first step would be many times the weights themselves, that is
-        no step to reproduce; it is limited to that of weights at `NEAR_ZERO` of their usual size. Rounded to a
-        sixteenth of an octave: weights drawn alike then share a learning rate, and groups stay few.
+        no step to reproduce; it is limited to that of weights at `NEAR_ZERO` of their usual size.
         """
         smallest = NEAR_ZERO / sqrt(use.fan_in)
         if rms < smallest:
             self.notes.append(f"{use.key} is drawn with RMS {rms:.1g}: its learning rate is that of {smallest:.1g}")
-        rate = float(2 ** (round(16 * log2(1 / max(rms, smallest))) / 16))
+        rate = _rounded(1 / max(rms, smallest))
         return Factor(rate, f"1 / initial RMS {max(rms, smallest):.4g}: the relative step that it had", STANDARD)
 
     @cached_property
@@ -231,6 +259,24 @@ class Planner:
             else:
                 own = Factor(1 / abs(parameter.multiplier), "1 / multiplier: the step that it had", STANDARD)
                 parameter.set_constant("relative_lr", [own])
+
+    def _say_what_is_divided(self, plan: Plan) -> None:
+        """Name the exceptions: gradients that the optimizer sees otherwise, factors that follow each call, zeros."""
+        if plan.divided_gradients:
+            self.notes.append(
+                f"the optimizer sees the gradients of {len(plan.divided_gradients)} parameters divided by max|gradient| / √d, and not "
+                "as they are; .grad holds the true ones but inside the update"
+            )
+        following = [site.name for site in plan.sites if site.divides_along is not None]
+        if following:
+            self.notes.append(
+                f"{len(following)} activations are divided by max|f| / √n of each call's own output ({following[0]}"
+                f"{' …' if len(following) > 1 else ''})"
+            )
+        zero = [p.name for p in plan.parameters.values() if not p.reason and not self.trace.facts[p.name].largest]
+        if self.scheme.on_top and self.options.weights and zero:
+            names = ", ".join(zero[:3]) + (" …" if len(zero) > 3 else "")
+            self.notes.append(f"left as they are, for they are all zero and have no scale to divide by: {names}")
 
     # --- residual streams and sums ------------------------------------------------------------------------------
 
@@ -265,7 +311,7 @@ class Planner:
 
     def _own_relative_steps(self, plan: Plan, models: Mapping[str, str]) -> None:
         """What takes the rule of a sibling keeps the relative step that it had itself."""
-        for name, model in models.items():
+        for name, model in models.items() if not self.scheme.on_top else ():
             rms, role = self.trace.facts[name].rms, plan.parameters[model].role
             uses = [use for use in self.draft.uses.values() if model in use.parameters and use.role == role]
             if uses and rms and role in WEIGHT_ROLES and model not in self.zeros and not plan.parameters[model].reason:
@@ -377,6 +423,8 @@ class Planner:
             taken = [takers(self.draft, call, operand) for call, operand in targets]
             if not targets or not all(taken):
                 site.leave_alone("its output does not go into scaled matmuls alone")
+            elif site.divides_along is not None:
+                site.reason = "found anew in every call"
             else:
                 uses = (use for found in taken for use in found)
                 site.fold_into = list(dict.fromkeys(UseId(key, self.trace.calls[i].name) for i, key in uses))
@@ -387,14 +435,53 @@ class Planner:
         if activation.span is not None:
             function: Any = self.module.get_submodule(activation.span.module)
             site = Site(activation.span.module, "forward", "output", "activation", ordinal=0)
-            site.set_factors("", self.scheme.activation(gaussian_rms(function.forward)))
-            return site if site.causes[""] else None
-        call = activation.call
-        assert call is not None
-        if self.draft.no_place(call):
-            return None
-        factors = self.scheme.activation(call_rms(call))
-        return parameter_free_site(call, "activation", factors) if factors else None
+            rule = self.scheme.activation(gaussian_rms(function.forward))
+        else:
+            call = activation.call
+            assert call is not None
+            if self.draft.no_place(call):
+                return None
+            site, rule = parameter_free_site(call, "activation", []), self.scheme.activation(call_rms(call))
+        seen = self._seen(activation, site)
+        site.set_factors("", [*rule, *seen])
+        if seen and not self.scheme.keeps_function:
+            site.divides_along = self.structure.feature_dimension(activation.output)
+        return site if site.causes[""] else None
+
+    def _seen(self, activation: Activation, site: Site) -> list[Factor]:
+        """The scheme's factor by what all calls of the place's function in its frame gave, so that a loop has one."""
+        if not activation.output.shape:
+            return []
+        features = activation.output.shape[self.structure.feature_dimension(activation.output)]
+        return self.scheme.seen_activation(self._largest[site.place.at_every_call], features)
+
+    @cached_property
+    def _largest(self) -> dict[Place, float]:
+        found: dict[Place, float] = defaultdict(float)
+        for call in self.trace.calls:
+            if call.frame is not None and call.output.largest is not None:
+                place = call.place.at_every_call
+                found[place] = max(found[place], call.output.largest)
+        for span in self.trace.spans:
+            if span.output is not None and span.output.largest is not None:
+                place = Place(span.module, "forward", "output", EVERY_CALL)
+                found[place] = max(found[place], span.output.largest)
+        return found
+
+    def _take_back(self, sites: list[Site]) -> None:
+        """Have the weights that take an activation's factor undo it, at each of their calls."""
+        for site in sites:
+            if site.role != "activation" or site.multiplier == 1.0:
+                continue
+            if not site.fold_into:
+                site.leave_alone(site.reason or "no weight would undo it, and the function is to be kept")
+            for use in site.fold_into:
+                back = [
+                    Factor(1 / f.value, f"back from activation {site.name}: {f.cause}", f.source)
+                    for f in site.causes[""]
+                ]
+                for call in self.draft.uses[use].calls:
+                    self.factors[call.index, use.key] = [*self.factors[call.index, use.key], *back]
 
     # --- calls beside the loss ------------------------------------------------------------------------------------
 
@@ -471,6 +558,11 @@ def _hand_over_to_readings(plan: Plan) -> None:
             parameter = plan.parameters[site.params[0]]
             initial = 1.0 if parameter.fixed else parameter.initial_factor
             site.set_factors(parameter.name, _inverse(initial, "in the units of the untouched model"))
+
+
+def _rounded(rate: float) -> float:
+    """To a sixteenth of an octave: weights drawn alike then share a learning rate, and groups stay few."""
+    return float(2 ** (round(16 * log2(rate)) / 16))
 
 
 def _inverse(constant: float, cause: str, source: str = "") -> list[Factor]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.options import STORAGES, choose
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.options import STORAGES, Options, choose
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Weight:
         width: size of its last dimension.
         depth: L, half the number of branches of the residual stream whose branch it is part of; 1 outside of all.
         is_tied: it has another role elsewhere, which decides how it is stored and trained.
+        largest: max|θ| of its initial value.
+        elements: how many it has.
     """
 
     role: str
@@ -34,6 +37,8 @@ class Weight:
     width: int = 1
     depth: float = 1.0
     is_tied: bool = False
+    largest: float = 0.0
+    elements: int = 1
 
     @property
     def is_table(self) -> bool:
@@ -83,6 +88,12 @@ class Scheme(ABC):
             for nothing, and the first loss must equal the untouched model's bit for bit.
         least_usual_rate: an η below it is taken for a rate in ordinary units, and warned of; 0 warns of none.
         storages: those that it can be kept in.
+        families: the optimizer families that it has a rule for; empty for all.
+        own_options: those of `Options` that are for this scheme alone; None in others.
+        on_top: its factors come on top of what the model has: the model's own constants stay where they are, U is the
+            initial value times `initial`, and every weight keeps the relative step that it had.
+        keeps_function: the factors of each weight and activation undo each other, and the function is the model's own.
+        divides_gradients: the optimizer is to see each gradient divided by γ = max|gradient| / √d.
     """
 
     name: ClassVar[str]
@@ -90,6 +101,15 @@ class Scheme(ABC):
     changes_training: ClassVar[bool] = True
     least_usual_rate: ClassVar[float] = 0.0
     storages: ClassVar[tuple[str, ...]] = STORAGES
+    families: ClassVar[tuple[str, ...]] = ()
+    own_options: ClassVar[tuple[str, ...]] = ()
+    on_top: ClassVar[bool] = False
+    divides_gradients: ClassVar[bool] = False
+    keeps_function: bool = False
+
+    def with_options(self, options: Options) -> Scheme:
+        """The scheme as its own options have it."""
+        return self
 
     @abstractmethod
     def weight(self, weight: Weight) -> list[Factor]:
@@ -115,6 +135,22 @@ class Scheme(ABC):
         """On the output of an elementwise function whose RMS is `rms` for normal input of RMS 1."""
         return []
 
+    def initial(self, weight: Weight) -> list[Factor]:
+        """From the initial value to U; asked of a scheme that is `on_top`, others have U at RMS 1."""
+        return []
+
+    def seen_activation(self, largest: float, features: int) -> list[Factor]:
+        """On the output of an elementwise function, by what it was in the recorded step.
+
+        Args:
+            largest: of the magnitudes of its elements.
+            features: size of its feature dimension.
+
+        A scheme that keeps the function has it undone in the weights that take it, and left alone where none does. In
+        any other one the factor follows each call's own output, as `ops.max_scale` has it.
+        """
+        return []
+
 
 SCHEMES: dict[str, Scheme] = {}
 
@@ -133,3 +169,23 @@ def find(name: str) -> Scheme:
     """
     choose("scheme", name, tuple(SCHEMES))
     return SCHEMES[name]
+
+
+def scheme_of(options: Options) -> Scheme:
+    """The scheme that the options ask for, as they have it.
+
+    Raises:
+        UnitScalingError: there is none of that name, or it lacks the storage or an option that was given.
+    """
+    scheme = find(options.scheme)
+    if options.storage not in scheme.storages:
+        known = " or ".join(map(repr, scheme.storages))
+        raise UnitScalingError(f"scheme={scheme.name!r} has no storage={options.storage!r}; choose {known}.")
+    for name in {name for other in SCHEMES.values() for name in other.own_options} - {*scheme.own_options}:
+        if getattr(options, name) is not None:
+            theirs = [other.name for other in SCHEMES.values() if name in other.own_options]
+            raise UnitScalingError(
+                f"{name}={getattr(options, name)!r} is an option of scheme={' and '.join(map(repr, theirs))}, and "
+                f"scheme={scheme.name!r} has no such choice. Leave it out, or name that scheme."
+            )
+    return scheme.with_options(options)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 
 from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.engine.plan.fold import primary_use_of
@@ -48,7 +49,8 @@ def explain(plan: Plan, name: str) -> str:
         head = f"{name}: {parameter.role}, shape {list(parameter.shape)}, {plan.scheme} in {plan.storage} storage"
         if parameter.reason:
             head += f"\n  left alone: {parameter.reason}"
-        return "\n".join([head, *map(str, quantities(plan, name))])
+        gradient = [_gradient_line(parameter)] if parameter.divided_gradient else []
+        return "\n".join([head, *map(str, quantities(plan, name)), *gradient])
     sites = _sites_called(plan, name)
     return "\n\n".join("\n".join([_head(site), *map(str, _of_site(plan, site))]) for site in sites)
 
@@ -114,6 +116,11 @@ def _step_quantities(plan: Plan, parameter: ParameterPlan) -> list[Quantity]:
         Quantity("weight decay ×", scale.weight_decay, _unless_one(scale.weight_decay, "lr · weight decay is kept")),
         Quantity("eps ×", scale.eps, _unless_one(scale.eps, "multiplier / stored: the gradient is larger by as much")),
     ]
+
+
+def _gradient_line(parameter: ParameterPlan) -> str:
+    d = prod(parameter.shape)
+    return f"  gradient ÷       max|gradient| / √{d}: of each step, as the optimizer sees it; .grad stays the true one"
 
 
 def _rate_factors(plan: Plan, parameter: ParameterPlan) -> list[Factor]:

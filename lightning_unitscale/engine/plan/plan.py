@@ -61,6 +61,8 @@ class Plan:
         storage: "folded" | "unit".
         lr_units: "standard" | "umup".
         changes_training: False where the scheme leaves weights, function and learning rates alone.
+        keeps_function: whether the factors of the scheme undo each other, and the function is the untouched model's.
+        families: the optimizer families that the scheme has a rule for; empty for all.
         notes: what else the reader of the plan should know.
         measured_at: the steps at which operand scales were measured.
         gradient_cosine: for each parameter, between its gradients with and without casts, on the first batch.
@@ -79,6 +81,8 @@ class Plan:
     gradient_cosine: dict[str, float] = field(default_factory=dict)
     loss_scale: float | None = None
     changes_training: bool = True
+    keeps_function: bool = False
+    families: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
@@ -104,6 +108,11 @@ class Plan:
         """(name, reason) of every parameter and site that is left alone."""
         parameters = [(p.name, p.reason) for p in self.parameters.values() if p.reason]
         return parameters + [(site.name, site.reason) for site in self.sites if site.reason and site.multiplier == 1.0]
+
+    @property
+    def divided_gradients(self) -> set[str]:
+        """The parameters whose gradients the optimizer sees divided by their own scale: γ = max|gradient| / √d."""
+        return {parameter.name for parameter in self.parameters.values() if parameter.divided_gradient}
 
     @property
     def explicit_sites(self) -> list[Site]:

@@ -8,6 +8,8 @@ decay keeps its strength on F with any of them:
     decoupled, beside the gradient     decay(S) = decay / (factor on lr)     lr · decay is unchanged
     coupled, a part of the gradient    decay(S) = r² · decay                 decay(S) · S is r times decay · F
 
+A gradient that the optimizer sees divided by its own scale is the same for S and F, and of r² one r is left.
+
 (u-μP, arXiv 2407.17465, sections 2.1 and 3.)
 """
 
@@ -17,11 +19,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import isclose
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch.optim import Optimizer
 
+from lightning_unitscale.engine.plan.factors import ROUNDING
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 
 
@@ -76,7 +80,8 @@ class Family(ABC):
     def step_scale(self, parameter: ParameterPlan, lr_units: str, *, decoupled_decay: bool) -> StepScale:
         """All factors of one parameter; a learning-rate multiplier that the user has set takes the place of ours."""
         lr = self.lr(parameter, lr_units) if parameter.lr_override is None else parameter.lr_override
-        decay = (1 / lr if lr else 1.0) if decoupled_decay else gradient_ratio(parameter) ** 2
+        lr = 1.0 if isclose(lr, 1.0, rel_tol=ROUNDING) else lr
+        decay = (1 / lr if lr else 1.0) if decoupled_decay else gradient_ratio(parameter) * seen_ratio(parameter)
         return StepScale(lr, decay, self.eps(parameter))
 
     def includes(self, cls: type) -> bool:
@@ -97,6 +102,11 @@ class Family(ABC):
 def gradient_ratio(parameter: ParameterPlan) -> float:
     """r: how large the gradient of what is stored is beside that of what the function sees."""
     return parameter.multiplier / parameter.stored if parameter.stored else 1.0
+
+
+def seen_ratio(parameter: ParameterPlan) -> float:
+    """The same of gradients as the optimizer sees them."""
+    return 1.0 if parameter.divided_gradient else gradient_ratio(parameter)
 
 
 FAMILIES: dict[str, Family] = {}  # by name
