@@ -264,8 +264,8 @@ class Planner:
         """Name the exceptions: gradients that the optimizer sees otherwise, factors that follow each call, zeros."""
         if plan.divided_gradients:
             self.notes.append(
-                f"the optimizer sees the gradients of {len(plan.divided_gradients)} parameters divided by max|gradient| / √d, and not "
-                "as they are; .grad holds the true ones but inside the update"
+                f"the optimizer sees the gradients of {len(plan.divided_gradients)} parameters divided by max|gradient| / √d, "
+                "not as they are; .grad holds the true ones but inside the update"
             )
         following = [site.name for site in plan.sites if site.divides_along is not None]
         if following:
