@@ -26,6 +26,6 @@ def max_scale(tensor: Tensor, dim: Dimensions = None) -> Tensor:
             the whole tensor.
     """
     dims = [dim] if isinstance(dim, int) else dim
-    n = tensor.numel() if dims is None else prod(tensor.shape[d] for d in dims)
+    n = tensor.numel() if dims is None else prod([tensor.shape[d] for d in dims])
     largest = tensor.abs().amax() if dims is None else tensor.abs().amax(tuple(dims), keepdim=True)
     return torch.where(largest == 0, 1.0, largest / n**0.5)

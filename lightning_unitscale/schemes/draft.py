@@ -22,6 +22,7 @@ from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.options import Options
+from lightning_unitscale.schemes.by_hand import find_by_hand
 from lightning_unitscale.schemes.overrides import matches, overrides_by_parameter
 
 SKIPPED = "skipped by the options"
@@ -45,6 +46,7 @@ class Draft:
         structure: of the recorded step.
         readings: what the step reads of parameters beside their uses.
         uses: every use of every parameter.
+        by_hand: what the model scales itself, with our blocks.
         left_alone: parameters that nothing may be done to, with the reason.
 
     Args:
@@ -57,6 +59,7 @@ class Draft:
     ) -> None:
         self.module, self.trace, self.options = module, trace, options
         self.structure = Structure(trace)
+        self.by_hand = find_by_hand(module, trace)
         self.overrides = overrides_by_parameter(module, trace, options)
         self.readings = find_readings(self.structure)
         self.uses = find_uses(self.structure, self.readings)
@@ -93,6 +96,7 @@ class Draft:
         """The plan with these factors by (call index, key) and these parameter-free sites."""
         options = self.options
         plan = Plan(options.scheme, options.storage, options.lr_units, options=options.to_dict())
+        plan.notes += self.by_hand.notes
         plan.parameters = {name: self._parameter(name) for name in self.trace.facts}
         plan.sites = [*self._parameter_sites(factors), *self._reading_sites(), *free_sites]
         places = {site.place for site in free_sites}
@@ -117,6 +121,8 @@ class Draft:
                 reasons[name] = SKIPPED
             elif not facts.trainable:
                 reasons[name] = FROZEN
+            elif name in self.by_hand.weights:
+                reasons[name] = self.by_hand.weights[name]
             elif self.roles[name] in LEFT_ALONE_ROLES:
                 hidden = self.roles[name] == "unused" and self.trace.transformed
                 reasons[name] = IN_TRANSFORM if hidden else LEFT_ALONE_ROLES[self.roles[name]]

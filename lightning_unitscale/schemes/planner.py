@@ -44,6 +44,7 @@ from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.options import STORAGES, Options
 from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_rms
 from lightning_unitscale.schemes.beside import BesideSites
+from lightning_unitscale.schemes.by_hand import is_by_hand
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
 from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_site
 from lightning_unitscale.schemes.pushing import Push, pushes, takers
@@ -170,7 +171,8 @@ class Planner:
         uses = [use for use in self.draft.uses.values() if parameter.name in use.parameters]
         use = next((use for use in uses if use.role == parameter.role), None)
         divides = self.scheme.divides_gradients and self.options.gradients
-        parameter.divided_gradient = divides and use is not None and not parameter.reason
+        is_free = use is not None and not parameter.reason and parameter.name not in self.draft.by_hand.gradients
+        parameter.divided_gradient = divides and is_free
         if use is None or parameter.reason or not self.options.weights:
             if parameter.role in ("scale", "other") and facts.rms:
                 parameter.set_constant("unit_lr", [Factor(facts.rms, "its initial RMS, at which it is left")])
@@ -263,9 +265,10 @@ class Planner:
     def _say_what_is_divided(self, plan: Plan) -> None:
         """Name the exceptions: gradients that the optimizer sees otherwise, factors that follow each call, zeros."""
         if plan.divided_gradients:
+            count = len(plan.divided_gradients)
             self.notes.append(
-                f"the optimizer sees the gradients of {len(plan.divided_gradients)} parameters divided by max|gradient| / √d, "
-                "not as they are; .grad holds the true ones but inside the update"
+                f"the optimizer sees the gradients of {count} parameters divided by max|gradient| / √d, and not as "
+                "they are; .grad holds the true ones but inside the update"
             )
         following = [site.name for site in plan.sites if site.divides_along is not None]
         if following:
@@ -421,7 +424,9 @@ class Planner:
                 continue
             targets = self.structure.targets(activation.output) or []
             taken = [takers(self.draft, call, operand) for call, operand in targets]
-            if not targets or not all(taken):
+            if is_by_hand(activation.output):
+                site.leave_alone("its output is scaled by hand")
+            elif not targets or not all(taken):
                 site.leave_alone("its output does not go into scaled matmuls alone")
             elif site.divides_along is not None:
                 site.reason = "found anew in every call"
