@@ -35,7 +35,8 @@ class UnitScaling(Callback):
         weights: scale weights: initial values, matmul factors, learning rates.
         activations: scale activations: attention logits, activation functions, residual branches.
         gradients: scale gradient operands, and the loss where gradients are in FP16 on their way; of use with a
-            `format` only. (`weights` and `activations` switch the scales of these operands too.)
+            `format` only. (`weights` and `activations` switch the scales of these operands too.) Under "amax" also
+            whether the optimizer sees divided gradients.
         lr_units: "standard": your learning rate means what it meant for the unscaled model. "umup": it is u-μP's η,
             about 1, and carries over between widths and depths.
         skip: globs of module or parameter names to leave alone.
