@@ -44,6 +44,9 @@ class UnitScaling(Callback):
             operands of attention's own products too, of those that the named modules' code calls (`"*"` for all): q,
             k and v of `F.scaled_dot_product_attention`, both operands of `q @ k.mT` and of `probabilities @ v`, and
             the gradients that come back to them. Numerics alone, at no gain in speed; see `engine.runtime.casts`.
+        hyperparameters: {name: value} of the scheme, such as {"alpha_attn": 2.0}; `schemes/README.md` lists those of
+            each. Where `overrides` name one, as in {"*.layers.0.*": {"alpha_res": 0.5}}, it holds for what the named
+            modules and parameters make: weights, attention, activations, and branches that have one of them.
         recalibrate: steps at which operand scales are measured again; of use with a `format` only.
         verify: check the plan on the first batch before training starts, see `engine.checks.verify`.
         optimizer_family: "adam", "sgd" or "muon", for an optimizer class of which unit scaling does not know how its
@@ -68,6 +71,7 @@ class UnitScaling(Callback):
         lr_units: str = "standard",
         skip: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
         recalibrate: Sequence[int] = RECALIBRATE,
         verify: bool = True,
         optimizer_family: str | None = None,
@@ -83,6 +87,7 @@ class UnitScaling(Callback):
                 lr_units=lr_units,
                 skip=skip,
                 overrides=overrides or {},
+                hyperparameters=hyperparameters or {},
                 recalibrate=recalibrate,
                 verify=verify,
             ),

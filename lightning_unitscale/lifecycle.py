@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import pytorch_lightning as pl
@@ -52,7 +53,7 @@ from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps, scale_learning_rates
 from lightning_unitscale.options import PLAN_OPTIONS, Options
 from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
-from lightning_unitscale.schemes import find
+from lightning_unitscale.schemes import find, scheme_of
 from lightning_unitscale.wrapped_methods import WrappedMethods
 
 
@@ -67,11 +68,11 @@ class Lifecycle:
         plan: the plan in force, from the first training step on; None before.
 
     Raises:
-        UnitScalingError: there is no such scheme or family.
+        UnitScalingError: there is no such scheme, hyperparameter or family.
     """
 
     def __init__(self, options: Options, optimizer_family: str | None = None) -> None:
-        find(options.scheme)
+        scheme_of(options)
         check_family(optimizer_family, "optimizer_family")
         self.options = options
         self.optimizer_family = optimizer_family
@@ -333,7 +334,7 @@ class Lifecycle:
 
     def _other_options(self, plan: Plan) -> dict[str, tuple[Any, Any]]:
         """The options under which the plan was made and ours, where they differ."""
-        theirs, ours = as_plain_data(plan.options), as_plain_data(self.options.to_dict())
+        theirs, ours = (_spelled_out(as_plain_data(options)) for options in (plan.options, self.options.to_dict()))
         return {name: (theirs[name], ours[name]) for name in PLAN_OPTIONS if theirs.get(name, ours[name]) != ours[name]}
 
 
@@ -376,6 +377,12 @@ def _announce(plan: Plan) -> None:
             "beside them. Where lightning_unitscale is imported it is put in force as they are loaded; elsewhere they "
             "are refused."
         )
+
+
+def _spelled_out(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with all hyperparameters of their scheme, those not given at their defaults."""
+    scheme = find(options["scheme"], options.get("hyperparameters"))
+    return {**options, "hyperparameters": asdict(scheme)}
 
 
 def _is_of_a_run(checkpoint: Mapping[str, Any]) -> bool:

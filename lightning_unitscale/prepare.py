@@ -42,7 +42,7 @@ from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.optim.unscaled_steps import watch_steps
 from lightning_unitscale.options import Options
-from lightning_unitscale.schemes import find
+from lightning_unitscale.schemes import scheme_of
 from lightning_unitscale.schemes.planner import make_plan
 
 MORE_DRAWS = 3
@@ -68,7 +68,7 @@ def prepare(
         UnitScalingError: see `unit_scale`.
     """
     refuse_sharded(module)
-    scheme = find(options.scheme)
+    scheme = scheme_of(options)
     current = plan_of(module)
     if current is not None and not scheme.changes_training and current.is_plain:
         forget(module)

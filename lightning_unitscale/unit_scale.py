@@ -27,6 +27,7 @@ def unit_scale(
     lr_units: str = "standard",
     skip: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
     recalibrate: Sequence[int] = RECALIBRATE,
     verify: bool = True,
 ) -> Plan:
@@ -55,6 +56,7 @@ def unit_scale(
         lr_units=lr_units,
         skip=skip,
         overrides=overrides or {},
+        hyperparameters=hyperparameters or {},
         recalibrate=recalibrate,
         verify=verify,
     )

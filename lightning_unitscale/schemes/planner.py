@@ -44,8 +44,9 @@ from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_
 from lightning_unitscale.schemes.beside import BesideSites
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
 from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_site
+from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.pushing import Push, pushes, takers
-from lightning_unitscale.schemes.scheme import ResidualBranch, Scheme, Weight
+from lightning_unitscale.schemes.scheme import EarlierBranch, Rates, ResidualBranch, Scheme, Weight
 
 NEAR_ZERO = 1e-3  # of the usual size of a weight
 MODEL = "the model's own code, absorbed"
@@ -75,23 +76,24 @@ class Planner:
     def __init__(
         self, scheme: Scheme, module: nn.Module, trace: Trace, options: Options, homeless: Mapping[str, str]
     ) -> None:
-        self.scheme, self.module, self.trace, self.options = scheme, module, trace, options
+        self.scheme, self.module, self.trace, self.options = LocalSchemes(scheme, options), module, trace, options
         self.draft = Draft(module, trace, options, homeless)
         self.structure = self.draft.structure
         self.factors: dict[tuple[int, str], list[Factor]] = {}
         self.free = FreeSites(self.draft)
         self.depth: dict[int, float] = {}
         self.branches: list[tuple[Step, list[Factor]]] = []
+        self.scaled_inputs: dict[Activation, float] = {}
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
         """The whole plan, from top to bottom."""
-        for use in self.draft.uses.values():
-            for call, value in zip(use.calls, use.values, strict=True):
-                self.factors[call.index, use.key] = self._weight_factors(use, call, value)
         streams = [(stream, self._steps(stream)) for stream in self.structure.streams]
         for stream, steps in streams:
             self._note_depth(stream, len(steps) / 2)
+        for use in self.draft.uses.values():
+            for call, value in zip(use.calls, use.values, strict=True):
+                self.factors[call.index, use.key] = self._weight_factors(use, call, value)
         if self.options.activations:
             for stream, steps in streams:
                 self._branch_factors(stream, steps)
@@ -116,6 +118,7 @@ class Planner:
         _hand_over_to_readings(plan)
         resolve(plan, self.options.storage)
         self._readout_rates(plan)
+        self.scheme.check_all_heard()
         return plan
 
     # --- weights ----------------------------------------------------------------------------------------------
@@ -123,7 +126,8 @@ class Planner:
     def _weight_factors(self, use: Use, call: Call, value: Value) -> list[Factor]:
         if not self.options.weights or self.draft.is_left_alone(use.key):
             return []
-        factors = list(self.scheme.weight(self._weight(use)))
+        weight = self._weight(use)
+        factors = list(self.scheme.ask(use.parameters, lambda scheme: scheme.weight(weight)))
         if use.role in ("hidden", "readout"):
             factors += _inverse(self._model_constant_of_input(call, use), "a constant on its input", MODEL)
             if use.is_expression:  # which keeps the scale it has
@@ -133,10 +137,12 @@ class Planner:
             factors += _inverse(after, "a constant on its output", MODEL)
         return factors
 
-    def _weight(self, use: Use, depth: float = 1.0) -> Weight:
+    def _weight(self, use: Use) -> Weight:
         shape = self.trace.facts[use.parameters[0]].shape
+        depth = geometric_mean(self.depth.get(call.index, 1.0) for call in use.calls)
         is_tied = any(self.draft.roles[name] != use.role for name in use.parameters)
-        return Weight(use.role, use.fan_in, shape[-1] if shape else 1, depth, is_tied)
+        in_branch = any(call.index in self.depth for call in use.calls)
+        return Weight(use.role, use.fan_in, shape[-1] if shape else 1, depth, is_tied, in_branch)
 
     def _model_constant_of_input(self, call: Call, use: Use) -> float:
         """Of the several weights of a call one absorbs it."""
@@ -162,19 +168,19 @@ class Planner:
             if parameter.role in ("scale", "other") and facts.rms:
                 parameter.set_constant("unit_lr", [Factor(facts.rms, "its initial RMS, at which it is left")])
             return
-        depth = geometric_mean(self.depth.get(call.index, 1.0) for call in use.calls)
-        rates = self.scheme.rates(self._weight(use, depth))
+        weight = self._weight(use)
+        rates = self.scheme.ask([parameter.name], lambda scheme: scheme.rates(weight))
         parameter.set_constant("unit_lr", rates.adam)
         parameter.set_constant("sgd_lr", rates.sgd)
         parameter.set_constant("depth_lr", rates.depth)
         parameter.fixed = use.is_expression
         parameter.stored_whole = any(use.in_function for use in uses)
         if use.role in WEIGHT_ROLES:
-            self._bring_to_unit_scale(parameter, use)
+            self._bring_to_unit_scale(parameter, use, rates)
         elif use.role == "bias" and not facts.is_constant and not self.draft.is_read(parameter.name):
             parameter.set_constant("initial_factor", [Factor(0.0, "biases start at 0")])
 
-    def _bring_to_unit_scale(self, parameter: ParameterPlan, use: Use) -> None:
+    def _bring_to_unit_scale(self, parameter: ParameterPlan, use: Use, rates: Rates) -> None:
         rms = self.trace.facts[parameter.name].rms
         starts_at_zero = parameter.name in self.zeros
         if starts_at_zero:
@@ -183,7 +189,7 @@ class Planner:
             )
         else:
             rate = self._relative_step(rms, use)
-        parameter.set_constant("relative_lr", [rate])
+        parameter.set_constant("relative_lr", [rate, *rates.standard])
         if parameter.fixed:
             parameter.multiplier = parameter.stored = rms or 1.0
         elif not starts_at_zero:
@@ -257,11 +263,17 @@ class Planner:
     def _branch_factors(self, stream: Stream, steps: list[Step]) -> None:
         depth, post_norm = len(steps) / 2, self.structure.is_post_norm(stream)
         for step in steps:
-            factors = self.scheme.branch(ResidualBranch(step.kind, depth, step.before, post_norm))
+            earlier = [other for other in steps if other.order < step.order]
+            factors = self._branch_rule(step, earlier, depth, post_norm)
             self.branches.append((step, factors))
             if factors and step.seen is not None:
                 residual, branch = step.seen
                 self._scale_branch(residual, branch.value, factors)
+
+    def _branch_rule(self, step: Step, earlier: Iterable[Step], depth: float, post_norm: bool) -> list[Factor]:
+        before = tuple(EarlierBranch(other.kind, self.scheme.at(other.parameters)) for other in earlier)
+        branch = ResidualBranch(step.kind, depth, before, post_norm)
+        return self.scheme.ask(step.parameters, lambda scheme: scheme.branch(branch))
 
     def _own_relative_steps(self, plan: Plan, models: Mapping[str, str]) -> None:
         """What takes the rule of a sibling keeps the relative step that it had itself."""
@@ -269,7 +281,8 @@ class Planner:
             rms, role = self.trace.facts[name].rms, plan.parameters[model].role
             uses = [use for use in self.draft.uses.values() if model in use.parameters and use.role == role]
             if uses and rms and role in WEIGHT_ROLES and model not in self.zeros and not plan.parameters[model].reason:
-                plan.parameters[name].set_constant("relative_lr", [self._relative_step(rms, uses[0])])
+                beyond = plan.parameters[model].causes["relative_lr"][1:]
+                plan.parameters[name].set_constant("relative_lr", [self._relative_step(rms, uses[0]), *beyond])
 
     def _branches_left_out(self, plan: Plan, models: Mapping[str, str]) -> None:
         """Where a branch's factor depends on its place, those that were left out have another than their siblings."""
@@ -309,7 +322,9 @@ class Planner:
         if self.structure.goes_only_into_norms(addition.call.output):
             return
         drawn = [term for term in addition.terms if not self._is_zero(term)]
-        factors = self.scheme.sum(len(drawn)) if len(drawn) > 1 else []
+        if len(drawn) < 2:
+            return
+        factors = self.scheme.ask(_modules(addition.call), lambda scheme: scheme.sum(len(drawn)))
         if not factors:
             return
         found = [pushes(self.draft, term, set(addition.chain)) for term in addition.terms]
@@ -355,7 +370,7 @@ class Planner:
             self.free.add(site, (self.trace.calls[index] for index, _ in into))
 
     def _logit_factors(self, attention: Attention) -> list[Factor] | None:
-        rule = self.scheme.attention(attention.head_dim)
+        rule = self.scheme.ask(_modules(attention.call), lambda scheme: scheme.attention(attention.head_dim))
         if rule is None:
             return None
         return [*rule, *_inverse(attention.model_constant, "its constant on the logits", MODEL)]
@@ -370,6 +385,7 @@ class Planner:
 
     def _activation_factors(self) -> None:
         for activation in self.structure.activations:
+            self._scale_activation_input(activation)
             site = self._activation_site(activation)
             if site is None:
                 continue
@@ -382,18 +398,34 @@ class Planner:
                 site.fold_into = list(dict.fromkeys(UseId(key, self.trace.calls[i].name) for i, key in uses))
             self.free.add(site, (call for call, _ in targets))
 
+    def _scale_activation_input(self, activation: Activation) -> None:
+        """Put the scheme's factor on the weights that make the input of an activation."""
+        factors = self.scheme.ask(activation.modules, lambda scheme: scheme.activation_input())
+        if not factors:
+            return
+        found = pushes(self.draft, activation.input, activation.calls)
+        if found and (activation.call is None or activation.call.name != "glu"):  # whose input is the gated half too
+            self._push(found, factors)
+            self.scaled_inputs[activation] = product(factors)
+        else:
+            causes, where = ", ".join(factor.cause for factor in factors), "".join(activation.modules) or "a hook"
+            self.notes.append(f"{causes} left an activation of {where} alone: no weight makes its input for it alone")
+
     def _activation_site(self, activation: Activation) -> Site | None:
         """The site of an activation; None where it has no place, or the scheme no rule for it."""
+        scale = self.scaled_inputs.get(activation, 1.0)
         if activation.span is not None:
             function: Any = self.module.get_submodule(activation.span.module)
+            rms = gaussian_rms(function.forward, scale)
             site = Site(activation.span.module, "forward", "output", "activation", ordinal=0)
-            site.set_factors("", self.scheme.activation(gaussian_rms(function.forward)))
+            site.set_factors("", self.scheme.ask(activation.modules, lambda scheme: scheme.activation(rms)))
             return site if site.causes[""] else None
         call = activation.call
         assert call is not None
         if self.draft.no_place(call):
             return None
-        factors = self.scheme.activation(call_rms(call))
+        rms = call_rms(call, scale)
+        factors = self.scheme.ask(activation.modules, lambda scheme: scheme.activation(rms))
         return parameter_free_site(call, "activation", factors) if factors else None
 
     # --- calls beside the loss ------------------------------------------------------------------------------------
@@ -476,6 +508,11 @@ def _hand_over_to_readings(plan: Plan) -> None:
 def _inverse(constant: float, cause: str, source: str = "") -> list[Factor]:
     """The factor that takes a constant out; none for 1."""
     return [] if constant == 1.0 else [Factor(1 / constant, f"1 / {constant:.4g}: {cause}", source)]
+
+
+def _modules(call: Call) -> list[str]:
+    """The name of the module whose code makes a call."""
+    return [call.frame.module] if call.frame is not None else []
 
 
 def _at(call: Call) -> str:
