@@ -24,7 +24,8 @@ class UnitScaling(Callback):
     keep your values.
 
     Args:
-        scheme: "umup" (u-μP, for training from scratch; arXiv 2407.17465) or "preserve" (the model's own function
+        scheme: "umup" (u-μP, for training from scratch; arXiv 2407.17465), "unit" (Unit Scaling, 2303.11257), "mus"
+            (µnit Scaling, 2502.05967), "completep" (CompleteP, 2505.01618) or "preserve" (the model's own function
             and training, for pretrained models).
         format: what the operands of every matmul with a parameter are cast to, each times one power of two: "fp8"
             (e4m3, gradients e5m2), "fp16", "bf16", or None for no casts. Measured on the first step, in which nothing
@@ -36,8 +37,8 @@ class UnitScaling(Callback):
         activations: scale activations: attention logits, activation functions, residual branches.
         gradients: scale gradient operands, and the loss where gradients are in FP16 on their way; of use with a
             `format` only. (`weights` and `activations` switch the scales of these operands too.)
-        lr_units: "standard": your learning rate means what it meant for the unscaled model. "umup": it is u-μP's η,
-            about 1, and carries over between widths and depths.
+        lr_units: "standard": your learning rate means what it meant for the unscaled model. "umup": it is the scheme's
+            η (u-μP's is about 1), and carries over between the sizes that the scheme has rules for.
         skip: globs of module or parameter names to leave alone.
         overrides: {glob: {"role": …, "multiplier": …, "lr_multiplier": …, "format": …, "skip": …}} for parameters by
             name. "attention_format", as in {"*.self_attn": {"attention_format": "fp8"}}, is for modules: it casts the

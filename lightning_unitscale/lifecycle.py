@@ -42,6 +42,7 @@ from lightning_unitscale.engine.checks.calibration import Calibration, check_dev
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
+from lightning_unitscale.engine.plan.step_scales import check_has_rates
 from lightning_unitscale.engine.plan.summary import headline
 from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.engine.runtime.placement import check_placement
@@ -188,7 +189,8 @@ class Lifecycle:
         """Rehearse the step and put its plan in force on the model and its averages; None if the step has no loss."""
         if self._changes_training:
             for optimizer in strategy.optimizers:
-                self._family(optimizer)  # is known, before anything is changed
+                families = find(self.options.scheme).families  # both known, before anything is changed
+                check_has_rates(self.options.scheme, families, self._family(optimizer), self.options.lr_units)
             _refuse_pruning(module.trainer)
         try:
             plan = prepare(

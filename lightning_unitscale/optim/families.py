@@ -20,7 +20,7 @@ class Adam(Family):
     """The update does not change when gradient and eps are multiplied by one constant.
 
         lr(S)  = lr(F) / r = stored · lr(U)
-        eps(S) = |r| · eps
+        eps(S) = |r| · eps           or eps(U) / stored, where the scheme has a rule for eps
 
     Source: the abc-symmetry of Adam (u-μP, arXiv 2407.17465, section 2.1); `unit_lr` is table 2's rule.
     """
@@ -43,6 +43,8 @@ class Adam(Family):
 
     @override
     def eps(self, parameter: ParameterPlan) -> float:
+        if parameter.unit_eps is not None:
+            return parameter.unit_eps / abs(parameter.stored or 1.0)
         return abs(gradient_ratio(parameter))
 
 

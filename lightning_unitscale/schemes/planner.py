@@ -77,7 +77,7 @@ class Planner:
         self, scheme: Scheme, module: nn.Module, trace: Trace, options: Options, homeless: Mapping[str, str]
     ) -> None:
         self.scheme, self.module, self.trace, self.options = LocalSchemes(scheme, options), module, trace, options
-        self.draft = Draft(module, trace, options, homeless)
+        self.draft = Draft(module, trace, options, homeless, scheme.cast)
         self.structure = self.draft.structure
         self.factors: dict[tuple[int, str], list[Factor]] = {}
         self.free = FreeSites(self.draft)
@@ -107,6 +107,7 @@ class Planner:
         if self.options.activations:
             sites += BesideSites(self.draft, self.free, sites, self._activation_site, self._attention_site).find()
         plan = self.draft.plan(self.factors, sites)
+        plan.families = list(self.scheme.scheme.families)
         for parameter in plan.parameters.values():
             self._initial_value_and_rates(parameter)
         self._multiplier_overrides(plan)
@@ -173,6 +174,9 @@ class Planner:
         parameter.set_constant("unit_lr", rates.adam)
         parameter.set_constant("sgd_lr", rates.sgd)
         parameter.set_constant("depth_lr", rates.depth)
+        parameter.set_constant("decay", rates.decay)
+        if rates.eps is not None:
+            parameter.set_constant("unit_eps", rates.eps)
         parameter.fixed = use.is_expression
         parameter.stored_whole = any(use.in_function for use in uses)
         if use.role in WEIGHT_ROLES:

@@ -88,19 +88,25 @@ class Rates:
         sgd: for updates in proportion to it.
         depth: what of `adam` comes from depth; all that a matrix-wise normalised update (Muon) needs.
         standard: on the relative step that it had, with `lr_units="standard"`; a readout takes `adam` instead.
+        eps: Adam's, for the gradient of the weight at RMS 1, in units of the user's; None: the user's is for the
+            gradient of what the function sees.
+        decay: on lr · weight_decay, where decay acts beside the gradient.
     """
 
     adam: list[Factor] = field(default_factory=list)
     sgd: list[Factor] = field(default_factory=list)
     depth: list[Factor] = field(default_factory=list)
     standard: list[Factor] = field(default_factory=list)
+    eps: list[Factor] | None = None
+    decay: list[Factor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Scheme(ABC):
     """Pure rules. Name a subclass, import its file in `schemes/__init__.py`, and it can be asked for.
 
-    Fields of the subclass are its hyperparameters, each with a default: numbers above 0, or True and False.
+    Fields of the subclass are its hyperparameters, each with a default: numbers above 0, True and False, or
+    None for a rule without a number.
 
     Attributes:
         name: what users write: `UnitScaling(scheme=…)`.
@@ -108,6 +114,7 @@ class Scheme(ABC):
         changes_training: False for a scheme that leaves weights, function and learning rates alone; it is then asked
             for nothing, and the first loss must equal the untouched model's bit for bit.
         least_usual_rate: an η below it is taken for a rate in ordinary units, and warned of; 0 warns of none.
+        families: of optimizers that it has learning rates for; others need `lr_units="standard"`.
 
     Raises:
         UnitScalingError: a hyperparameter has another kind of value than its default.
@@ -117,10 +124,13 @@ class Scheme(ABC):
     source: ClassVar[str] = ""
     changes_training: ClassVar[bool] = True
     least_usual_rate: ClassVar[float] = 0.0
+    families: ClassVar[tuple[str, ...]] = ("adam", "sgd", "muon")
 
     def __post_init__(self) -> None:
         for known in fields(self):
             value = getattr(self, known.name)
+            if value is None and known.default is None:
+                continue
             if isinstance(known.default, bool):
                 self._require(isinstance(value, bool), known.name, "True or False")
                 continue
@@ -158,6 +168,10 @@ class Scheme(ABC):
     def attention(self, head_dim: int) -> list[Factor] | None:
         """On attention logits, in place of the model's own constant; None leaves that."""
         return None
+
+    def cast(self, role: str) -> str:
+        """Why, with a `format`, matmuls with a weight of that role stay in the compute dtype; "" if they are cast."""
+        return ""
 
     def activation_input(self) -> list[Factor]:
         """On the input of an elementwise function."""
@@ -221,7 +235,7 @@ def _check_names(where: str, given: Iterable[str], scheme: str, beside: Sequence
             continue
         others = [repr(other) for other in SCHEMES if name in hyperparameters_of(other)]
         if others or not allowed:
-            owner = f"; {' and '.join(others)} has it" if others else ""
+            owner = f" (those of {', '.join(others)} have)" if others else ""
             raise UnitScalingError(
                 f"{where}: scheme={scheme!r} has no hyperparameter {name!r}{owner}. It has "
                 f"{', '.join(map(repr, hyperparameters_of(scheme))) or 'none'}."

@@ -11,66 +11,13 @@ import torch
 import torch.nn.functional as F
 from support import zoo
 from support.prepared import prepared
+from support.small_transformer import HEAD_DIM, TOKENS, Transformer, heads, loss, norm, scaled
 from torch import Tensor, nn
 from unit_scaling.core.functional import transformer_residual_scaling_rule
 
 from lightning_unitscale import Plan, UnitScalingError, unit_scale
 
-HEADS, WIDTH = 2, 16
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block with a gated mlp."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
-        self.gate, self.up = (nn.Linear(WIDTH, 2 * WIDTH, bias=False) for _ in range(2))
-        self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (HEADS, WIDTH // HEADS)).transpose(-2, -3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = norm(x)
-        q, k, v = self.heads(self.q(h)), self.heads(self.k(h)), self.heads(self.v(h))
-        x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-2, -3).flatten(-2))
-        h = norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-
-class Net(nn.Module):
-    """Embedding, blocks, readout; in float64."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(11, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(depth))
-        self.readout = nn.Linear(WIDTH, 11, bias=False)
-        self.double()
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.readout(norm(x))
-
-
-def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (WIDTH,), eps=1e-30)
-
-
-def loss(net: nn.Module, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(net(tokens).flatten(0, 1), tokens.flatten())
-
-
-TOKENS = torch.arange(24).reshape(2, 12) * 7 % 11
-
-
-def scaled(depth: int, **options: Any) -> tuple[nn.Module, Plan]:
-    net = Net(depth)
-    return net, unit_scale(net, lambda m: loss(m, TOKENS), **options)
+WIDTH = 16
 
 
 def by_hand(net: Any, alpha: dict[str, float]) -> Tensor:
@@ -93,8 +40,8 @@ def by_hand(net: Any, alpha: dict[str, float]) -> Tensor:
     x = net.embedding.weight[TOKENS]
     for index, b in enumerate(net.blocks):
         h = norm(x)
-        q, k, v = (b.heads(linear(h, layer)) for layer in (b.q, b.k, b.v))
-        scale = alpha.get("alpha_attn", 1.0) / (WIDTH // HEADS)
+        q, k, v = (heads(linear(h, layer)) for layer in (b.q, b.k, b.v))
+        scale = alpha.get("alpha_attn", 1.0) / HEAD_DIM
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         x = add(x, linear(mixed.transpose(-2, -3).flatten(-2), b.o), 2 * index)
         h = norm(x)
@@ -185,7 +132,7 @@ def test_a_glob_gives_hyperparameters_to_a_part() -> None:
         if site.multiplier != twin.multiplier
     }
     assert changed == {
-        "blocks.0:scaled_dot_product_attention (attention)": 2.0,
+        "blocks.0.attention:scaled_dot_product_attention (attention)": 2.0,
         "blocks.0.o:linear (hidden)": 0.5,
         "blocks.0.down:linear (hidden)": 0.5,
     }
@@ -203,8 +150,8 @@ def test_the_plan_says_which_hyperparameter_a_factor_is_and_keeps_it() -> None:
     _, plan = scaled(
         1, hyperparameters={"alpha_attn": 2.0, "alpha_out": 0.5}, overrides={"embedding": {"eta_emb": 4.0}}
     )
-    assert "× 2: alpha_attn (hyperparameters)" in plan.explain("blocks.0:scaled_dot_product_attention")
-    folded = "alpha_attn; of the attention blocks.0:scaled_dot_product_attention, folded (hyperparameters)"
+    assert "× 2: alpha_attn (hyperparameters)" in plan.explain("blocks.0.attention:scaled_dot_product_attention")
+    folded = "alpha_attn; of the attention blocks.0.attention:scaled_dot_product_attention, folded (hyperparameters)"
     assert f"× 2: {folded}" in plan.explain("blocks.0.q.weight")
     assert "× 0.5: alpha_out (hyperparameters)" in plan.explain("readout.weight")
     assert "× 4: eta_emb (hyperparameters)" in plan.explain("embedding.weight")
@@ -264,8 +211,8 @@ def test_wrong_hyperparameters(options: dict[str, Any], message: str) -> None:
 
 
 def test_an_override_that_decides_nothing_is_refused() -> None:
-    net = Net(1)
+    net = Transformer(1)
     before = [weight.detach().clone() for weight in net.parameters()]
     with pytest.raises(UnitScalingError, match=r"overrides\['blocks.0.q'\]: alpha_attn changes nothing there"):
-        unit_scale(net, lambda m: loss(m, TOKENS), overrides={"blocks.0.q": {"alpha_attn": 2.0}})
+        unit_scale(net, loss, overrides={"blocks.0.q": {"alpha_attn": 2.0}})
     assert all(torch.equal(*pair) for pair in zip(before, net.parameters(), strict=True))
