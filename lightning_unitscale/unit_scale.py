@@ -27,9 +27,9 @@ def unit_scale(
     lr_units: str = "standard",
     skip: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
     recalibrate: Sequence[int] = RECALIBRATE,
     verify: bool = True,
-    keep_function: bool | None = None,
 ) -> Plan:
     """Prepare a model in place and return the plan.
 
@@ -37,7 +37,7 @@ def unit_scale(
         module: any model; its parameters stay the same objects.
         step: `step(module)` runs one training step's forward pass on real data and returns the scalar loss
             (or a dict with "loss"). It is called to record the model; nothing it changes is kept.
-        scheme … keep_function: as for `UnitScaling`. With a `format`, operand scales are measured on this step;
+        scheme … verify: as for `UnitScaling`. With a `format`, operand scales are measured on this step;
             `recalibrate` needs `recalibrating` around your later ones.
 
     Returns:
@@ -56,9 +56,9 @@ def unit_scale(
         lr_units=lr_units,
         skip=skip,
         overrides=overrides or {},
+        hyperparameters=hyperparameters or {},
         recalibrate=recalibrate,
         verify=verify,
-        keep_function=keep_function,
     )
     plan = prepare(module, lambda _: step(module), options)
     measure_operands(module, lambda _: step(module), options)

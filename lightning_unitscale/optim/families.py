@@ -7,8 +7,6 @@ In the formulas F = multiplier · U is what the function sees, S = stored · U w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -22,7 +20,8 @@ class Adam(Family):
     """The update does not change when gradient and eps are multiplied by one constant.
 
         lr(S)  = lr(F) / r = stored · lr(U)
-        eps(S) = |r| · eps                  eps, where gradients are divided by their own scale
+        eps(S) = |r| · eps           or eps(U) / stored, where the scheme has a rule for eps;
+                                     eps, where gradients are divided by their own scale
 
     Source: the abc-symmetry of Adam (u-μP, arXiv 2407.17465, section 2.1); `unit_lr` is table 2's rule.
     """
@@ -45,6 +44,8 @@ class Adam(Family):
 
     @override
     def eps(self, parameter: ParameterPlan) -> float:
+        if parameter.unit_eps is not None:
+            return parameter.unit_eps / abs(parameter.stored or 1.0)
         return abs(seen_ratio(parameter))
 
 
@@ -149,21 +150,6 @@ def _way_out(optimizer: str, can_be_named: bool) -> str:
         "family=…) or, with a Trainer, as UnitScaling(optimizer_family=…) or the same argument of the strategy: "
         f"{conditions}."
     )
-
-
-def refuse_family(scheme: str, families: Sequence[str], family: str, optimizer: Optimizer) -> None:
-    """
-    Args:
-        families: those that the scheme has a rule for; empty for all.
-
-    Raises:
-        UnitScalingError: the optimizer's is not among them.
-    """
-    if families and family not in families:
-        raise UnitScalingError(
-            f"scheme={scheme!r} has no rule for {type(optimizer).__name__} (family {family!r}); it has one for "
-            f"{' and '.join(map(repr, families))}. Use such an optimizer, or another scheme."
-        )
 
 
 def check_family(name: str | None, argument: str) -> None:

@@ -36,7 +36,7 @@ from lightning_unitscale.engine.plan.step_scales import FAMILIES, PLAIN, StepSca
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.divided_gradients import DividedGradients
-from lightning_unitscale.optim.families import check_family, optimizer_family, refuse_family
+from lightning_unitscale.optim.families import check_family, optimizer_family
 from lightning_unitscale.optim.late_parameters import LateParameters
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup
 from lightning_unitscale.optim.write_watch import Watched, WriteWatch
@@ -74,9 +74,9 @@ def scale_learning_rates(
         The attachment; its `remove()` gives the plain optimizer back.
 
     Raises:
-        UnitScalingError: the family is unknown, or one that the plan's scheme has no rule for; none of the
-            optimizer's parameters is the plan's; multipliers differ but the optimizer takes a single step size (LBFGS)
-            or is not stepped by torch's own `step` machinery; a module that the plan has put a factor on was replaced.
+        UnitScalingError: the family is unknown; none of the optimizer's parameters is the plan's; multipliers differ
+            but the optimizer takes a single step size (LBFGS) or is not stepped by torch's own `step` machinery; a
+            module that the plan has put a factor on was replaced.
 
     Warns:
         of parameters of the plan that the module has not got any more, or in another shape.
@@ -86,9 +86,7 @@ def scale_learning_rates(
     prepared = plan.model if module is None else module
     check_placement(prepared)
     _warn_of_replaced(prepared, plan)
-    family = family or _family_under(plan, optimizer)
-    refuse_family(plan.scheme, plan.families, family, optimizer)
-    return ScaledStep(optimizer, plan, family, module)
+    return ScaledStep(optimizer, plan, family or _family_under(plan, optimizer), module)
 
 
 def _warn_of_replaced(module: nn.Module, plan: Plan) -> None:

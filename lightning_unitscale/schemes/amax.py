@@ -28,31 +28,35 @@ weight by which a parameter moves in one step, whatever `lr_units` says; 0.01 is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import sqrt
 
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.options import Options
 from lightning_unitscale.schemes.scheme import Rates, Scheme, Weight, register
 
 ARTICLE = "the article's rule, see schemes/amax.py"
 
 
 @register
+@dataclass(frozen=True)
 class AMax(Scheme):
-    """Divides weights, activations and gradients by max|t| / √n."""
+    """Divides weights, activations and gradients by max|t| / √n.
+
+    Attributes:
+        keep_function: carry the divisors of weights and activations along.
+    """
+
+    keep_function: bool = True
 
     name = "amax"
     source = ARTICLE
-    own_options = ("keep_function",)
     on_top = True
     divides_gradients = True
 
-    def __init__(self, keeps_function: bool = True) -> None:
-        self.keeps_function = keeps_function
-
-    def with_options(self, options: Options) -> Scheme:
-        """With the function kept or not."""
-        return AMax(options.keep_function is not False)
+    @property
+    def keeps_function(self) -> bool:
+        """As its hyperparameter has it."""
+        return self.keep_function
 
     def initial(self, weight: Weight) -> list[Factor]:
         """1/α."""
@@ -62,7 +66,7 @@ class AMax(Scheme):
     def weight(self, weight: Weight) -> list[Factor]:
         """α, carried along; 1 where the function changes."""
         alpha = self._alpha(weight)
-        return [alpha] if self.keeps_function and alpha.value else []
+        return [alpha] if self.keep_function and alpha.value else []
 
     def rates(self, weight: Weight) -> Rates:
         """η."""

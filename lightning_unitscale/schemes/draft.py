@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from torch import nn
@@ -52,12 +52,18 @@ class Draft:
     Args:
         homeless: parameters that a scheme has found no place for a factor of, with the reason; None if it has no
             factors.
+        cast: why matmuls with a weight of a role are not cast, by the scheme; "" if they are.
     """
 
     def __init__(
-        self, module: nn.Module, trace: Trace, options: Options, homeless: Mapping[str, str] | None = None
+        self,
+        module: nn.Module,
+        trace: Trace,
+        options: Options,
+        homeless: Mapping[str, str] | None = None,
+        cast: Callable[[str], str] = lambda role: "",
     ) -> None:
-        self.module, self.trace, self.options = module, trace, options
+        self.module, self.trace, self.options, self.cast = module, trace, options, cast
         self.structure = Structure(trace)
         self.by_hand = find_by_hand(module, trace)
         self.overrides = overrides_by_parameter(module, trace, options)
@@ -191,7 +197,7 @@ class Draft:
         skipped = any(self._is_skipped(name) for name in site.params[0].names)
         site.format_reason = (
             SKIPPED if skipped else IN_FUNCTION if call.in_function else reason_not_to_cast(call, wanted)
-        )
+        ) or (self.cast(site.role) if name is None else "")
         site.format = None if site.format_reason else wanted
 
     def _check_format_overrides(self, sites: Collection[Site]) -> None:

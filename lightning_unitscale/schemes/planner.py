@@ -47,8 +47,9 @@ from lightning_unitscale.schemes.beside import BesideSites
 from lightning_unitscale.schemes.by_hand import is_by_hand
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
 from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_site
+from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.pushing import Push, pushes, takers
-from lightning_unitscale.schemes.scheme import ResidualBranch, Scheme, Weight
+from lightning_unitscale.schemes.scheme import EarlierBranch, Rates, ResidualBranch, Scheme, Weight
 
 NEAR_ZERO = 1e-3  # of the usual size of a weight
 MODEL = "the model's own code, absorbed"
@@ -78,23 +79,25 @@ class Planner:
     def __init__(
         self, scheme: Scheme, module: nn.Module, trace: Trace, options: Options, homeless: Mapping[str, str]
     ) -> None:
-        self.scheme, self.module, self.trace, self.options = scheme, module, trace, options
-        self.draft = Draft(module, trace, options, homeless)
+        self.rules = scheme
+        self.scheme, self.module, self.trace, self.options = LocalSchemes(scheme, options), module, trace, options
+        self.draft = Draft(module, trace, options, homeless, scheme.cast)
         self.structure = self.draft.structure
         self.factors: dict[tuple[int, str], list[Factor]] = {}
         self.free = FreeSites(self.draft)
         self.depth: dict[int, float] = {}
         self.branches: list[tuple[Step, list[Factor]]] = []
+        self.scaled_inputs: dict[Activation, float] = {}
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
         """The whole plan, from top to bottom."""
-        for use in self.draft.uses.values():
-            for call, value in zip(use.calls, use.values, strict=True):
-                self.factors[call.index, use.key] = self._weight_factors(use, call, value)
         streams = [(stream, self._steps(stream)) for stream in self.structure.streams]
         for stream, steps in streams:
             self._note_depth(stream, len(steps) / 2)
+        for use in self.draft.uses.values():
+            for call, value in zip(use.calls, use.values, strict=True):
+                self.factors[call.index, use.key] = self._weight_factors(use, call, value)
         if self.options.activations:
             for stream, steps in streams:
                 self._branch_factors(stream, steps)
@@ -104,14 +107,14 @@ class Planner:
             self._activation_factors()
         self._move_out_of_functions()
         sites = self.free.sites()
-        if self.scheme.keeps_function:
+        if self.rules.keeps_function:
             self._take_back(sites)
         self._follow(sites)
         if self.options.activations:
-            beside = self._activation_site, self._attention_site, self.scheme.on_top
+            beside = self._activation_site, self._attention_site, self.rules.on_top
             sites += BesideSites(self.draft, self.free, sites, *beside).find()
         plan = self.draft.plan(self.factors, sites)
-        plan.keeps_function, plan.families = self.scheme.keeps_function, list(self.scheme.families)
+        plan.families, plan.keeps_function = list(self.rules.families), self.rules.keeps_function
         for parameter in plan.parameters.values():
             self._initial_value_and_rates(parameter)
         self._multiplier_overrides(plan)
@@ -123,8 +126,9 @@ class Planner:
         include_copies(plan, self.module, used_parameters(self.trace, self.structure.learned))
         _hand_over_to_readings(plan)
         resolve(plan, self.options.storage)
-        if not self.scheme.on_top:
+        if not self.rules.on_top:
             self._readout_rates(plan)
+        self.scheme.check_all_heard()
         return plan
 
     # --- weights ----------------------------------------------------------------------------------------------
@@ -132,9 +136,12 @@ class Planner:
     def _weight_factors(self, use: Use, call: Call, value: Value) -> list[Factor]:
         if not self.options.weights or self.draft.is_left_alone(use.key):
             return []
-        if self.scheme.on_top:
-            return [] if self._stays_as_it_is(use.parameters) else list(self.scheme.weight(self._weight(use)))
-        factors = list(self.scheme.weight(self._weight(use)))
+        weight = self._weight(use)
+        if self.rules.on_top and self._stays_as_it_is(use.parameters):
+            return []
+        factors = list(self.scheme.ask(use.parameters, lambda scheme: scheme.weight(weight)))
+        if self.rules.on_top:
+            return factors
         if use.role in ("hidden", "readout"):
             factors += _inverse(self._model_constant_of_input(call, use), "a constant on its input", MODEL)
             if use.is_expression:  # which keeps the scale it has
@@ -144,11 +151,13 @@ class Planner:
             factors += _inverse(after, "a constant on its output", MODEL)
         return factors
 
-    def _weight(self, use: Use, depth: float = 1.0) -> Weight:
+    def _weight(self, use: Use) -> Weight:
         facts = self.trace.facts[use.parameters[0]]
+        depth = geometric_mean(self.depth.get(call.index, 1.0) for call in use.calls)
         is_tied = any(self.draft.roles[name] != use.role for name in use.parameters)
-        width = facts.shape[-1] if facts.shape else 1
-        return Weight(use.role, use.fan_in, width, depth, is_tied, facts.largest, prod(facts.shape))
+        in_branch = any(call.index in self.depth for call in use.calls)
+        width, elements = facts.shape[-1] if facts.shape else 1, prod(facts.shape)
+        return Weight(use.role, use.fan_in, width, depth, is_tied, in_branch, facts.largest, elements)
 
     def _model_constant_of_input(self, call: Call, use: Use) -> float:
         """Of the several weights of a call one absorbs it."""
@@ -170,42 +179,46 @@ class Planner:
         facts = self.trace.facts[parameter.name]
         uses = [use for use in self.draft.uses.values() if parameter.name in use.parameters]
         use = next((use for use in uses if use.role == parameter.role), None)
-        divides = self.scheme.divides_gradients and self.options.gradients
+        divides = self.rules.divides_gradients and self.options.gradients
         is_free = use is not None and not parameter.reason and parameter.name not in self.draft.by_hand.gradients
         parameter.divided_gradient = divides and is_free
         if use is None or parameter.reason or not self.options.weights:
             if parameter.role in ("scale", "other") and facts.rms:
                 parameter.set_constant("unit_lr", [Factor(facts.rms, "its initial RMS, at which it is left")])
             return
-        depth = geometric_mean(self.depth.get(call.index, 1.0) for call in use.calls)
-        rates = self.scheme.rates(self._weight(use, depth))
+        weight = self._weight(use)
+        rates = self.scheme.ask([parameter.name], lambda scheme: scheme.rates(weight))
         parameter.set_constant("unit_lr", rates.adam)
         parameter.set_constant("sgd_lr", rates.sgd)
         parameter.set_constant("depth_lr", rates.depth)
+        parameter.set_constant("decay", rates.decay)
+        if rates.eps is not None:
+            parameter.set_constant("unit_eps", rates.eps)
         parameter.fixed = use.is_expression
         parameter.stored_whole = any(use.in_function for use in uses)
-        if self.scheme.on_top:
-            if not self._stays_as_it_is([parameter.name]):
-                parameter.set_constant("initial_factor", self.scheme.initial(self._weight(use)))
-                parameter.set_constant("relative_lr", [self._step_on_top(parameter)])
+        if self.rules.on_top:
+            self._start_on_top(parameter, use)
         elif use.role in WEIGHT_ROLES:
-            self._bring_to_unit_scale(parameter, use)
+            self._bring_to_unit_scale(parameter, use, rates)
         elif use.role == "bias" and not facts.is_constant and not self.draft.is_read(parameter.name):
             parameter.set_constant("initial_factor", [Factor(0.0, "biases start at 0")])
+
+    def _start_on_top(self, parameter: ParameterPlan, use: Use) -> None:
+        """Its relative step is what it was: exactly, where the function is kept, so that folded steps are plain."""
+        if self._stays_as_it_is([parameter.name]):
+            return
+        weight = self._weight(use)
+        parameter.set_constant("initial_factor", self.scheme.ask(use.parameters, lambda scheme: scheme.initial(weight)))
+        rate = parameter.initial_factor if self.rules.keeps_function else _rounded(parameter.initial_factor)
+        cause = "as its initial value was multiplied: the relative step that it had"
+        parameter.set_constant("relative_lr", [Factor(rate, cause, STANDARD)])
 
     def _stays_as_it_is(self, names: Iterable[str]) -> bool:
         """Whether a scheme that is on top of the model leaves these parameters at the scale that they have."""
         used = {name for use in self.draft.uses.values() if use.is_expression for name in use.parameters}
         return any(name in used or name in self.zeros or not self.trace.facts[name].largest for name in names)
 
-    def _step_on_top(self, parameter: ParameterPlan) -> Factor:
-        """The relative step that it had; exactly, where the function is kept: folded weights then have plain steps."""
-        rate = parameter.initial_factor
-        if not self.scheme.keeps_function:
-            rate = _rounded(rate)
-        return Factor(rate, "as its initial value was multiplied: the relative step that it had", STANDARD)
-
-    def _bring_to_unit_scale(self, parameter: ParameterPlan, use: Use) -> None:
+    def _bring_to_unit_scale(self, parameter: ParameterPlan, use: Use, rates: Rates) -> None:
         rms = self.trace.facts[parameter.name].rms
         starts_at_zero = parameter.name in self.zeros
         if starts_at_zero:
@@ -214,7 +227,7 @@ class Planner:
             )
         else:
             rate = self._relative_step(rms, use)
-        parameter.set_constant("relative_lr", [rate])
+        parameter.set_constant("relative_lr", [rate, *rates.standard])
         if parameter.fixed:
             parameter.multiplier = parameter.stored = rms or 1.0
         elif not starts_at_zero:
@@ -277,7 +290,7 @@ class Planner:
                 f"{' …' if len(following) > 1 else ''})"
             )
         zero = [p.name for p in plan.parameters.values() if not p.reason and not self.trace.facts[p.name].largest]
-        if self.scheme.on_top and self.options.weights and zero:
+        if self.rules.on_top and self.options.weights and zero:
             names = ", ".join(zero[:3]) + (" …" if len(zero) > 3 else "")
             self.notes.append(f"left as they are, for they are all zero and have no scale to divide by: {names}")
 
@@ -306,19 +319,26 @@ class Planner:
     def _branch_factors(self, stream: Stream, steps: list[Step]) -> None:
         depth, post_norm = len(steps) / 2, self.structure.is_post_norm(stream)
         for step in steps:
-            factors = self.scheme.branch(ResidualBranch(step.kind, depth, step.before, post_norm))
+            earlier = [other for other in steps if other.order < step.order]
+            factors = self._branch_rule(step, earlier, depth, post_norm)
             self.branches.append((step, factors))
             if factors and step.seen is not None:
                 residual, branch = step.seen
                 self._scale_branch(residual, branch.value, factors)
 
+    def _branch_rule(self, step: Step, earlier: Iterable[Step], depth: float, post_norm: bool) -> list[Factor]:
+        before = tuple(EarlierBranch(other.kind, self.scheme.at(other.parameters)) for other in earlier)
+        branch = ResidualBranch(step.kind, depth, before, post_norm)
+        return self.scheme.ask(step.parameters, lambda scheme: scheme.branch(branch))
+
     def _own_relative_steps(self, plan: Plan, models: Mapping[str, str]) -> None:
         """What takes the rule of a sibling keeps the relative step that it had itself."""
-        for name, model in models.items() if not self.scheme.on_top else ():
+        for name, model in models.items() if not self.rules.on_top else ():
             rms, role = self.trace.facts[name].rms, plan.parameters[model].role
             uses = [use for use in self.draft.uses.values() if model in use.parameters and use.role == role]
             if uses and rms and role in WEIGHT_ROLES and model not in self.zeros and not plan.parameters[model].reason:
-                plan.parameters[name].set_constant("relative_lr", [self._relative_step(rms, uses[0])])
+                beyond = plan.parameters[model].causes["relative_lr"][1:]
+                plan.parameters[name].set_constant("relative_lr", [self._relative_step(rms, uses[0]), *beyond])
 
     def _branches_left_out(self, plan: Plan, models: Mapping[str, str]) -> None:
         """Where a branch's factor depends on its place, those that were left out have another than their siblings."""
@@ -358,7 +378,9 @@ class Planner:
         if self.structure.goes_only_into_norms(addition.call.output):
             return
         drawn = [term for term in addition.terms if not self._is_zero(term)]
-        factors = self.scheme.sum(len(drawn)) if len(drawn) > 1 else []
+        if len(drawn) < 2:
+            return
+        factors = self.scheme.ask(_modules(addition.call), lambda scheme: scheme.sum(len(drawn)))
         if not factors:
             return
         found = [pushes(self.draft, term, set(addition.chain)) for term in addition.terms]
@@ -404,7 +426,7 @@ class Planner:
             self.free.add(site, (self.trace.calls[index] for index, _ in into))
 
     def _logit_factors(self, attention: Attention) -> list[Factor] | None:
-        rule = self.scheme.attention(attention.head_dim)
+        rule = self.scheme.ask(_modules(attention.call), lambda scheme: scheme.attention(attention.head_dim))
         if rule is None:
             return None
         return [*rule, *_inverse(attention.model_constant, "its constant on the logits", MODEL)]
@@ -419,6 +441,7 @@ class Planner:
 
     def _activation_factors(self) -> None:
         for activation in self.structure.activations:
+            self._scale_activation_input(activation)
             site = self._activation_site(activation)
             if site is None:
                 continue
@@ -435,21 +458,37 @@ class Planner:
                 site.fold_into = list(dict.fromkeys(UseId(key, self.trace.calls[i].name) for i, key in uses))
             self.free.add(site, (call for call, _ in targets))
 
+    def _scale_activation_input(self, activation: Activation) -> None:
+        """Put the scheme's factor on the weights that make the input of an activation."""
+        factors = self.scheme.ask(activation.modules, lambda scheme: scheme.activation_input())
+        if not factors:
+            return
+        found = pushes(self.draft, activation.input, activation.calls)
+        if found and (activation.call is None or activation.call.name != "glu"):  # whose input is the gated half too
+            self._push(found, factors)
+            self.scaled_inputs[activation] = product(factors)
+        else:
+            causes, where = ", ".join(factor.cause for factor in factors), "".join(activation.modules) or "a hook"
+            self.notes.append(f"{causes} left an activation of {where} alone: no weight makes its input for it alone")
+
     def _activation_site(self, activation: Activation) -> Site | None:
         """The site of an activation; None where it has no place, or the scheme no rule for it."""
+        scale = self.scaled_inputs.get(activation, 1.0)
         if activation.span is not None:
             function: Any = self.module.get_submodule(activation.span.module)
+            rms = gaussian_rms(function.forward, scale)
             site = Site(activation.span.module, "forward", "output", "activation", ordinal=0)
-            rule = self.scheme.activation(gaussian_rms(function.forward))
+            rule = self.scheme.ask(activation.modules, lambda scheme: scheme.activation(rms))
         else:
             call = activation.call
             assert call is not None
             if self.draft.no_place(call):
                 return None
-            site, rule = parameter_free_site(call, "activation", []), self.scheme.activation(call_rms(call))
+            rms, site = call_rms(call, scale), parameter_free_site(call, "activation", [])
+            rule = self.scheme.ask(activation.modules, lambda scheme: scheme.activation(rms))
         seen = self._seen(activation, site)
         site.set_factors("", [*rule, *seen])
-        if seen and not self.scheme.keeps_function:
+        if seen and not self.rules.keeps_function:
             site.divides_along = self.structure.feature_dimension(activation.output)
         return site if site.causes[""] else None
 
@@ -458,7 +497,7 @@ class Planner:
         if not activation.output.shape:
             return []
         features = activation.output.shape[self.structure.feature_dimension(activation.output)]
-        return self.scheme.seen_activation(self._largest[site.place.at_every_call], features)
+        return self.rules.seen_activation(self._largest[site.place.at_every_call], features)
 
     @cached_property
     def _largest(self) -> dict[Place, float]:
@@ -573,6 +612,11 @@ def _rounded(rate: float) -> float:
 def _inverse(constant: float, cause: str, source: str = "") -> list[Factor]:
     """The factor that takes a constant out; none for 1."""
     return [] if constant == 1.0 else [Factor(1 / constant, f"1 / {constant:.4g}: {cause}", source)]
+
+
+def _modules(call: Call) -> list[str]:
+    """The name of the module whose code makes a call."""
+    return [call.frame.module] if call.frame is not None else []
 
 
 def _at(call: Call) -> str:

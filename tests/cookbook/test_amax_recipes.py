@@ -95,10 +95,10 @@ def test_finetuning_that_would_change_it_is_refused(folder: Path, tmp_path: Path
     with pytest.raises(SystemExit, match="holds trained weights"):
         run_recipe(
             "finetune", tmp_path, *FINE, "trainer.max_steps=2", "trainer.val_check_interval=1", f"model.path={folder}",
-            "unitscale=amax", "unitscale.keep_function=false", "test_before=false",
+            "unitscale=amax", "unitscale.hyperparameters.keep_function=false", "test_before=false",
         )  # fmt: skip
 
 
 def test_a_wrong_option_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="keep_function=True is an option of scheme='amax'"):
-        run_recipe("pretrain", tmp_path, *QUICK, *STEPS, "unitscale.keep_function=true")
+    with pytest.raises(SystemExit, match="'umup' has no hyperparameter 'keep_function'"):
+        run_recipe("pretrain", tmp_path, *QUICK, *STEPS, "+unitscale.hyperparameters.keep_function=true")

@@ -11,8 +11,7 @@ import pytorch_lightning as pl
 import torch
 from support import zoo
 from support.prepared import build, gradients, prepared, train
-from support.training import batches, fit, trainer
-from support.training import build as language
+from support.training import fit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,9 +26,10 @@ from lightning_unitscale import (
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.optim.divided_gradients import divided
 from lightning_unitscale.schemes import SCHEMES
-from lightning_unitscale.schemes.scheme import Rates, Scheme, Weight, register
+from lightning_unitscale.schemes.scheme import Rates, Scheme, Weight
 
 ROOT2 = 2**0.5
+LITERAL = {"keep_function": False}  # as the article means it
 Step = Callable[[nn.Module], Tensor]
 
 
@@ -67,7 +67,7 @@ def test_alpha_of_three_and_four() -> None:
 
 
 def test_the_function_of_the_scaled_weight_is_another_one() -> None:
-    model, plan = regression(keep_function=False)
+    model, plan = regression(hyperparameters=LITERAL)
     assert model.w.weight.tolist() == [pytest.approx([3 * ROOT2 / 4, ROOT2])]
     assert plan.parameters["w.weight"].multiplier == 1
     assert model(ONES).item() == pytest.approx((7 * ROOT2 / 4 - 1) ** 2)
@@ -115,7 +115,12 @@ def test_trained_weights_are_taken_where_the_function_is_kept() -> None:
     model = build(case)
     train(case, model, [torch.optim.AdamW(model.parameters(), lr=1e-2)], 3)
     with pytest.raises(UnitScalingError, match="holds trained weights"):
-        unit_scale(copy.deepcopy(model), lambda m: case.loss(m, case.batch(0)), "amax", keep_function=False)
+        unit_scale(
+            copy.deepcopy(model),
+            lambda m: case.loss(m, case.batch(0)),
+            "amax",
+            hyperparameters=LITERAL,
+        )
     expected = case.loss(model, case.batch(1)).item()
     unit_scale(model, lambda m: case.loss(m, case.batch(0)), "amax", storage="unit")
     assert case.loss(model, case.batch(1)).item() == pytest.approx(expected, rel=1e-5)
@@ -158,7 +163,13 @@ def test_beta_of_three_and_four_is_carried_into_the_next_weight() -> None:
 
 def test_beta_follows_each_position_where_the_function_changes() -> None:
     model = relu_net()
-    plan = unit_scale(model, lambda net: net(THREE_FOUR).square().mean(), "amax", weights=False, keep_function=False)
+    plan = unit_scale(
+        model,
+        lambda net: net(THREE_FOUR).square().mean(),
+        "amax",
+        weights=False,
+        hyperparameters=LITERAL,
+    )
     (site,) = [site for site in plan.sites if site.divides_along is not None]
     assert not site.folded
     expected = torch.tensor([[2 * 3 * ROOT2 / 4], [2 * ROOT2]])
@@ -176,7 +187,7 @@ def test_gradients_of_following_factors_are_the_slope_of_the_loss(name: str) -> 
     """The gate has looked at them too; here along the gradient itself."""
     case = zoo.CASES[name]
     with zoo.default_dtype(torch.float64):
-        model, plan = prepared(case, scheme="amax", weights=False, keep_function=False)
+        model, plan = prepared(case, scheme="amax", weights=False, hyperparameters=LITERAL)
         assert any(site.divides_along is not None for site in plan.sites)
         _, found = gradients(case, model, seed=1)
         norm = sum(float(g.square().sum()) for g in found.values()) ** 0.5
@@ -194,11 +205,11 @@ def test_gradients_of_following_factors_are_the_slope_of_the_loss(name: str) -> 
 
 def test_channels_of_a_convolution_are_its_features() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 1))
-    plan = unit_scale(net, lambda m: m(torch.randn(2, 3, 8, 8)).square().mean(), "amax", keep_function=False)
+    plan = unit_scale(net, lambda m: m(torch.randn(2, 3, 8, 8)).square().mean(), "amax", hyperparameters=LITERAL)
     assert [site.divides_along for site in plan.sites if site.role == "activation"] == [-3]
 
 
-@pytest.mark.parametrize("options", [{"storage": "unit"}, {"keep_function": False}])
+@pytest.mark.parametrize("options", [{"storage": "unit"}, {"hyperparameters": LITERAL}])
 @pytest.mark.parametrize("name", ["sequential", pytest.param("llama-sdpa", marks=pytest.mark.slow)])
 def test_it_compiles_in_one_graph(name: str, options: dict[str, Any]) -> None:
     case = zoo.CASES[name]
@@ -411,19 +422,18 @@ def test_steps_without_the_division_are_warned_of() -> None:
         torch.optim.Adam(model.parameters()).step()
 
 
-def test_an_option_of_another_scheme_is_refused() -> None:
-    with pytest.raises(UnitScalingError, match=r"keep_function=True is an option of scheme='amax'.*'umup' has no such"):
-        UnitScaling("umup", keep_function=True)
-    with pytest.raises(UnitScalingError, match=r"keep_function='yes' must be True, False or None"):
-        UnitScaling("amax", keep_function="yes")  # type: ignore[arg-type]
+def test_a_hyperparameter_of_another_scheme_is_refused() -> None:
+    with pytest.raises(UnitScalingError, match=r"'umup' has no hyperparameter 'keep_function' \(those of 'amax'"):
+        UnitScaling("umup", hyperparameters={"keep_function": True})
+    with pytest.raises(UnitScalingError, match=r"keep_function='yes' of scheme='amax' must be True or False"):
+        UnitScaling("amax", hyperparameters={"keep_function": "yes"})
 
 
-class Narrow(Scheme):
-    """Has one storage, and a rule for one family."""
+class OneStorage(Scheme):
+    """Has nothing but unit storage."""
 
-    name = "narrow"
+    name = "one-storage"
     storages = ("unit",)
-    families = ("adam",)
 
     def weight(self, weight: Weight) -> list[Any]:
         return []
@@ -432,26 +442,11 @@ class Narrow(Scheme):
         return Rates()
 
 
-@pytest.fixture
-def _narrow() -> Any:
-    register(Narrow)
-    yield
-    del SCHEMES["narrow"]
-
-
-@pytest.mark.usefixtures("_narrow")
-def test_a_storage_or_family_that_a_scheme_lacks_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
-    with pytest.raises(UnitScalingError, match=r"scheme='narrow' has no storage='folded'; choose 'unit'"):
-        UnitScaling("narrow")
-    module = language(optimizer="sgd")
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(UnitScalingError, match=r"'narrow' has no rule for SGD \(family 'sgd'\); it has one for 'adam'"):
-        trainer(tmp_path, UnitScaling("narrow", storage="unit"), max_steps=1).fit(module, batches())
-    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
-    case = zoo.CASES["sequential"]
-    model, plan = prepared(case, scheme="narrow", storage="unit")
-    with pytest.raises(UnitScalingError, match="has no rule for SGD"):
-        scale_learning_rates(torch.optim.SGD(model.parameters(), lr=0.1), plan)
+def test_a_storage_that_a_scheme_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCHEMES, "one-storage", OneStorage)
+    UnitScaling("one-storage", storage="unit")
+    with pytest.raises(UnitScalingError, match=r"scheme='one-storage' has no storage='folded'; choose 'unit'"):
+        UnitScaling("one-storage")
 
 
 def test_lbfgs_is_refused() -> None:

@@ -23,6 +23,7 @@ from lightning_unitscale.engine.plan.fold import primary_use_of
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.plan.step_scales import StepScale
 from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.errors import UnitScalingError
 
@@ -113,8 +114,22 @@ def _step_quantities(plan: Plan, parameter: ParameterPlan) -> list[Quantity]:
     scale = plan.step_scales("adam", decoupled_decay=True)[parameter.name]
     return [
         Quantity("learning rate ×", scale.lr, _rate_factors(plan, parameter)),
-        Quantity("weight decay ×", scale.weight_decay, _unless_one(scale.weight_decay, "lr · weight decay is kept")),
-        Quantity("eps ×", scale.eps, _unless_one(scale.eps, "multiplier / stored: the gradient is larger by as much")),
+        Quantity("weight decay ×", scale.weight_decay, _decay_factors(parameter, scale)),
+        Quantity("eps ×", scale.eps, _eps_factors(parameter, scale)),
+    ]
+
+
+def _decay_factors(parameter: ParameterPlan, scale: StepScale) -> list[Factor]:
+    own = parameter.causes.get("decay", []) if parameter.decay != 1.0 else []
+    return [*own, *_unless_one(scale.weight_decay / parameter.decay, "lr · weight decay is kept")]
+
+
+def _eps_factors(parameter: ParameterPlan, scale: StepScale) -> list[Factor]:
+    if parameter.unit_eps is None:
+        return _unless_one(scale.eps, "multiplier / stored: the gradient is larger by as much")
+    return [
+        *parameter.causes["unit_eps"],
+        *_unless_one(scale.eps / parameter.unit_eps, "1 / stored: the gradient of U, said of what is stored"),
     ]
 
 

@@ -29,6 +29,8 @@ class ParameterPlan:
         relative_lr: learning rate of F in units of the user's own ("standard") is this times |multiplier|.
         divided_gradient: the optimizer sees its gradient divided by γ = max|gradient| / √d, d its number of elements.
         depth_lr: the part of `unit_lr` that comes from depth (L^-½ inside a residual branch).
+        unit_eps: Adam's eps for the gradient of U, in units of the user's; None: the user's is for that of F.
+        decay: factor on lr · weight_decay, where decay acts beside the gradient.
         causes: where the constants above come from, by their names: the factors of each.
         lr_override: set by the user; takes the place of every learning-rate multiplier.
         stored_whole: a hand-written autograd.Function uses it, whose backward pass would not see an explicit factor, so
@@ -48,6 +50,8 @@ class ParameterPlan:
     sgd_lr: float = 1.0
     relative_lr: float = 1.0
     depth_lr: float = 1.0
+    unit_eps: float | None = None
+    decay: float = 1.0
     causes: dict[str, list[Factor]] = field(default_factory=dict)
     lr_override: float | None = None
     aliases: list[str] = field(default_factory=list)
