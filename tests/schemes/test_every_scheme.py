@@ -1,7 +1,7 @@
 """What must hold under every scheme, on models of many kinds: a new scheme is here as soon as it is registered."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,17 @@ from lightning_unitscale.schemes import SCHEMES
 
 NAMES = tuple(SCHEMES)
 # Attention that folds and that does not, tied and computed weights, norms before and after, branches that are drawn
-MODELS = (
-    *("llama-sdpa", "gpt2-eager", "bert-sdpa", "t5-sdpa", "tied-embedding"),
-    *("resnet", "weight-norm", "dit", "lstm", "experts-loop", "sequential"),
-)
-each_scheme = pytest.mark.parametrize("scheme", NAMES)
-each_model = pytest.mark.parametrize("name", MODELS)
+QUICK = ("llama-sdpa", "tied-embedding", "resnet", "experts-loop")
+MODELS = (*QUICK, "gpt2-eager", "bert-sdpa", "t5-sdpa", "weight-norm", "dit", "lstm", "sequential")
+
+
+def each(names: Iterable[str]) -> pytest.MarkDecorator:
+    """The quick models, and the rest of these in the nightly run."""
+    marked = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+each_model = each(MODELS)
 
 
 def of_storages(test: Callable[..., None]) -> Callable[..., None]:
@@ -64,7 +69,7 @@ def test_its_storages_train_alike(name: str, scheme: str) -> None:
 
 
 @of_storages
-@pytest.mark.parametrize("name", [name for name in MODELS if not zoo.CASES[name].casts_to_float32])
+@each(name for name in MODELS if not zoo.CASES[name].casts_to_float32)
 def test_its_gradients_are_the_slope_of_the_loss(name: str, scheme: str, storage: str) -> None:
     """Along one direction through all parameters, by a difference of fourth order in float64."""
     case = zoo.CASES[name]
@@ -110,7 +115,7 @@ def test_it_can_be_taken_off_or_says_what_stays(name: str, scheme: str, storage:
 
 @of_storages
 def test_a_plan_of_it_outlives_plain_containers(scheme: str, storage: str) -> None:
-    for name in MODELS:
+    for name in QUICK:
         _, plan = prepared(zoo.CASES[name], scheme=scheme, storage=storage)
         assert Plan.from_dict(plan.to_dict()).to_dict() == plan.to_dict()
         for key in (*plan.parameters, *(site.name for site in plan.sites)):
@@ -120,7 +125,7 @@ def test_a_plan_of_it_outlives_plain_containers(scheme: str, storage: str) -> No
 
 @of_storages
 def test_its_checkpoint_brings_the_function_along(scheme: str, storage: str, tmp_path: Path) -> None:
-    for name in MODELS:
+    for name in QUICK:
         case = zoo.CASES[name]
         model, _ = prepared(case, scheme=scheme, storage=storage)
         torch.save(model.state_dict(), tmp_path / "model.pt")
