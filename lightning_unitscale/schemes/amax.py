@@ -52,6 +52,7 @@ class AMax(Scheme):
     source = ARTICLE
     on_top = True
     divides_gradients = True
+    of_the_whole = ("keep_function",)
 
     @property
     def keeps_function(self) -> bool:

@@ -120,6 +120,7 @@ class Scheme(ABC):
         least_usual_rate: an η below it is taken for a rate in ordinary units, and warned of; 0 warns of none.
         families: of optimizers that it has learning rates for; others need `lr_units="standard"`.
         storages: those that it can be kept in.
+        of_the_whole: the hyperparameters that no override can set for a part of the model.
         on_top: its factors come on top of what the model has: the model's own constants stay where they are, U is the
             initial value times `initial`, and every weight keeps the relative step that it had.
         divides_gradients: the optimizer is to see each gradient divided by γ = max|gradient| / √d.
@@ -134,6 +135,7 @@ class Scheme(ABC):
     least_usual_rate: ClassVar[float] = 0.0
     families: ClassVar[tuple[str, ...]] = ("adam", "sgd", "muon")
     storages: ClassVar[tuple[str, ...]] = STORAGES
+    of_the_whole: ClassVar[tuple[str, ...]] = ()
     on_top: ClassVar[bool] = False
     divides_gradients: ClassVar[bool] = False
 
@@ -250,6 +252,11 @@ def scheme_of(options: Options) -> Scheme:
         theirs = hyperparameters_in(override)
         _check_names(f"overrides[{glob!r}]", theirs, scheme.name, OVERRIDE_KEYS)
         replace(scheme, **theirs)
+        for name in theirs.keys() & {*scheme.of_the_whole}:
+            raise UnitScalingError(
+                f"overrides[{glob!r}]: {name} is for the whole model, hyperparameters={{{name!r}: …}}; leave a part of it "
+                "alone with skip."
+            )
     return scheme
 
 

@@ -27,7 +27,7 @@ DOORS = {
     [
         (
             {"scheme": "umpu"},
-            r"scheme='umpu' is not known; choose one of 'completep', 'mus', .*\. Did you mean 'umup'\?",
+            r"scheme='umpu' is not known; choose one of 'amax', 'completep', 'mus', .*\. Did you mean 'umup'\?",
         ),
         ({"storage": "fold"}, r"storage='fold' is not known.*Did you mean 'folded'\?"),
         ({"lr_units": "standart"}, r"lr_units='standart' is not known.*Did you mean 'standard'\?"),

@@ -56,7 +56,7 @@ def test_unknown_command_names_the_near_one(monkeypatch: pytest.MonkeyPatch) -> 
         ("unitscale.schema=umup", r"no setting unitscale\.schema .*Did you mean unitscale\.scheme"),
         (
             "unitscale=umpu",
-            r"unitscale=umpu is not known; choose one of completep, mus, none, preserve, .*\. Did you mean umup",
+            r"unitscale=umpu is not known; choose one of amax, completep, mus, none, preserve, .*\. Did you mean umup",
         ),
         ("experiment=tny", r"experiment=tny is not known.*Did you mean tiny"),
         ("unitscale.weights=maybe", r"unitscale\.weights"),

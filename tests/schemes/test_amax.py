@@ -427,6 +427,8 @@ def test_a_hyperparameter_of_another_scheme_is_refused() -> None:
         UnitScaling("umup", hyperparameters={"keep_function": True})
     with pytest.raises(UnitScalingError, match=r"keep_function='yes' of scheme='amax' must be True or False"):
         UnitScaling("amax", hyperparameters={"keep_function": "yes"})
+    with pytest.raises(UnitScalingError, match=r"overrides\['head'\]: keep_function is for the whole model"):
+        UnitScaling("amax", overrides={"head": LITERAL})
 
 
 class OneStorage(Scheme):
