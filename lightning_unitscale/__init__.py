@@ -3,6 +3,14 @@
 >>> Trainer(callbacks=[UnitScaling()])  # or Trainer(strategy="unitscale")
 """
 
+from lightning_unitscale.blocks import (
+    ActivationScaling,
+    GradientScaling,
+    WeightScaling,
+    scale_activation,
+    scale_gradient,
+    scale_weight,
+)
 from lightning_unitscale.callback import UnitScaling
 from lightning_unitscale.checkpoint import load_checkpoint
 from lightning_unitscale.engine.plan.plan import Plan
@@ -19,13 +27,19 @@ wrap_load_state_dict()
 wrap_recovery()
 
 __all__ = [
+    "ActivationScaling",
+    "GradientScaling",
     "Plan",
     "ScaleMonitor",
     "UnitScaling",
     "UnitScalingError",
+    "WeightScaling",
     "load_checkpoint",
     "recalibrating",
     "remove_unit_scaling",
+    "scale_activation",
+    "scale_gradient",
     "scale_learning_rates",
+    "scale_weight",
     "unit_scale",
 ]

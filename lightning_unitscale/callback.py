@@ -25,8 +25,9 @@ class UnitScaling(Callback):
     keep your values.
 
     Args:
-        scheme: "umup" (u-μP, for training from scratch; arXiv 2407.17465) or "preserve" (the model's own function
-            and training, for pretrained models).
+        scheme: "umup" (u-μP, for training from scratch; arXiv 2407.17465), "unit" (Unit Scaling, 2303.11257), "mus"
+            (µnit Scaling, 2502.05967), "completep" (CompleteP, 2505.01618), "amax" (tensors divided by max|t|/√n, see
+            `schemes.amax`) or "preserve" (the model's own function and training, for pretrained models).
         format: what the operands of every matmul with a parameter are cast to, each times one power of two: "fp8"
             (e4m3, gradients e5m2), "fp16", "bf16", or None for no casts. Measured on the first step, in which nothing
             is cast yet; see `formats`.
@@ -36,15 +37,19 @@ class UnitScaling(Callback):
         weights: scale weights: initial values, matmul factors, learning rates.
         activations: scale activations: attention logits, activation functions, residual branches.
         gradients: scale gradient operands, and the loss where gradients are in FP16 on their way; of use with a
-            `format` only. (`weights` and `activations` switch the scales of these operands too.)
-        lr_units: "standard": your learning rate means what it meant for the unscaled model. "umup": it is u-μP's η,
-            about 1, and carries over between widths and depths.
+            `format` only. (`weights` and `activations` switch the scales of these operands too.) Under "amax" also
+            whether the optimizer sees divided gradients.
+        lr_units: "standard": your learning rate means what it meant for the unscaled model. "umup": it is the scheme's
+            η (u-μP's is about 1), and carries over between the sizes that the scheme has rules for.
         skip: globs of module or parameter names to leave alone.
         overrides: {glob: {"role": …, "multiplier": …, "lr_multiplier": …, "format": …, "skip": …}} for parameters by
             name. "attention_format", as in {"*.self_attn": {"attention_format": "fp8"}}, is for modules: it casts the
             operands of attention's own products too, of those that the named modules' code calls (`"*"` for all): q,
             k and v of `F.scaled_dot_product_attention`, both operands of `q @ k.mT` and of `probabilities @ v`, and
             the gradients that come back to them. Numerics alone, at no gain in speed; see `engine.runtime.casts`.
+        hyperparameters: {name: value} of the scheme, such as {"alpha_attn": 2.0}; `schemes/README.md` lists those of
+            each. Where `overrides` name one, as in {"*.layers.0.*": {"alpha_res": 0.5}}, it holds for what the named
+            modules and parameters make: weights, attention, activations, and branches that have one of them.
         recalibrate: steps at which operand scales are measured again; of use with a `format` only.
         verify: check the plan on the first batch before training starts, see `engine.checks.verify`.
         optimizer_family: "adam", "sgd" or "muon", for an optimizer class of which unit scaling does not know how its
@@ -69,6 +74,7 @@ class UnitScaling(Callback):
         lr_units: str = "standard",
         skip: Sequence[str] = (),
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
         recalibrate: Sequence[int] = RECALIBRATE,
         verify: bool = True,
         optimizer_family: str | None = None,
@@ -84,6 +90,7 @@ class UnitScaling(Callback):
                 lr_units=lr_units,
                 skip=skip,
                 overrides=overrides or {},
+                hyperparameters=hyperparameters or {},
                 recalibrate=recalibrate,
                 verify=verify,
             ),

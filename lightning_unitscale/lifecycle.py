@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,7 @@ from lightning_unitscale.engine.checks.calibration import Calibration, check_dev
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
+from lightning_unitscale.engine.plan.step_scales import check_has_rates
 from lightning_unitscale.engine.plan.summary import headline
 from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.engine.runtime.placement import check_placement
@@ -49,7 +51,7 @@ from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps, scale_learning_rates
 from lightning_unitscale.options import PLAN_OPTIONS, Options
 from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
-from lightning_unitscale.schemes import find
+from lightning_unitscale.schemes import find, scheme_of
 from lightning_unitscale.wrapped_methods import WrappedMethods
 
 if TYPE_CHECKING:
@@ -68,11 +70,11 @@ class Lifecycle:
         plan: the plan in force, from the first training step on; None before.
 
     Raises:
-        UnitScalingError: there is no such scheme or family.
+        UnitScalingError: there is no such scheme, hyperparameter or family.
     """
 
     def __init__(self, options: Options, optimizer_family: str | None = None) -> None:
-        find(options.scheme)
+        scheme_of(options)
         check_family(optimizer_family, "optimizer_family")
         self.options = options
         self.optimizer_family = optimizer_family
@@ -91,7 +93,7 @@ class Lifecycle:
 
     @property
     def _changes_training(self) -> bool:
-        return find(self.options.scheme).changes_training
+        return scheme_of(self.options).changes_training
 
     # --- before and after a run -------------------------------------------------------------------------------
 
@@ -188,7 +190,8 @@ class Lifecycle:
         """Rehearse the step and put its plan in force on the model and its averages; None if the step has no loss."""
         if self._changes_training:
             for optimizer in strategy.optimizers:
-                self._family(optimizer)  # is known, before anything is changed
+                families = find(self.options.scheme).families  # both known, before anything is changed
+                check_has_rates(self.options.scheme, families, self._family(optimizer), self.options.lr_units)
             _refuse_pruning(module.trainer)
         try:
             plan = prepare(
@@ -334,7 +337,7 @@ class Lifecycle:
 
     def _other_options(self, plan: Plan) -> dict[str, tuple[Any, Any]]:
         """The options under which the plan was made and ours, where they differ."""
-        theirs, ours = as_plain_data(plan.options), as_plain_data(self.options.to_dict())
+        theirs, ours = (_spelled_out(as_plain_data(options)) for options in (plan.options, self.options.to_dict()))
         return {name: (theirs[name], ours[name]) for name in PLAN_OPTIONS if theirs.get(name, ours[name]) != ours[name]}
 
 
@@ -377,6 +380,12 @@ def _announce(plan: Plan) -> None:
             "beside them. Where lightning_unitscale is imported it is put in force as they are loaded; elsewhere they "
             "are refused."
         )
+
+
+def _spelled_out(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with all hyperparameters of their scheme, those not given at their defaults."""
+    scheme = find(options["scheme"], options.get("hyperparameters"))
+    return {**options, "hyperparameters": asdict(scheme)}
 
 
 def _is_of_a_run(checkpoint: Mapping[str, Any]) -> bool:

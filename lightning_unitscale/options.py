@@ -17,6 +17,7 @@ ROLES = (
     *("embedding", "position", "token", "hidden", "readout", "bias", "norm"),
     *("relative_position", "scale", "other"),
 )
+# Beside the hyperparameters of the scheme
 OVERRIDE_KEYS = ("role", "multiplier", "lr_multiplier", "format", "attention_format", "skip")
 # Early, while everything changes; then rarely
 RECALIBRATE = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
@@ -61,6 +62,15 @@ def _overrides(overrides: Any) -> dict[str, dict[str, Any]]:
     return {str(glob): dict(value) for glob, value in given.items()}
 
 
+def _hyperparameters(hyperparameters: Any) -> dict[str, Any]:
+    given = {} if hyperparameters is None else hyperparameters
+    if not isinstance(given, Mapping):
+        raise UnitScalingError(
+            f"hyperparameters={hyperparameters!r} must map names to values, such as {{'alpha_attn': 2.0}}."
+        )
+    return {str(name): value for name, value in given.items()}
+
+
 def _steps(recalibrate: Sequence[int]) -> tuple[int, ...]:
     steps = tuple(recalibrate) if isinstance(recalibrate, Sequence) else (None,)
     if not all(type(step) is int and step > 0 for step in steps) or list(steps) != sorted(set(steps)):
@@ -73,6 +83,9 @@ def _steps(recalibrate: Sequence[int]) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Options:
     """What `UnitScaling` and `unit_scale` can be told; see `UnitScaling` for each field.
+
+    What only schemes can tell, `schemes.scheme_of` checks: the scheme's name, and its hyperparameters here and in
+    `overrides`.
 
     Raises:
         UnitScalingError: a value is not one of the allowed ones; the message names the field.
@@ -87,6 +100,7 @@ class Options:
     lr_units: str = "standard"
     skip: Sequence[str] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     recalibrate: Sequence[int] = RECALIBRATE
     verify: bool = True
 
@@ -102,8 +116,6 @@ class Options:
         object.__setattr__(self, "recalibrate", _steps(self.recalibrate))
         overrides = _overrides(self.overrides)
         for glob, value in overrides.items():
-            for key in value:
-                choose(f"overrides[{glob!r}] key", key, OVERRIDE_KEYS)
             _check_override(glob, value)
             if "role" in value:
                 choose(f"overrides[{glob!r}] role", value["role"], ROLES)
@@ -111,6 +123,7 @@ class Options:
                 if value.get(key) is not None:
                     choose(f"overrides[{glob!r}] {key}", value[key], tuple(FORMATS))
         object.__setattr__(self, "overrides", overrides)
+        object.__setattr__(self, "hyperparameters", _hyperparameters(self.hyperparameters))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only, so that a checkpoint with it loads under `weights_only=True`."""

@@ -41,7 +41,7 @@ from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.optim.unscaled_steps import watch_steps
 from lightning_unitscale.options import Options
-from lightning_unitscale.schemes import find
+from lightning_unitscale.schemes import scheme_of
 from lightning_unitscale.schemes.planner import make_plan
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def prepare(
         UnitScalingError: see `unit_scale`.
     """
     refuse_sharded(module)
-    scheme = find(options.scheme)
+    scheme = scheme_of(options)
     current = plan_of(module)
     if current is not None and not scheme.changes_training and current.is_plain:
         forget(module)
@@ -81,7 +81,7 @@ def prepare(
     trace, fullest = record_draws(module, step, trainer, agree)
     plan = make_plan(scheme, module, fullest, options)
     _refuse_nothing(module, trace, plan)
-    if plan.changes_training:
+    if plan.changes_training and not plan.keeps_function:
         refuse_trained(module, trace, plan)
     plan = Plan.from_dict(agree(plan.to_dict()))
     check_device(module, plan)
@@ -269,8 +269,7 @@ def forget(module: nn.Module) -> None:
 def _about_to_be_zero(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Copies of what no factor brings back: biases, which a scheme lets begin at 0."""
     named = dict(module.named_parameters())
-    factors = {p.name: p.initial_factor * p.stored for p in plan.parameters.values() if not p.fixed}
-    return {name: named[name].detach().clone() for name, factor in factors.items() if factor == 0.0}
+    return {p.name: named[p.name].detach().clone() for p in plan.parameters.values() if p.from_initial == 0.0}
 
 
 def _bring_back(module: nn.Module, plan: Plan, zeroed: dict[str, Tensor], kept: list[Kept]) -> None:

@@ -27,6 +27,7 @@ def unit_scale(
     lr_units: str = "standard",
     skip: Sequence[str] = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
     recalibrate: Sequence[int] = RECALIBRATE,
     verify: bool = True,
 ) -> Plan:
@@ -36,8 +37,8 @@ def unit_scale(
         module: any model; its parameters stay the same objects.
         step: `step(module)` runs one training step's forward pass on real data and returns the scalar loss
             (or a dict with "loss"). It is called to record the model; nothing it changes is kept.
-        scheme … verify: as for `UnitScaling`. With a `format`, operand scales are measured on this step; `recalibrate`
-            needs `recalibrating` around your later ones.
+        scheme … verify: as for `UnitScaling`. With a `format`, operand scales are measured on this step;
+            `recalibrate` needs `recalibrating` around your later ones.
 
     Returns:
         The plan in force; `scale_learning_rates(optimizer, plan)` takes its learning-rate multipliers.
@@ -55,6 +56,7 @@ def unit_scale(
         lr_units=lr_units,
         skip=skip,
         overrides=overrides or {},
+        hyperparameters=hyperparameters or {},
         recalibrate=recalibrate,
         verify=verify,
     )

@@ -80,9 +80,11 @@ def configuration(cfg: DictConfig, run: VariantRun) -> DictConfig:
     Raises:
         InputError: an override of the variant is not one of that recipe.
     """
-    cfg = run_configuration(cfg, run.seed)
+    cfg, overrides = run_configuration(cfg, run.seed), list(cfg.variants[run.variant])
+    if any(override.startswith("unitscale.scheme=") for override in overrides):
+        cfg.unitscale.hyperparameters = {}  # which were another scheme's
     try:
-        cfg.merge_with_dotlist(list(cfg.variants[run.variant]))
+        cfg.merge_with_dotlist(overrides)
     except OmegaConfBaseException as error:
         raise InputError(f"variants.{run.variant}: {error}".replace("\n", " ")) from error
     return cfg

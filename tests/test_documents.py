@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = [f"lightning_unitscale/{room}" for room in ("engine", "schemes", "ops", "optim")]
+ROOMS = [f"lightning_unitscale/{room}" for room in ("engine", "schemes", "ops", "optim", "blocks")]
 EXPECTED = {".github/CONTRIBUTING.md", ".github/CHANGELOG.md", *(f"{room}/README.md" for room in ROOMS)}
 EXPECTED |= {"README.md", "conf/README.md", "recipes/README.md", "tests/README.md"}
 FOUND = {str(file.relative_to(ROOT)) for file in (ROOT / "lightning_unitscale").rglob("*.md")}

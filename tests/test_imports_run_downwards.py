@@ -21,6 +21,7 @@ FLOORS = [
     ("engine", "hydra_plugin"),
     ("errors", "formats", "options", "namespaces"),
     ("ops",),
+    ("blocks",),
     ("engine.record",),
     ("engine.analysis",),
     ("engine.plan",),

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
-from lightning_unitscale.engine.plan.step_scales import FAMILIES, Family, gradient_ratio, register
+from lightning_unitscale.engine.plan.step_scales import FAMILIES, Family, gradient_ratio, register, seen_ratio
 from lightning_unitscale.errors import UnitScalingError
 
 
@@ -20,7 +20,8 @@ class Adam(Family):
     """The update does not change when gradient and eps are multiplied by one constant.
 
         lr(S)  = lr(F) / r = stored · lr(U)
-        eps(S) = |r| · eps
+        eps(S) = |r| · eps           or eps(U) / stored, where the scheme has a rule for eps;
+                                     eps, where gradients are divided by their own scale
 
     Source: the abc-symmetry of Adam (u-μP, arXiv 2407.17465, section 2.1); `unit_lr` is table 2's rule.
     """
@@ -43,7 +44,9 @@ class Adam(Family):
 
     @override
     def eps(self, parameter: ParameterPlan) -> float:
-        return abs(gradient_ratio(parameter))
+        if parameter.unit_eps is not None:
+            return parameter.unit_eps / abs(parameter.stored or 1.0)
+        return abs(seen_ratio(parameter))
 
 
 @register
@@ -54,6 +57,9 @@ class SGD(Family):
 
     Under `lr_units="standard"` a readout keeps the user's own rate, as the scheme's would be smaller still.
 
+    Where gradients are divided by their own scale, the update is in no proportion to them any more: lr(S) = stored ·
+    lr(U), as under Adam. A rate then has no ordinary meaning that could be kept, and in either unit is that of U.
+
     Source: u-μP (arXiv 2407.17465), section 2.1; `sgd_lr` is μP's rule for SGD (arXiv 2203.03466, table 8).
     """
 
@@ -63,6 +69,8 @@ class SGD(Family):
 
     @override
     def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
+        if parameter.divided_gradient:
+            return parameter.sgd_lr * parameter.stored
         if lr_units == "standard":
             function_lr = 1.0 if parameter.role == "readout" else parameter.relative_lr * abs(parameter.multiplier)
             return function_lr / gradient_ratio(parameter) ** 2

@@ -10,7 +10,8 @@ computes its update:
     pre-hooks of the user        the user's groups
     closure (Lightning: the      the user's groups
       whole training step)
-    the optimizer's update       split groups: lr * scale.lr, weight_decay * scale.weight_decay, eps * scale.eps
+    the optimizer's update       split groups: lr * scale.lr, weight_decay * scale.weight_decay, eps * scale.eps;
+                                 gradients divided by their own scale, where the plan says so (`divided_gradients`)
     post-hooks of the user       the user's groups
 
 Schedulers, checkpoints, loggers and callbacks thus never meet a multiplier.
@@ -34,6 +35,7 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, PLAIN, StepScale
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.optim.divided_gradients import DividedGradients
 from lightning_unitscale.optim.families import check_family, optimizer_family
 from lightning_unitscale.optim.late_parameters import LateParameters
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup
@@ -113,8 +115,8 @@ def _family_under(plan: Plan, optimizer: Optimizer) -> str:
 
 
 def changes_steps(plan: Plan) -> bool:
-    """Whether an optimizer of any family is to take other steps than its groups say."""
-    return any(
+    """Whether an optimizer of any family is to take other steps than its groups and gradients say."""
+    return bool(plan.divided_gradients) or any(
         scale != PLAIN
         for family in FAMILIES
         for decoupled in (False, True)
@@ -157,6 +159,7 @@ class ScaledStep:
         self._watched: list[Watched] = []
         self._users: list[dict[str, Any]] | None = None
         self._split_groups: list[SplitGroup] = []
+        self._gradients = DividedGradients(())
         self._depth = 0
         self._reached = False
         self._steps = 0
@@ -268,6 +271,7 @@ class ScaledStep:
             return args, {**kwargs, "closure": self._with_users_groups(optimizer, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._with_users_groups(optimizer, args[1]), *args[2:]), kwargs
+        self._gradients.divide(optimizer)
         return None
 
     def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -282,15 +286,17 @@ class ScaledStep:
         def evaluate() -> Any:
             nonlocal evaluations
             evaluations += 1
-            if evaluations > 1 and not self._uniform:
+            if evaluations > 1 and (self._gradients or not self._uniform):
+                what = "divides its gradients" if self._gradients else "gives its parameters different learning rates"
                 raise UnitScalingError(
-                    f"{type(optimizer).__name__} evaluates its closure more than once per step, and unit scaling gives "
-                    "its parameters different learning rates. Use an optimizer with one evaluation per step."
+                    f"{type(optimizer).__name__} evaluates its closure more than once per step, and unit scaling "
+                    f"{what}. Use an optimizer with one evaluation per step."
                 )
             self._restore(optimizer)
             loss = closure()
             # Anew, for the closure may have changed a learning rate or added a group.
             self._split(optimizer)
+            self._gradients.divide(optimizer)
             return loss
 
         return evaluate
@@ -312,6 +318,7 @@ class ScaledStep:
         self._users, optimizer.param_groups[:] = users, groups
 
     def _restore(self, optimizer: Optimizer) -> None:
+        self._gradients.restore()
         if self._users is None:
             return
         optimizer.param_groups[:], self._users = self._users, None
@@ -331,11 +338,14 @@ class ScaledStep:
             layout.fits(params, decoupled) for layout, (params, decoupled) in zip(self._layouts, groups, strict=True)
         ):
             return
-        named = list(self._named_parameters())
+        named, divided = list(self._named_parameters()), self._plan.divided_gradients
         scales = {decoupled: self._scales(named, decoupled) for decoupled in {decoupled for _, decoupled in groups}}
         self._layouts = [GroupLayout.of(params, decoupled, scales[decoupled]) for params, decoupled in groups]
         self._watched = self._to_watch(named)
-        self._check(optimizer, named, any(scale != PLAIN for known in scales.values() for scale in known.values()))
+        ours = {parameter for layout in self._layouts for parameter in layout.params}
+        self._gradients = DividedGradients({p for name, p in named if p in ours and name in divided})
+        differs = any(scale != PLAIN for known in scales.values() for scale in known.values())
+        self._check(optimizer, named, differs or bool(divided))
 
     def _to_watch(self, named: list[tuple[str, Tensor]]) -> list[Watched]:
         """The optimizer's parameters whose stored values are not those that the model was built with."""
@@ -361,9 +371,10 @@ class ScaledStep:
                 "rates would be scaled. Make the optimizer from that module's own parameters(), after any copying or "
                 "sharding, or pass the module it was made from as module=."
             )
-        if isinstance(optimizer, torch.optim.LBFGS) and not self._uniform:
+        if isinstance(optimizer, torch.optim.LBFGS) and (self._gradients or not self._uniform):
+            what = "divides their gradients" if self._gradients else "gives them different learning rates"
             raise UnitScalingError(
-                "LBFGS takes one step size for all parameters, and unit scaling gives them different learning rates. "
+                f"LBFGS takes one step size for all parameters, and unit scaling {what}. "
                 'Use another optimizer, or scheme="preserve".'
             )
         if not getattr(type(optimizer).step, "hooked", False) or "param_groups" not in vars(optimizer):

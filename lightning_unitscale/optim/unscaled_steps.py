@@ -63,6 +63,7 @@ def _unscaled(optimizer: Optimizer, module: nn.Module, plan: Plan, stepped: set[
         for name, scale in plan.step_scales(family, decoupled_decay=True).items()
         if scale != PLAIN
     }
+    scaled |= plan.divided_gradients
     return [name for name, parameter in module.named_parameters() if name in scaled and parameter in stepped]
 
 

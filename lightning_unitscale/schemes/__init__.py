@@ -1,6 +1,6 @@
 """Schemes: what function is trained, with what step sizes. One file of pure rules each; see README.md to add one."""
 
-from lightning_unitscale.schemes import preserve, umup
-from lightning_unitscale.schemes.scheme import SCHEMES, Scheme, find, register
+from lightning_unitscale.schemes import amax, completep, mus, preserve, umup, unit
+from lightning_unitscale.schemes.scheme import SCHEMES, Scheme, find, register, scheme_of
 
-__all__ = ["SCHEMES", "Scheme", "find", "preserve", "register", "umup"]
+__all__ = ["SCHEMES", "Scheme", "amax", "completep", "find", "mus", "preserve", "register", "scheme_of", "umup", "unit"]

@@ -14,6 +14,7 @@ from math import isclose
 from lightning_unitscale.engine.analysis.activations import Activation
 from lightning_unitscale.engine.analysis.attention import Attention
 from lightning_unitscale.engine.analysis.structure import Structure
+from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.places import Place
@@ -30,6 +31,7 @@ class BesideSites:
         free: the parameter-free sites on the loss's path.
         sites: what became of them.
         activation_site, attention_site: the scheme's factor at such a place; None if there can be none.
+        as_met: the scheme's factors come from what was seen, and so from the loss's path.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class BesideSites:
         sites: list[Site],
         activation_site: Callable[[Activation], Site | None],
         attention_site: Callable[[Attention], Site | None],
+        as_met: bool,
     ) -> None:
-        self.draft, self.sites = draft, sites
+        self.draft, self.sites, self.as_met = draft, sites, as_met
         self.activation_site, self.attention_site = activation_site, attention_site
         self.whole = Structure(draft.trace, whole=True)
         self.met = _factors_met(free)
@@ -80,6 +83,8 @@ class BesideSites:
     def _expected(self, site: Site, weights: list[UseId]) -> Site:
         """The site, with its factor if all the weights meet it on the loss's path too."""
         met = [self.met.get((site.role, self._main(use))) for use in weights]
+        if self.as_met and met and met[0] is not None:
+            site.set_factors("", [Factor(met[0], "as on the loss's path")])
         if met and all(factor is not None and isclose(factor, site.multiplier, rel_tol=1e-9) for factor in met):
             site.fold_into = list(dict.fromkeys(weights))
         else:

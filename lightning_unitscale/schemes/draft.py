@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from torch import nn
@@ -22,6 +22,7 @@ from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.options import Options
+from lightning_unitscale.schemes.by_hand import find_by_hand
 from lightning_unitscale.schemes.overrides import matches, overrides_by_parameter
 
 SKIPPED = "skipped by the options"
@@ -45,18 +46,26 @@ class Draft:
         structure: of the recorded step.
         readings: what the step reads of parameters beside their uses.
         uses: every use of every parameter.
+        by_hand: what the model scales itself, with our blocks.
         left_alone: parameters that nothing may be done to, with the reason.
 
     Args:
         homeless: parameters that a scheme has found no place for a factor of, with the reason; None if it has no
             factors.
+        cast: why matmuls with a weight of a role are not cast, by the scheme; "" if they are.
     """
 
     def __init__(
-        self, module: nn.Module, trace: Trace, options: Options, homeless: Mapping[str, str] | None = None
+        self,
+        module: nn.Module,
+        trace: Trace,
+        options: Options,
+        homeless: Mapping[str, str] | None = None,
+        cast: Callable[[str], str] = lambda role: "",
     ) -> None:
-        self.module, self.trace, self.options = module, trace, options
+        self.module, self.trace, self.options, self.cast = module, trace, options, cast
         self.structure = Structure(trace)
+        self.by_hand = find_by_hand(module, trace)
         self.overrides = overrides_by_parameter(module, trace, options)
         self.readings = find_readings(self.structure)
         self.uses = find_uses(self.structure, self.readings)
@@ -93,6 +102,7 @@ class Draft:
         """The plan with these factors by (call index, key) and these parameter-free sites."""
         options = self.options
         plan = Plan(options.scheme, options.storage, options.lr_units, options=options.to_dict())
+        plan.notes += self.by_hand.notes
         plan.parameters = {name: self._parameter(name) for name in self.trace.facts}
         plan.sites = [*self._parameter_sites(factors), *self._reading_sites(), *free_sites]
         places = {site.place for site in free_sites}
@@ -117,6 +127,8 @@ class Draft:
                 reasons[name] = SKIPPED
             elif not facts.trainable:
                 reasons[name] = FROZEN
+            elif name in self.by_hand.weights:
+                reasons[name] = self.by_hand.weights[name]
             elif self.roles[name] in LEFT_ALONE_ROLES:
                 hidden = self.roles[name] == "unused" and self.trace.transformed
                 reasons[name] = IN_TRANSFORM if hidden else LEFT_ALONE_ROLES[self.roles[name]]
@@ -185,7 +197,7 @@ class Draft:
         skipped = any(self._is_skipped(name) for name in site.params[0].names)
         site.format_reason = (
             SKIPPED if skipped else IN_FUNCTION if call.in_function else reason_not_to_cast(call, wanted)
-        )
+        ) or (self.cast(site.role) if name is None else "")
         site.format = None if site.format_reason else wanted
 
     def _check_format_overrides(self, sites: Collection[Site]) -> None:

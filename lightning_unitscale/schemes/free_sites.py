@@ -77,7 +77,7 @@ class FreeSites:
             entries = [entry for place in known for entry in self.entries[place]]
             for site, _ in entries:
                 site.calls_in_frame = self.draft.calls_in_frame(loop)
-            alike = {(site.role, site.multiplier, site.operand, site.last_dim) for site, _ in entries}
+            alike = {(s.role, s.multiplier, s.operand, s.last_dim, s.divides_along) for s, _ in entries}
             if len(entries) == len(calls) and len(alike) == 1:
                 for place in known:
                     del self.entries[place]

@@ -14,9 +14,10 @@ the total, so each factor is divided by what the model has there itself.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from math import isclose, log2, sqrt
+from math import isclose, log2, prod, sqrt
 from statistics import median
 from typing import Any
 
@@ -37,15 +38,18 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.siblings import include_siblings
 from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import UseId
+from lightning_unitscale.engine.record.places import EVERY_CALL, Place
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.options import STORAGES, Options
 from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_rms
 from lightning_unitscale.schemes.beside import BesideSites
+from lightning_unitscale.schemes.by_hand import is_by_hand
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
 from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_site
+from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.pushing import Push, pushes, takers
-from lightning_unitscale.schemes.scheme import ResidualBranch, Scheme, Weight
+from lightning_unitscale.schemes.scheme import EarlierBranch, Rates, ResidualBranch, Scheme, Weight
 
 NEAR_ZERO = 1e-3  # of the usual size of a weight
 MODEL = "the model's own code, absorbed"
@@ -75,23 +79,25 @@ class Planner:
     def __init__(
         self, scheme: Scheme, module: nn.Module, trace: Trace, options: Options, homeless: Mapping[str, str]
     ) -> None:
-        self.scheme, self.module, self.trace, self.options = scheme, module, trace, options
-        self.draft = Draft(module, trace, options, homeless)
+        self.rules = scheme
+        self.scheme, self.module, self.trace, self.options = LocalSchemes(scheme, options), module, trace, options
+        self.draft = Draft(module, trace, options, homeless, scheme.cast)
         self.structure = self.draft.structure
         self.factors: dict[tuple[int, str], list[Factor]] = {}
         self.free = FreeSites(self.draft)
         self.depth: dict[int, float] = {}
         self.branches: list[tuple[Step, list[Factor]]] = []
+        self.scaled_inputs: dict[Activation, float] = {}
         self.notes: list[str] = []
 
     def plan(self) -> Plan:
         """The whole plan, from top to bottom."""
-        for use in self.draft.uses.values():
-            for call, value in zip(use.calls, use.values, strict=True):
-                self.factors[call.index, use.key] = self._weight_factors(use, call, value)
         streams = [(stream, self._steps(stream)) for stream in self.structure.streams]
         for stream, steps in streams:
             self._note_depth(stream, len(steps) / 2)
+        for use in self.draft.uses.values():
+            for call, value in zip(use.calls, use.values, strict=True):
+                self.factors[call.index, use.key] = self._weight_factors(use, call, value)
         if self.options.activations:
             for stream, steps in streams:
                 self._branch_factors(stream, steps)
@@ -101,13 +107,18 @@ class Planner:
             self._activation_factors()
         self._move_out_of_functions()
         sites = self.free.sites()
+        if self.rules.keeps_function:
+            self._take_back(sites)
         self._follow(sites)
         if self.options.activations:
-            sites += BesideSites(self.draft, self.free, sites, self._activation_site, self._attention_site).find()
+            beside = self._activation_site, self._attention_site, self.rules.on_top
+            sites += BesideSites(self.draft, self.free, sites, *beside).find()
         plan = self.draft.plan(self.factors, sites)
+        plan.families, plan.keeps_function = list(self.rules.families), self.rules.keeps_function
         for parameter in plan.parameters.values():
             self._initial_value_and_rates(parameter)
         self._multiplier_overrides(plan)
+        self._say_what_is_divided(plan)
         plan.notes += self.notes
         models = include_siblings(plan)
         self._own_relative_steps(plan, models)
@@ -115,7 +126,9 @@ class Planner:
         include_copies(plan, self.module, used_parameters(self.trace, self.structure.learned))
         _hand_over_to_readings(plan)
         resolve(plan, self.options.storage)
-        self._readout_rates(plan)
+        if not self.rules.on_top:
+            self._readout_rates(plan)
+        self.scheme.check_all_heard()
         return plan
 
     # --- weights ----------------------------------------------------------------------------------------------
@@ -123,7 +136,12 @@ class Planner:
     def _weight_factors(self, use: Use, call: Call, value: Value) -> list[Factor]:
         if not self.options.weights or self.draft.is_left_alone(use.key):
             return []
-        factors = list(self.scheme.weight(self._weight(use)))
+        weight = self._weight(use)
+        if self.rules.on_top and self._stays_as_it_is(use.parameters):
+            return []
+        factors = list(self.scheme.ask(use.parameters, lambda scheme: scheme.weight(weight)))
+        if self.rules.on_top:
+            return factors
         if use.role in ("hidden", "readout"):
             factors += _inverse(self._model_constant_of_input(call, use), "a constant on its input", MODEL)
             if use.is_expression:  # which keeps the scale it has
@@ -133,10 +151,13 @@ class Planner:
             factors += _inverse(after, "a constant on its output", MODEL)
         return factors
 
-    def _weight(self, use: Use, depth: float = 1.0) -> Weight:
-        shape = self.trace.facts[use.parameters[0]].shape
+    def _weight(self, use: Use) -> Weight:
+        facts = self.trace.facts[use.parameters[0]]
+        depth = geometric_mean(self.depth.get(call.index, 1.0) for call in use.calls)
         is_tied = any(self.draft.roles[name] != use.role for name in use.parameters)
-        return Weight(use.role, use.fan_in, shape[-1] if shape else 1, depth, is_tied)
+        in_branch = any(call.index in self.depth for call in use.calls)
+        width, elements = facts.shape[-1] if facts.shape else 1, prod(facts.shape)
+        return Weight(use.role, use.fan_in, width, depth, is_tied, in_branch, facts.largest, elements)
 
     def _model_constant_of_input(self, call: Call, use: Use) -> float:
         """Of the several weights of a call one absorbs it."""
@@ -158,23 +179,46 @@ class Planner:
         facts = self.trace.facts[parameter.name]
         uses = [use for use in self.draft.uses.values() if parameter.name in use.parameters]
         use = next((use for use in uses if use.role == parameter.role), None)
+        divides = self.rules.divides_gradients and self.options.gradients
+        is_free = use is not None and not parameter.reason and parameter.name not in self.draft.by_hand.gradients
+        parameter.divided_gradient = divides and is_free
         if use is None or parameter.reason or not self.options.weights:
             if parameter.role in ("scale", "other") and facts.rms:
                 parameter.set_constant("unit_lr", [Factor(facts.rms, "its initial RMS, at which it is left")])
             return
-        depth = geometric_mean(self.depth.get(call.index, 1.0) for call in use.calls)
-        rates = self.scheme.rates(self._weight(use, depth))
+        weight = self._weight(use)
+        rates = self.scheme.ask([parameter.name], lambda scheme: scheme.rates(weight))
         parameter.set_constant("unit_lr", rates.adam)
         parameter.set_constant("sgd_lr", rates.sgd)
         parameter.set_constant("depth_lr", rates.depth)
+        parameter.set_constant("decay", rates.decay)
+        if rates.eps is not None:
+            parameter.set_constant("unit_eps", rates.eps)
         parameter.fixed = use.is_expression
         parameter.stored_whole = any(use.in_function for use in uses)
-        if use.role in WEIGHT_ROLES:
-            self._bring_to_unit_scale(parameter, use)
+        if self.rules.on_top:
+            self._start_on_top(parameter, use)
+        elif use.role in WEIGHT_ROLES:
+            self._bring_to_unit_scale(parameter, use, rates)
         elif use.role == "bias" and not facts.is_constant and not self.draft.is_read(parameter.name):
             parameter.set_constant("initial_factor", [Factor(0.0, "biases start at 0")])
 
-    def _bring_to_unit_scale(self, parameter: ParameterPlan, use: Use) -> None:
+    def _start_on_top(self, parameter: ParameterPlan, use: Use) -> None:
+        """Its relative step is what it was: exactly, where the function is kept, so that folded steps are plain."""
+        if self._stays_as_it_is([parameter.name]):
+            return
+        weight = self._weight(use)
+        parameter.set_constant("initial_factor", self.scheme.ask(use.parameters, lambda scheme: scheme.initial(weight)))
+        rate = parameter.initial_factor if self.rules.keeps_function else _rounded(parameter.initial_factor)
+        cause = "as its initial value was multiplied: the relative step that it had"
+        parameter.set_constant("relative_lr", [Factor(rate, cause, STANDARD)])
+
+    def _stays_as_it_is(self, names: Iterable[str]) -> bool:
+        """Whether a scheme that is on top of the model leaves these parameters at the scale that they have."""
+        used = {name for use in self.draft.uses.values() if use.is_expression for name in use.parameters}
+        return any(name in used or name in self.zeros or not self.trace.facts[name].largest for name in names)
+
+    def _bring_to_unit_scale(self, parameter: ParameterPlan, use: Use, rates: Rates) -> None:
         rms = self.trace.facts[parameter.name].rms
         starts_at_zero = parameter.name in self.zeros
         if starts_at_zero:
@@ -183,7 +227,7 @@ class Planner:
             )
         else:
             rate = self._relative_step(rms, use)
-        parameter.set_constant("relative_lr", [rate])
+        parameter.set_constant("relative_lr", [rate, *rates.standard])
         if parameter.fixed:
             parameter.multiplier = parameter.stored = rms or 1.0
         elif not starts_at_zero:
@@ -193,13 +237,12 @@ class Planner:
         """What a learning rate of 1 changes a weight by, relative to it.
 
         Where a whole model is drawn so small that its first step would be many times the weights themselves, that is
-        no step to reproduce; it is limited to that of weights at `NEAR_ZERO` of their usual size. Rounded to a
-        sixteenth of an octave: weights drawn alike then share a learning rate, and groups stay few.
+        no step to reproduce; it is limited to that of weights at `NEAR_ZERO` of their usual size.
         """
         smallest = NEAR_ZERO / sqrt(use.fan_in)
         if rms < smallest:
             self.notes.append(f"{use.key} is drawn with RMS {rms:.1g}: its learning rate is that of {smallest:.1g}")
-        rate = float(2 ** (round(16 * log2(1 / max(rms, smallest))) / 16))
+        rate = _rounded(1 / max(rms, smallest))
         return Factor(rate, f"1 / initial RMS {max(rms, smallest):.4g}: the relative step that it had", STANDARD)
 
     @cached_property
@@ -232,6 +275,25 @@ class Planner:
                 own = Factor(1 / abs(parameter.multiplier), "1 / multiplier: the step that it had", STANDARD)
                 parameter.set_constant("relative_lr", [own])
 
+    def _say_what_is_divided(self, plan: Plan) -> None:
+        """Name the exceptions: gradients that the optimizer sees otherwise, factors that follow each call, zeros."""
+        if plan.divided_gradients:
+            count = len(plan.divided_gradients)
+            self.notes.append(
+                f"the optimizer sees the gradients of {count} parameters divided by max|gradient| / √d, and not as "
+                "they are; .grad holds the true ones but inside the update"
+            )
+        following = [site.name for site in plan.sites if site.divides_along is not None]
+        if following:
+            self.notes.append(
+                f"{len(following)} activations are divided by max|f| / √n of each call's own output ({following[0]}"
+                f"{' …' if len(following) > 1 else ''})"
+            )
+        zero = [p.name for p in plan.parameters.values() if not p.reason and not self.trace.facts[p.name].largest]
+        if self.rules.on_top and self.options.weights and zero:
+            names = ", ".join(zero[:3]) + (" …" if len(zero) > 3 else "")
+            self.notes.append(f"left as they are, for they are all zero and have no scale to divide by: {names}")
+
     # --- residual streams and sums ------------------------------------------------------------------------------
 
     def _push(self, found: Iterable[Push], factors: list[Factor]) -> None:
@@ -257,19 +319,26 @@ class Planner:
     def _branch_factors(self, stream: Stream, steps: list[Step]) -> None:
         depth, post_norm = len(steps) / 2, self.structure.is_post_norm(stream)
         for step in steps:
-            factors = self.scheme.branch(ResidualBranch(step.kind, depth, step.before, post_norm))
+            earlier = [other for other in steps if other.order < step.order]
+            factors = self._branch_rule(step, earlier, depth, post_norm)
             self.branches.append((step, factors))
             if factors and step.seen is not None:
                 residual, branch = step.seen
                 self._scale_branch(residual, branch.value, factors)
 
+    def _branch_rule(self, step: Step, earlier: Iterable[Step], depth: float, post_norm: bool) -> list[Factor]:
+        before = tuple(EarlierBranch(other.kind, self.scheme.at(other.parameters)) for other in earlier)
+        branch = ResidualBranch(step.kind, depth, before, post_norm)
+        return self.scheme.ask(step.parameters, lambda scheme: scheme.branch(branch))
+
     def _own_relative_steps(self, plan: Plan, models: Mapping[str, str]) -> None:
         """What takes the rule of a sibling keeps the relative step that it had itself."""
-        for name, model in models.items():
+        for name, model in models.items() if not self.rules.on_top else ():
             rms, role = self.trace.facts[name].rms, plan.parameters[model].role
             uses = [use for use in self.draft.uses.values() if model in use.parameters and use.role == role]
             if uses and rms and role in WEIGHT_ROLES and model not in self.zeros and not plan.parameters[model].reason:
-                plan.parameters[name].set_constant("relative_lr", [self._relative_step(rms, uses[0])])
+                beyond = plan.parameters[model].causes["relative_lr"][1:]
+                plan.parameters[name].set_constant("relative_lr", [self._relative_step(rms, uses[0]), *beyond])
 
     def _branches_left_out(self, plan: Plan, models: Mapping[str, str]) -> None:
         """Where a branch's factor depends on its place, those that were left out have another than their siblings."""
@@ -309,7 +378,9 @@ class Planner:
         if self.structure.goes_only_into_norms(addition.call.output):
             return
         drawn = [term for term in addition.terms if not self._is_zero(term)]
-        factors = self.scheme.sum(len(drawn)) if len(drawn) > 1 else []
+        if len(drawn) < 2:
+            return
+        factors = self.scheme.ask(_modules(addition.call), lambda scheme: scheme.sum(len(drawn)))
         if not factors:
             return
         found = [pushes(self.draft, term, set(addition.chain)) for term in addition.terms]
@@ -355,7 +426,7 @@ class Planner:
             self.free.add(site, (self.trace.calls[index] for index, _ in into))
 
     def _logit_factors(self, attention: Attention) -> list[Factor] | None:
-        rule = self.scheme.attention(attention.head_dim)
+        rule = self.scheme.ask(_modules(attention.call), lambda scheme: scheme.attention(attention.head_dim))
         if rule is None:
             return None
         return [*rule, *_inverse(attention.model_constant, "its constant on the logits", MODEL)]
@@ -370,31 +441,91 @@ class Planner:
 
     def _activation_factors(self) -> None:
         for activation in self.structure.activations:
+            self._scale_activation_input(activation)
             site = self._activation_site(activation)
             if site is None:
                 continue
             targets = self.structure.targets(activation.output) or []
             taken = [takers(self.draft, call, operand) for call, operand in targets]
-            if not targets or not all(taken):
+            if is_by_hand(activation.output):
+                site.leave_alone("its output is scaled by hand")
+            elif not targets or not all(taken):
                 site.leave_alone("its output does not go into scaled matmuls alone")
+            elif site.divides_along is not None:
+                site.reason = "found anew in every call"
             else:
                 uses = (use for found in taken for use in found)
                 site.fold_into = list(dict.fromkeys(UseId(key, self.trace.calls[i].name) for i, key in uses))
             self.free.add(site, (call for call, _ in targets))
 
+    def _scale_activation_input(self, activation: Activation) -> None:
+        """Put the scheme's factor on the weights that make the input of an activation."""
+        factors = self.scheme.ask(activation.modules, lambda scheme: scheme.activation_input())
+        if not factors:
+            return
+        found = pushes(self.draft, activation.input, activation.calls)
+        if found and (activation.call is None or activation.call.name != "glu"):  # whose input is the gated half too
+            self._push(found, factors)
+            self.scaled_inputs[activation] = product(factors)
+        else:
+            causes, where = ", ".join(factor.cause for factor in factors), "".join(activation.modules) or "a hook"
+            self.notes.append(f"{causes} left an activation of {where} alone: no weight makes its input for it alone")
+
     def _activation_site(self, activation: Activation) -> Site | None:
         """The site of an activation; None where it has no place, or the scheme no rule for it."""
+        scale = self.scaled_inputs.get(activation, 1.0)
         if activation.span is not None:
             function: Any = self.module.get_submodule(activation.span.module)
+            rms = gaussian_rms(function.forward, scale)
             site = Site(activation.span.module, "forward", "output", "activation", ordinal=0)
-            site.set_factors("", self.scheme.activation(gaussian_rms(function.forward)))
-            return site if site.causes[""] else None
-        call = activation.call
-        assert call is not None
-        if self.draft.no_place(call):
-            return None
-        factors = self.scheme.activation(call_rms(call))
-        return parameter_free_site(call, "activation", factors) if factors else None
+            rule = self.scheme.ask(activation.modules, lambda scheme: scheme.activation(rms))
+        else:
+            call = activation.call
+            assert call is not None
+            if self.draft.no_place(call):
+                return None
+            rms, site = call_rms(call, scale), parameter_free_site(call, "activation", [])
+            rule = self.scheme.ask(activation.modules, lambda scheme: scheme.activation(rms))
+        seen = self._seen(activation, site)
+        site.set_factors("", [*rule, *seen])
+        if seen and not self.rules.keeps_function:
+            site.divides_along = self.structure.feature_dimension(activation.output)
+        return site if site.causes[""] else None
+
+    def _seen(self, activation: Activation, site: Site) -> list[Factor]:
+        """The scheme's factor by what all calls of the place's function in its frame gave, so that a loop has one."""
+        if not activation.output.shape:
+            return []
+        features = activation.output.shape[self.structure.feature_dimension(activation.output)]
+        return self.rules.seen_activation(self._largest[site.place.at_every_call], features)
+
+    @cached_property
+    def _largest(self) -> dict[Place, float]:
+        found: dict[Place, float] = defaultdict(float)
+        for call in self.trace.calls:
+            if call.frame is not None and call.output.largest is not None:
+                place = call.place.at_every_call
+                found[place] = max(found[place], call.output.largest)
+        for span in self.trace.spans:
+            if span.output is not None and span.output.largest is not None:
+                place = Place(span.module, "forward", "output", EVERY_CALL)
+                found[place] = max(found[place], span.output.largest)
+        return found
+
+    def _take_back(self, sites: list[Site]) -> None:
+        """Have the weights that take an activation's factor undo it, at each of their calls."""
+        for site in sites:
+            if site.role != "activation" or site.multiplier == 1.0:
+                continue
+            if not site.fold_into:
+                site.leave_alone(site.reason or "no weight would undo it, and the function is to be kept")
+            for use in site.fold_into:
+                back = [
+                    Factor(1 / f.value, f"back from activation {site.name}: {f.cause}", f.source)
+                    for f in site.causes[""]
+                ]
+                for call in self.draft.uses[use].calls:
+                    self.factors[call.index, use.key] = [*self.factors[call.index, use.key], *back]
 
     # --- calls beside the loss ------------------------------------------------------------------------------------
 
@@ -473,9 +604,19 @@ def _hand_over_to_readings(plan: Plan) -> None:
             site.set_factors(parameter.name, _inverse(initial, "in the units of the untouched model"))
 
 
+def _rounded(rate: float) -> float:
+    """To a sixteenth of an octave: weights drawn alike then share a learning rate, and groups stay few."""
+    return float(2 ** (round(16 * log2(rate)) / 16))
+
+
 def _inverse(constant: float, cause: str, source: str = "") -> list[Factor]:
     """The factor that takes a constant out; none for 1."""
     return [] if constant == 1.0 else [Factor(1 / constant, f"1 / {constant:.4g}: {cause}", source)]
+
+
+def _modules(call: Call) -> list[str]:
+    """The name of the module whose code makes a call."""
+    return [call.frame.module] if call.frame is not None else []
 
 
 def _at(call: Call) -> str:

@@ -1,20 +1,26 @@
-"""What a scheme is: pure rules for the constants of a model, found by name.
+"""What a scheme is: pure rules for the constants of a model, found by name, with hyperparameters.
 
 A scheme says what function is trained, with what step sizes. It is asked about one weight, branch, sum, attention or
 activation at a time and answers with factors; `planner` finds these places in any model, pushes factors back to the
 weights that can take them, and writes the plan. A rule never sees a tensor.
 
 Each answer is a list of `Factor`s, whose product is the constant: an empty list stands for 1.
+
+A scheme's hyperparameters are the fields of its class, a frozen dataclass. Where `overrides` give a part of the model
+other values, the same class with those values is asked about that part.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from math import isfinite
+from typing import Any, ClassVar, TypeVar
 
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.options import choose
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.options import OVERRIDE_KEYS, STORAGES, Options, choose
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,9 @@ class Weight:
         width: size of its last dimension.
         depth: L, half the number of branches of the residual stream whose branch it is part of; 1 outside of all.
         is_tied: it has another role elsewhere, which decides how it is stored and trained.
+        in_branch: it is part of a residual branch.
+        largest: max|θ| of its initial value.
+        elements: how many it has.
     """
 
     role: str
@@ -34,11 +43,27 @@ class Weight:
     width: int = 1
     depth: float = 1.0
     is_tied: bool = False
+    in_branch: bool = False
+    largest: float = 0.0
+    elements: int = 1
 
     @property
     def is_table(self) -> bool:
         """Whether its rows are taken as they are: looked up, added, joined."""
         return self.role in ("embedding", "position", "token")
+
+
+@dataclass(frozen=True)
+class EarlierBranch:
+    """A branch that was added to a residual stream before another one.
+
+    Attributes:
+        kind: "attention" or "mlp".
+        scheme: the scheme with the hyperparameters that hold for it.
+    """
+
+    kind: str
+    scheme: Any
 
 
 @dataclass(frozen=True)
@@ -48,13 +73,13 @@ class ResidualBranch:
     Attributes:
         kind: "attention" or "mlp".
         depth: L, half the number of branches of its stream; parallel ones are counted each.
-        before: kinds of the branches added before it in its stream, those of its own addition not among them.
+        before: the branches added before it in its stream, those of its own addition not among them.
         post_norm: the sum is normalised before it is anybody's skip.
     """
 
     kind: str
     depth: float
-    before: tuple[str, ...] = ()
+    before: tuple[EarlierBranch, ...] = ()
     post_norm: bool = False
 
 
@@ -66,15 +91,26 @@ class Rates:
         adam: for updates that do not depend on the gradient's scale.
         sgd: for updates in proportion to it.
         depth: what of `adam` comes from depth; all that a matrix-wise normalised update (Muon) needs.
+        standard: on the relative step that it had, with `lr_units="standard"`; a readout takes `adam` instead.
+        eps: Adam's, for the gradient of the weight at RMS 1, in units of the user's; None: the user's is for the
+            gradient of what the function sees.
+        decay: on lr · weight_decay, where decay acts beside the gradient.
     """
 
     adam: list[Factor] = field(default_factory=list)
     sgd: list[Factor] = field(default_factory=list)
     depth: list[Factor] = field(default_factory=list)
+    standard: list[Factor] = field(default_factory=list)
+    eps: list[Factor] | None = None
+    decay: list[Factor] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
 class Scheme(ABC):
     """Pure rules. Name a subclass, import its file in `schemes/__init__.py`, and it can be asked for.
+
+    Fields of the subclass are its hyperparameters, each with a default: numbers above 0, True and False, or
+    None for a rule without a number.
 
     Attributes:
         name: what users write: `UnitScaling(scheme=…)`.
@@ -82,12 +118,54 @@ class Scheme(ABC):
         changes_training: False for a scheme that leaves weights, function and learning rates alone; it is then asked
             for nothing, and the first loss must equal the untouched model's bit for bit.
         least_usual_rate: an η below it is taken for a rate in ordinary units, and warned of; 0 warns of none.
+        families: of optimizers that it has learning rates for; others need `lr_units="standard"`.
+        storages: those that it can be kept in.
+        of_the_whole: the hyperparameters that no override can set for a part of the model.
+        on_top: its factors come on top of what the model has: the model's own constants stay where they are, U is the
+            initial value times `initial`, and every weight keeps the relative step that it had.
+        divides_gradients: the optimizer is to see each gradient divided by γ = max|gradient| / √d.
+
+    Raises:
+        UnitScalingError: a hyperparameter has another kind of value than its default.
     """
 
     name: ClassVar[str]
     source: ClassVar[str] = ""
     changes_training: ClassVar[bool] = True
     least_usual_rate: ClassVar[float] = 0.0
+    families: ClassVar[tuple[str, ...]] = ("adam", "sgd", "muon")
+    storages: ClassVar[tuple[str, ...]] = STORAGES
+    of_the_whole: ClassVar[tuple[str, ...]] = ()
+    on_top: ClassVar[bool] = False
+    divides_gradients: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for known in fields(self):
+            value = getattr(self, known.name)
+            if value is None and known.default is None:
+                continue
+            if isinstance(known.default, bool):
+                self._require(isinstance(value, bool), known.name, "True or False")
+                continue
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            self._require(is_number and isfinite(value) and value > 0, known.name, "a number above 0")
+            object.__setattr__(self, known.name, float(value))
+
+    def _require(self, holds: bool, name: str, what: str) -> None:
+        if not holds:
+            raise UnitScalingError(
+                f"hyperparameters: {name}={getattr(self, name)!r} of scheme={self.name!r} must be {what}."
+            )
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether the factors of each weight and activation undo each other: the function is the model's own."""
+        return False
+
+    def hyperparameter(self, name: str) -> list[Factor]:
+        """A hyperparameter as a factor; none at 1."""
+        value = getattr(self, name)
+        return [] if value == 1.0 else [Factor(value, name, "hyperparameters")]
 
     @abstractmethod
     def weight(self, weight: Weight) -> list[Factor]:
@@ -109,25 +187,99 @@ class Scheme(ABC):
         """On attention logits, in place of the model's own constant; None leaves that."""
         return None
 
+    def cast(self, role: str) -> str:
+        """Why, with a `format`, matmuls with a weight of that role stay in the compute dtype; "" if they are cast."""
+        return ""
+
+    def activation_input(self) -> list[Factor]:
+        """On the input of an elementwise function."""
+        return []
+
     def activation(self, rms: float) -> list[Factor]:
-        """On the output of an elementwise function whose RMS is `rms` for normal input of RMS 1."""
+        """On the output of an elementwise function, whose RMS is `rms` for normal input times `activation_input`."""
+        return []
+
+    def initial(self, weight: Weight) -> list[Factor]:
+        """From the initial value to U; asked of a scheme that is `on_top`, others have U at RMS 1."""
+        return []
+
+    def seen_activation(self, largest: float, features: int) -> list[Factor]:
+        """On the output of an elementwise function, by what it was in the recorded step.
+
+        Args:
+            largest: of the magnitudes of its elements.
+            features: size of its feature dimension.
+
+        A scheme that keeps the function has it undone in the weights that take it, and left alone where none does. In
+        any other one the factor follows each call's own output, as `ops.max_scale` has it.
+        """
         return []
 
 
-SCHEMES: dict[str, Scheme] = {}
+SCHEMES: dict[str, type[Scheme]] = {}
+_Class = TypeVar("_Class", bound=type[Scheme])
 
 
-def register(scheme: type[Scheme]) -> type[Scheme]:
+def register(scheme: _Class) -> _Class:
     """Make a scheme known by its name; a class decorator."""
-    SCHEMES[scheme.name] = scheme()
+    SCHEMES[scheme.name] = scheme
     return scheme
 
 
-def find(name: str) -> Scheme:
-    """The scheme of that name.
+def find(name: str, hyperparameters: Mapping[str, Any] | None = None) -> Scheme:
+    """The scheme of that name, with these hyperparameters and the defaults of all others.
 
     Raises:
-        UnitScalingError: there is none; the message lists those there are.
+        UnitScalingError: there is no such scheme or hyperparameter, and the message lists those there are; or a value
+            is of the wrong kind.
     """
     choose("scheme", name, tuple(SCHEMES))
-    return SCHEMES[name]
+    _check_names("hyperparameters", hyperparameters or {}, name)
+    return SCHEMES[name](**hyperparameters or {})
+
+
+def scheme_of(options: Options) -> Scheme:
+    """The scheme that the options ask for; the hyperparameters that `overrides` name are checked too.
+
+    Raises:
+        UnitScalingError: as for `find`, or the scheme lacks the storage, or `overrides` have a key that is not known.
+    """
+    scheme = find(options.scheme, options.hyperparameters)
+    if options.storage not in scheme.storages:
+        known = " or ".join(map(repr, scheme.storages))
+        raise UnitScalingError(f"scheme={scheme.name!r} has no storage={options.storage!r}; choose {known}.")
+    for glob, override in options.overrides.items():
+        theirs = hyperparameters_in(override)
+        _check_names(f"overrides[{glob!r}]", theirs, scheme.name, OVERRIDE_KEYS)
+        replace(scheme, **theirs)
+        for name in theirs.keys() & {*scheme.of_the_whole}:
+            raise UnitScalingError(
+                f"overrides[{glob!r}]: {name} is for the whole model, hyperparameters={{{name!r}: …}}; leave a part of it "
+                "alone with skip."
+            )
+    return scheme
+
+
+def hyperparameters_in(override: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of an override that are hyperparameters of the scheme."""
+    return {name: value for name, value in override.items() if name not in OVERRIDE_KEYS}
+
+
+def hyperparameters_of(scheme: str) -> tuple[str, ...]:
+    """The names of a scheme's hyperparameters."""
+    return tuple(known.name for known in fields(SCHEMES[scheme]))
+
+
+def _check_names(where: str, given: Iterable[str], scheme: str, beside: Sequence[str] = ()) -> None:
+    allowed = (*beside, *hyperparameters_of(scheme))
+    for name in given:
+        if name in allowed:
+            continue
+        others = [repr(other) for other in SCHEMES if name in hyperparameters_of(other)]
+        if others or not allowed:
+            owner = f" (those of {', '.join(others)} have)" if others else ""
+            raise UnitScalingError(
+                f"{where}: scheme={scheme!r} has no hyperparameter {name!r}{owner}. It has "
+                f"{', '.join(map(repr, hyperparameters_of(scheme))) or 'none'}."
+            )
+        choose(f"{where} key", name, allowed)

@@ -1,26 +1,32 @@
 """u-μP: the Unit-Scaled Maximal Update Parametrization (Blake et al., arXiv 2407.17465).
 
-Weights have RMS 1 and explicit multipliers (Table 2 of the paper):
+Weights have RMS 1 and explicit multipliers (Table 2 of the paper; p = ½):
 
-    hidden weight    W · fan_in^-½            learning rate η · fan_in^-½ · L^-½ inside residual branches
-    readout weight   W · fan_in^-1            η · 4; tied to an embedding: W · 4 fan_in^-1, the embedding's rate
-    embedding        W                        η · d_model^-½
-    bias, norm gain  1                        η / width
-    attention        softmax(q·k / d_head)    in place of the model's own factor
-    activation f     f(x) / √E[f(z)²], z ~ N(0, 1)
+    hidden weight    W · fan_in^-½              learning rate η · fan_in^-½ · L^(p-1) inside residual branches
+    readout weight   W · α_out / fan_in         η · η_out; tied to an embedding: W · η_out α_out / fan_in, its rate
+    embedding        W                          η · η_emb · d_model^-½
+    bias, norm gain  1                          η / width
+    attention        softmax(α_attn q·k/d_head) in place of the model's own factor
+    activation f     f(α x) / √E[f(α z)²]       z ~ N(0, 1), α = α_ffn_act
 
-Residual streams with L pairs of branches (L = half their number). Pre-norm: each branch × α/√L, the addition left
+Residual streams with L pairs of branches (L = half their number). Pre-norm: each branch × α/L^p, the addition left
 alone, which is the paper's τ rule with its common denominators multiplied out (appendix G.2.2). Post-norm: branch i ×
-τ_i = α/√(L + n_attn·α_attn² + n_mlp·α_mlp²), n counting the branches before it; the norm does the dividing.
+τ_i = α/√(L^2p + Σα²), the sum over the branches before it; the norm does the dividing.
 
-    α_mlp = r·√(2/(1+ρ²)),  α_attn = ρ·α_mlp,   r = ρ = 1
+    α_mlp = r·√(2/(1+ρ²)),  α_attn = ρ·α_mlp,   r = α_res,  ρ = α_res_attn_ratio
+
+These αs are the paper's hyperparameters (its table 3); all are 1 unless set, and none changes with size. α_out is its
+α_loss-softmax, a multiplier of the logits. Two more are of learning rates, η_emb = 1 and η_out = 4, and p =
+depth_exponent is the rule for depth: ½, the paper's, keeps a sum of independent branches at RMS 1; 1, that of CompleteP
+(arXiv 2505.01618), one of branches that are all alike, and its learning rates do not depend on depth.
 
 Two learning rates differ from the paper, whose models have neither gains nor biases. There all of them have η; at
 η = 1 an Adam step would change a gain of 1 by 1. Here a bias or gain has the rate that a hidden weight of its width has
-in folded storage, and the readout 4 times the paper's. Measured on the default pre-training job (300 steps, one seed,
-held-out nats per byte, best η):  width 64: 2.01 → 1.72 (gains) → 1.64 (readout);  width 256: 1.76 → 1.56 (readout).
+in folded storage, and the readout η_out = 4 times the paper's. Measured on the default pre-training job (300 steps, one
+seed, held-out nats per byte, best η):  width 64: 2.01 → 1.72 (gains) → 1.64 (readout);  width 256: 1.76 → 1.56
+(readout).
 
-A readout that is the embedding too has the embedding's step, η · d_model^-½, so its 4 stands in the forward pass.
+A readout that is the embedding too has the embedding's step, η · d_model^-½, so η_out stands in the forward pass.
 Measured (GPT-2, 300 steps, held-out nats per byte, multiplier times fan_in = 1 and 4):  width 128, η = 1: 2.376, 2.297;
 3e-4 in standard units: 3.151, 2.421, untouched 2.523. (16 learns faster still, 2.358, but starts from logits so large
 that a model of few tokens begins at twice the loss of guessing.)
@@ -39,15 +45,11 @@ give the total. Under SGD, learning rates are fan_in (hidden) and width (others)
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import sqrt
 
 from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.schemes.scheme import Rates, ResidualBranch, Scheme, Weight, register
-
-RESIDUAL_MULTIPLIER = 1.0  # r
-ATTENTION_RATIO = 1.0  # ρ
-ATTENTION_MULTIPLIER = 1.0
-READOUT_RATE = 4.0  # a tied readout: its multiplier
 
 TABLE = "u-μP, arXiv 2407.17465, table 2"
 RESIDUAL = "u-μP, arXiv 2407.17465, appendix G.2.2"
@@ -55,20 +57,42 @@ MEASURED = "measured, see schemes/umup.py"
 
 
 @register
+@dataclass(frozen=True)
 class UMuP(Scheme):
-    """The unit-scaled maximal update parametrization, for training from scratch."""
+    """The unit-scaled maximal update parametrization, for training from scratch.
+
+    Attributes:
+        alpha_attn: on attention logits.
+        alpha_ffn_act: how sharply activation functions bend: f(α x) in place of f(x), at RMS 1. ReLU does not change.
+        alpha_res: size of what all branches add, beside the stream that they are added to.
+        alpha_res_attn_ratio: size of attention branches beside the others.
+        alpha_out: on the logits.
+        eta_emb: learning rate of embeddings beside that of the table.
+        eta_out: the same of readouts; on the logits where the readout is the embedding too.
+        depth_exponent: p of the branch multiplier L^-p.
+    """
 
     name = "umup"
     least_usual_rate = 0.02  # about 1 is usual (figure 1)
     source = "Blake et al., u-μP: The Unit-Scaled Maximal Update Parametrization, arXiv 2407.17465"
+
+    alpha_attn: float = 1.0
+    alpha_ffn_act: float = 1.0
+    alpha_res: float = 1.0
+    alpha_res_attn_ratio: float = 1.0
+    alpha_out: float = 1.0
+    eta_emb: float = 1.0
+    eta_out: float = 4.0
+    depth_exponent: float = 0.5
 
     def weight(self, weight: Weight) -> list[Factor]:
         """The first column of the table above."""
         if weight.role == "hidden":
             return [Factor(weight.fan_in**-0.5, f"fan_in^-½, fan_in = {weight.fan_in}", TABLE)]
         if weight.role == "readout":
-            tied = [Factor(READOUT_RATE, "a readout that is the embedding too", MEASURED)] if weight.is_tied else []
-            return [Factor(1 / weight.fan_in, f"1 / fan_in, fan_in = {weight.fan_in}", TABLE), *tied]
+            rule = Factor(1 / weight.fan_in, f"1 / fan_in, fan_in = {weight.fan_in}", TABLE)
+            tied = [Factor(self.eta_out, "eta_out, of a readout that is the embedding too", MEASURED)]
+            return [rule, *self.hyperparameter("alpha_out"), *(tied if weight.is_tied else [])]
         return []
 
     def rates(self, weight: Weight) -> Rates:
@@ -76,30 +100,36 @@ class UMuP(Scheme):
         width = Factor(weight.width, f"width = {weight.width}", "μP, arXiv 2203.03466, table 8")
         if weight.role == "hidden":
             fan_in = Factor(weight.fan_in, f"fan_in = {weight.fan_in}", "μP, arXiv 2203.03466, table 8")
-            depth = [Factor(weight.depth**-0.5, f"L^-½, L = {weight.depth:g}", TABLE)] if weight.depth != 1.0 else []
+            power, cause = self.depth_exponent - 1, f"L^{self._power(self.depth_exponent - 1)}, L = {weight.depth:g}"
+            depth = [Factor(weight.depth**power, cause, TABLE)] if power and weight.depth != 1.0 else []
             adam = Factor(weight.fan_in**-0.5, f"fan_in^-½, fan_in = {weight.fan_in}", TABLE)
             return Rates([adam, *depth], [fan_in], depth)
         if weight.role == "readout":
-            return Rates([Factor(READOUT_RATE, "a readout", MEASURED)], [width])
+            return Rates([Factor(self.eta_out, "eta_out, of a readout", MEASURED)], [width])
         if weight.is_table:
-            return Rates([Factor(weight.width**-0.5, f"d_model^-½, d_model = {weight.width}", TABLE)], [width])
+            rule = Factor(weight.width**-0.5, f"d_model^-½, d_model = {weight.width}", TABLE)
+            ratio = self.hyperparameter("eta_emb")
+            return Rates([rule, *ratio], [width, *ratio], standard=ratio)
         larger = max(weight.fan_in, weight.width)
         return Rates([Factor(1 / larger, f"1 / width, width = {larger}", MEASURED)], [width])
 
     def branch(self, branch: ResidualBranch) -> list[Factor]:
-        """α/√L before the addition; behind it a norm, τ."""
-        alpha = self._alpha(branch.kind)
-        factors = [Factor(alpha, f"α of {branch.kind} branches", RESIDUAL)] if alpha != 1.0 else []
+        """α/L^p before the addition; behind it a norm, τ."""
+        alpha = self.alpha_of(branch.kind)
+        cause = f"α of {branch.kind} branches: alpha_res = {self.alpha_res:g}, ratio = {self.alpha_res_attn_ratio:g}"
+        factors = [Factor(alpha, cause, RESIDUAL)] if alpha != 1.0 else []
         if not branch.post_norm:
-            return [*factors, Factor(branch.depth**-0.5, f"L^-½, a stream of {2 * branch.depth:g} branches", RESIDUAL)]
-        before = sum(self._alpha(kind) ** 2 for kind in branch.before)
-        cause = f"1/√(L + Σα²), L = {branch.depth:g}, {len(branch.before)} branches before, a norm behind"
-        return [*factors, Factor((branch.depth + before) ** -0.5, cause, RESIDUAL)]
+            cause = f"L^{self._power(-self.depth_exponent)}, a stream of {2 * branch.depth:g} branches"
+            return [*factors, Factor(branch.depth**-self.depth_exponent, cause, RESIDUAL)]
+        before = sum(earlier.scheme.alpha_of(earlier.kind) ** 2 for earlier in branch.before)
+        power = "L" if self.depth_exponent == 0.5 else f"L^{2 * self.depth_exponent:g}"
+        cause = f"1/√({power} + Σα²), L = {branch.depth:g}, {len(branch.before)} branches before, a norm behind"
+        return [*factors, Factor((branch.depth ** (2 * self.depth_exponent) + before) ** -0.5, cause, RESIDUAL)]
 
-    @staticmethod
-    def _alpha(kind: str) -> float:
-        alpha = RESIDUAL_MULTIPLIER * sqrt(2 / (1 + ATTENTION_RATIO**2))
-        return ATTENTION_RATIO * alpha if kind == "attention" else alpha
+    def alpha_of(self, kind: str) -> float:
+        """α of the branches of a kind, "attention" or "mlp"."""
+        alpha = self.alpha_res * sqrt(2 / (1 + self.alpha_res_attn_ratio**2))
+        return self.alpha_res_attn_ratio * alpha if kind == "attention" else alpha
 
     def sum(self, terms: int) -> list[Factor]:
         """1/√n."""
@@ -107,8 +137,16 @@ class UMuP(Scheme):
 
     def attention(self, head_dim: int) -> list[Factor]:
         """α / d_head."""
-        return [Factor(ATTENTION_MULTIPLIER / head_dim, f"α / d_head, d_head = {head_dim}", TABLE)]
+        return [Factor(1 / head_dim, f"1 / d_head, d_head = {head_dim}", TABLE), *self.hyperparameter("alpha_attn")]
+
+    def activation_input(self) -> list[Factor]:
+        """α."""
+        return self.hyperparameter("alpha_ffn_act")
 
     def activation(self, rms: float) -> list[Factor]:
         """1/RMS."""
         return [Factor(1 / rms, f"1 / RMS {rms:.4g} of the function of normal input", "Unit Scaling, arXiv 2303.11257")]
+
+    @staticmethod
+    def _power(exponent: float) -> str:
+        return "-½" if exponent == -0.5 else f"{exponent:g}"

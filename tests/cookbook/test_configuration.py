@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from support.recipe_runs import run_recipe
 
 from lightning_unitscale.cookbook import config
+from lightning_unitscale.schemes import SCHEMES, find
 
 CONF = config.shipped("conf")
 COMMANDS = [file.stem for file in sorted(CONF.glob("*.yaml")) if file.stem != "common"]
@@ -46,6 +50,20 @@ def test_what_a_file_states_is_what_a_run_gets(name: str) -> None:
 def test_an_experiment_changes_what_the_file_states() -> None:
     assert composed("finetune").model.base is not None
     assert composed("finetune", "experiment=digits").patience == 6
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_scheme_s_file_lists_its_hyperparameters_at_their_defaults(name: str) -> None:
+    found = composed("pretrain", f"unitscale={name}").unitscale
+    assert found.scheme == name
+    assert found.hyperparameters == asdict(find(name))
+
+
+def test_a_hyperparameter_is_an_override_like_any_other() -> None:
+    cfg = composed("pretrain", "unitscale.hyperparameters.alpha_attn=2")
+    assert instantiate(cfg.unitscale).unit_scaling.options.hyperparameters["alpha_attn"] == 2
+    with pytest.raises(ConfigCompositionException, match="alpha_atn"):
+        composed("pretrain", "unitscale.hyperparameters.alpha_atn=2")
 
 
 def test_callbacks_are_chosen_left_out_and_added() -> None:

@@ -25,7 +25,10 @@ DOORS = {
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "umpu"}, r"scheme='umpu' is not known; choose one of 'preserve', 'umup'\. Did you mean 'umup'\?"),
+        (
+            {"scheme": "umpu"},
+            r"scheme='umpu' is not known; choose one of 'amax', 'completep', 'mus', .*\. Did you mean 'umup'\?",
+        ),
         ({"storage": "fold"}, r"storage='fold' is not known.*Did you mean 'folded'\?"),
         ({"lr_units": "standart"}, r"lr_units='standart' is not known.*Did you mean 'standard'\?"),
         ({"format": "fp9"}, r"format='fp9' is not known; choose one of 'fp8', 'fp16', 'bf16'. Did you mean 'fp8'\?"),

@@ -107,10 +107,12 @@ def test_resume_under_another_scaling_is_refused(tmp_path: Path) -> None:
         ({"skip": ["head"], "lr_units": "umup"}, "lr_units='standard'"),
         ({}, r"skip=\['head'\]"),
         ({"skip": ["head"], "overrides": {"block*": {"lr_multiplier": 2.0}}}, "overrides={}"),
+        ({"skip": ["head"], "hyperparameters": {"alpha_attn": 2.0}}, "hyperparameters={.*'alpha_attn': 1.0"),
     ):
         with pytest.raises(UnitScalingError, match=f"was prepared with {named}"):
             resume(UnitScaling(**options))
     resume(UnitScaling(skip=("head",), verify=False))
+    resume(UnitScaling(skip=("head",), hyperparameters={"alpha_attn": 1}))  # as it is by default
 
 
 # ---------------------------------------------------------------------------------------------------------------------

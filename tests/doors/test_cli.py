@@ -54,7 +54,10 @@ def test_unknown_command_names_the_near_one(monkeypatch: pytest.MonkeyPatch) -> 
         ("trainer.max_step=3", r"no setting trainer\.max_step .*Did you mean trainer\.max_steps"),
         ("modle.width=64", r"no setting modle\.width .*Did you mean model"),
         ("unitscale.schema=umup", r"no setting unitscale\.schema .*Did you mean unitscale\.scheme"),
-        ("unitscale=umpu", r"unitscale=umpu is not known; choose one of none, preserve, umup\. Did you mean umup"),
+        (
+            "unitscale=umpu",
+            r"unitscale=umpu is not known; choose one of amax, completep, mus, none, preserve, .*\. Did you mean umup",
+        ),
         ("experiment=tny", r"experiment=tny is not known.*Did you mean tiny"),
         ("unitscale.weights=maybe", r"unitscale\.weights"),
         ("unitscale.scheme=umpu", r"scheme='umpu' is not known.*Did you mean 'umup'"),

@@ -32,6 +32,7 @@ OTHER_VALUES: dict[str, Any] = {
     "lr_units": "umup",
     "skip": ["head*"],
     "overrides": {"head*": {"multiplier": 2.0}},
+    "hyperparameters": {"alpha_attn": 2.0},
     "recalibrate": [7],
     "verify": False,
 }

@@ -38,6 +38,7 @@ class Plan:
 
     unfollowed_schedule: tuple[int, ...] = ()
     parameters: ClassVar[dict[str, object]] = {}
+    divided_gradients: frozenset[str] = frozenset()
 
     def __init__(self, module: nn.Module, scales: dict[str, StepScale], coupled: dict[str, StepScale] | None = None):
         self.model, self.scales, self.coupled = module, scales, coupled or scales

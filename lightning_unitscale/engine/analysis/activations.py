@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from lightning_unitscale.engine.analysis.graph import Graph
@@ -13,9 +14,23 @@ from lightning_unitscale.ops.torch_functions import ACTIVATIONS, ELEMENTWISE, PA
 class Activation:
     """An elementwise function: one call, or one parameter-free module."""
 
+    input: Value
     output: Value
     call: Call | None
     span: ModuleSpan | None
+
+    @property
+    def modules(self) -> list[str]:
+        """The name of the module that it is, or whose code calls it; none where that is not known."""
+        if self.span is not None:
+            return [self.span.module]
+        frame = self.call.frame if self.call is not None else None
+        return [frame.module] if frame is not None else []
+
+    @property
+    def calls(self) -> Collection[int]:
+        """Indices of its calls."""
+        return self.span.calls if self.span is not None else () if self.call is None else (self.call.index,)
 
 
 def find_activations(graph: Graph) -> list[Activation]:
@@ -27,10 +42,10 @@ def find_activations(graph: Graph) -> list[Activation]:
             continue
         if _is_elementwise(graph, span):
             inside.update(span.calls)
-            found.append(Activation(span.output, None, span))
+            found.append(Activation(span.inputs[0], span.output, None, span))
     for call in graph.calls:
         if call.name in ACTIVATIONS and call.index not in inside and not call.output.parameters:
-            found.append(Activation(call.output, call, None))
+            found.append(Activation(call.inputs[0], call.output, call, None))
     return sorted(found, key=lambda activation: activation.output.index)
 
 

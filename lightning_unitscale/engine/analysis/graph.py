@@ -13,7 +13,16 @@ from math import prod
 from lightning_unitscale.engine.analysis.loss_path import deciding_calls, learned_calls
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import MATMULS
-from lightning_unitscale.ops.torch_functions import ACCUMULATES, HOMOGENEOUS, JOINS, NORMALIZERS, NORMS, PASSTHROUGH
+from lightning_unitscale.ops.convolution import Convolution
+from lightning_unitscale.ops.torch_functions import (
+    ACCUMULATES,
+    HOMOGENEOUS,
+    JOINS,
+    NORMALIZERS,
+    NORMS,
+    PASSTHROUGH,
+    VIEWS,
+)
 
 _REDUCED_PASS = PASSTHROUGH | {"add", "clamp", "clamp_min", "reciprocal", "mul", "div", "rdiv", "maximum", "square"}
 
@@ -133,6 +142,17 @@ class Graph:
             for label, value in op.multiplicands(call).items()
             if isinstance(value, Value) and value.parameters and not (label == "x" and has_input)
         }
+
+    def feature_dimension(self, value: Value) -> int:
+        """Counted from behind: channels of what comes from a convolution elementwise, else the last dimension."""
+        call = value.producer
+        while call is not None and call.name not in VIEWS:
+            if isinstance(op := MATMULS.get(call.name), Convolution):
+                return -len(op.operands(call)["weight"].shape) + 1
+            if op is not None:
+                break
+            call = next((above.producer for above in call.inputs if above.is_float), None)
+        return -1
 
     # --- norms -------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ parameters of a branch that ran ("blocks.2.attn.out.weight") have an unused twin
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lightning_unitscale.engine.analysis.residuals import Branch, Residual, Stream
 
@@ -21,16 +21,15 @@ class Step:
 
     Attributes:
         kind: "attention" or "mlp".
-        before: kinds of the branches of earlier additions.
         parameters: what its code uses, branches inside it apart.
         seen: the branch and its addition; None if it was left out.
+        order: smaller in earlier additions, equal in the same one.
     """
 
     kind: str
     parameters: frozenset[str]
     seen: tuple[Residual, Branch] | None = None
-    before: tuple[str, ...] = ()
-    order: tuple[int, int, int] = field(default=(0, -1, 0), repr=False)
+    order: tuple[int, int, int] = (0, -1, 0)
 
 
 def steps_of(
@@ -50,10 +49,7 @@ def steps_of(
             names = frozenset(name for index in own for name in used_at.get(index, ()))
             steps.append(Step(branch.kind, names, (residual, branch), order=(position, -1, 0)))
     steps += _left_out(steps, shapes, unused)
-    steps.sort(key=lambda step: step.order)
-    for step in steps:
-        step.before = tuple(other.kind for other in steps if other.order < step.order)
-    return steps
+    return sorted(steps, key=lambda step: step.order)
 
 
 def _own_calls(branch: Branch, stream: Stream) -> frozenset[int]:

@@ -27,7 +27,7 @@ def remember_trained(module: nn.Module) -> None:
 
 def rescaled(plan: Plan) -> list[str]:
     """The names of the parameters whose stored values are not the initial ones."""
-    return [p.name for p in plan.parameters.values() if not p.fixed and p.initial_factor * p.stored != 1.0]
+    return [p.name for p in plan.parameters.values() if p.from_initial != 1.0]
 
 
 def refuse_trained(module: nn.Module, trace: Trace, plan: Plan) -> None:

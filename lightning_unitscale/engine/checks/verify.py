@@ -1,6 +1,7 @@
 """The gate: before the first optimizer step, check that the plan does what it says.
 
-Where the scheme changes nothing (`preserve`), the rehearsed loss must equal the untouched model's bit for bit. For the
+Where the scheme changes nothing (`preserve`), the rehearsed loss must equal the untouched model's bit for bit, and
+where its factors undo each other, but for rounding. For the
 other schemes every explicit factor must have been applied somewhere in the step, and the operands of every matmul with
 a parameter are measured under the plan, as they are in unit storage:
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from math import log2
+from math import isclose, log2
 
 from torch import nn
 
@@ -28,6 +29,7 @@ from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.ops import MATMULS, is_lookup
 
 LOW_SHARE = 0.75
+KEPT = 0.02  # of the loss; a narrow dtype rounds scaled weights to other numbers
 OPERANDS = ("x", "weight")
 
 
@@ -59,6 +61,9 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
             )
         return
     _measure(plan, after)
+    if plan.keeps_function:
+        _check_kept(module, plan, before, after)
+        return
     share = operand_share(plan, 4.0)
     if share < LOW_SHARE:
         worst = ", ".join(f"{name} {operand}: RMS {rms:.2g}" for rms, name, operand in worst_operands(plan)[:3])
@@ -67,6 +72,16 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
             f"factor 4 of 1 under the plan; the furthest off: {worst}.",
             stacklevel=2,
         )
+
+
+def _check_kept(module: nn.Module, plan: Plan, before: Trace, after: Trace) -> None:
+    for was, now in zip(before.loss_numbers, after.loss_numbers, strict=True):
+        if not isclose(was, now, rel_tol=KEPT, abs_tol=KEPT):
+            raise UnitScalingError(
+                f"{type(module).__name__}: the same step gave the loss {was:.6g} and then {now:.6g}, though "
+                f"scheme={plan.scheme!r} is to keep the function. A factor is not undone where the weight or "
+                "activation it stands on is used; find it with skip, and leave that module out."
+            )
 
 
 def _not_applied(plan: Plan, before: Trace, applied: AppliedFactors) -> list[str]:

@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from math import prod
 
 from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.engine.plan.fold import primary_use_of
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.plan.step_scales import StepScale
 from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.errors import UnitScalingError
 
@@ -48,7 +50,8 @@ def explain(plan: Plan, name: str) -> str:
         head = f"{name}: {parameter.role}, shape {list(parameter.shape)}, {plan.scheme} in {plan.storage} storage"
         if parameter.reason:
             head += f"\n  left alone: {parameter.reason}"
-        return "\n".join([head, *map(str, quantities(plan, name))])
+        gradient = [_gradient_line(parameter)] if parameter.divided_gradient else []
+        return "\n".join([head, *map(str, quantities(plan, name)), *gradient])
     sites = _sites_called(plan, name)
     return "\n\n".join("\n".join([_head(site), *map(str, _of_site(plan, site))]) for site in sites)
 
@@ -111,9 +114,28 @@ def _step_quantities(plan: Plan, parameter: ParameterPlan) -> list[Quantity]:
     scale = plan.step_scales("adam", decoupled_decay=True)[parameter.name]
     return [
         Quantity("learning rate ×", scale.lr, _rate_factors(plan, parameter)),
-        Quantity("weight decay ×", scale.weight_decay, _unless_one(scale.weight_decay, "lr · weight decay is kept")),
-        Quantity("eps ×", scale.eps, _unless_one(scale.eps, "multiplier / stored: the gradient is larger by as much")),
+        Quantity("weight decay ×", scale.weight_decay, _decay_factors(parameter, scale)),
+        Quantity("eps ×", scale.eps, _eps_factors(parameter, scale)),
     ]
+
+
+def _decay_factors(parameter: ParameterPlan, scale: StepScale) -> list[Factor]:
+    own = parameter.causes.get("decay", []) if parameter.decay != 1.0 else []
+    return [*own, *_unless_one(scale.weight_decay / parameter.decay, "lr · weight decay is kept")]
+
+
+def _eps_factors(parameter: ParameterPlan, scale: StepScale) -> list[Factor]:
+    if parameter.unit_eps is None:
+        return _unless_one(scale.eps, "multiplier / stored: the gradient is larger by as much")
+    return [
+        *parameter.causes["unit_eps"],
+        *_unless_one(scale.eps / parameter.unit_eps, "1 / stored: the gradient of U, said of what is stored"),
+    ]
+
+
+def _gradient_line(parameter: ParameterPlan) -> str:
+    d = prod(parameter.shape)
+    return f"  gradient ÷       max|gradient| / √{d}: of each step, as the optimizer sees it; .grad stays the true one"
 
 
 def _rate_factors(plan: Plan, parameter: ParameterPlan) -> list[Factor]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, isclose, log, prod
 
+ROUNDING = 1e-12  # relative; constants that differ by less are the same number
+
 
 @dataclass(frozen=True)
 class Factor:

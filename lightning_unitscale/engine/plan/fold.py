@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from math import isclose
 
+from lightning_unitscale.engine.plan.factors import ROUNDING
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.record.keys import UseId
-
-_ROUNDING = 1e-12
 
 
 def resolve(plan: Plan, storage: str) -> None:
@@ -57,7 +56,7 @@ def _explicit(plan: Plan, key: str, wanted: float) -> float:
     parameter = plan.parameters.get(key)
     stored = 1.0 if parameter is None or parameter.fixed else parameter.stored
     factor = wanted / stored
-    return 1.0 if isclose(factor, 1.0, rel_tol=_ROUNDING) else factor
+    return 1.0 if isclose(factor, 1.0, rel_tol=ROUNDING) else factor
 
 
 def folded_copy(plan: Plan) -> Plan:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isclose
 
-from lightning_unitscale.engine.plan.factors import Factor, product
+from lightning_unitscale.engine.plan.factors import ROUNDING, Factor, product
 
 FROZEN = "frozen"
 UNUSED = "no torch call of the recorded step used it"
@@ -26,7 +27,10 @@ class ParameterPlan:
         unit_lr: learning rate of U under an Adam-like optimizer, in units of η.
         sgd_lr: the same under SGD with true gradients.
         relative_lr: learning rate of F in units of the user's own ("standard") is this times |multiplier|.
+        divided_gradient: the optimizer sees its gradient divided by γ = max|gradient| / √d, d its number of elements.
         depth_lr: the part of `unit_lr` that comes from depth (L^-½ inside a residual branch).
+        unit_eps: Adam's eps for the gradient of U, in units of the user's; None: the user's is for that of F.
+        decay: factor on lr · weight_decay, where decay acts beside the gradient.
         causes: where the constants above come from, by their names: the factors of each.
         lr_override: set by the user; takes the place of every learning-rate multiplier.
         stored_whole: a hand-written autograd.Function uses it, whose backward pass would not see an explicit factor, so
@@ -46,12 +50,21 @@ class ParameterPlan:
     sgd_lr: float = 1.0
     relative_lr: float = 1.0
     depth_lr: float = 1.0
+    unit_eps: float | None = None
+    decay: float = 1.0
     causes: dict[str, list[Factor]] = field(default_factory=dict)
     lr_override: float | None = None
     aliases: list[str] = field(default_factory=list)
     stored_whole: bool = False
     fixed: bool = False
+    divided_gradient: bool = False
     reason: str = ""
+
+    @property
+    def from_initial(self) -> float:
+        """What is stored, divided by the initial value: S = W · from_initial."""
+        factor = 1.0 if self.fixed else self.initial_factor * self.stored
+        return 1.0 if isclose(factor, 1.0, rel_tol=ROUNDING) else factor
 
     def set_constant(self, name: str, factors: Sequence[Factor]) -> None:
         """Give one of the constants above its value, and remember why."""

@@ -21,7 +21,7 @@ from torch import nn
 from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.site import READING, Site
-from lightning_unitscale.engine.plan.step_scales import FAMILIES, StepScale
+from lightning_unitscale.engine.plan.step_scales import FAMILIES, StepScale, check_has_rates
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Frame
 from lightning_unitscale.errors import UnitScalingError
@@ -61,9 +61,11 @@ class Plan:
         storage: "folded" | "unit".
         lr_units: "standard" | "umup".
         changes_training: False where the scheme leaves weights, function and learning rates alone.
+        keeps_function: whether the factors of the scheme undo each other, and the function is the untouched model's.
         notes: what else the reader of the plan should know.
         measured_at: the steps at which operand scales were measured.
         gradient_cosine: for each parameter, between its gradients with and without casts, on the first batch.
+        families: of optimizers that the scheme has learning rates for; others need `lr_units="standard"`.
         loss_scale: what backward passes start from where gradients travel in FP16; None elsewhere.
     """
 
@@ -79,6 +81,8 @@ class Plan:
     gradient_cosine: dict[str, float] = field(default_factory=dict)
     loss_scale: float | None = None
     changes_training: bool = True
+    keeps_function: bool = False
+    families: list[str] = field(default_factory=lambda: list(FAMILIES))
     options: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
@@ -104,6 +108,11 @@ class Plan:
         """(name, reason) of every parameter and site that is left alone."""
         parameters = [(p.name, p.reason) for p in self.parameters.values() if p.reason]
         return parameters + [(site.name, site.reason) for site in self.sites if site.reason and site.multiplier == 1.0]
+
+    @property
+    def divided_gradients(self) -> set[str]:
+        """The parameters whose gradients the optimizer sees divided by their own scale: γ = max|gradient| / √d."""
+        return {parameter.name for parameter in self.parameters.values() if parameter.divided_gradient}
 
     @property
     def explicit_sites(self) -> list[Site]:
@@ -140,7 +149,11 @@ class Plan:
         Args:
             family: "adam" | "sgd" | "muon", see `optimizer_family`.
             decoupled_decay: whether weight decay acts beside the gradient (AdamW) or inside it.
+
+        Raises:
+            UnitScalingError: the scheme has no learning rates of its own for the family.
         """
+        check_has_rates(self.scheme, self.families, family, self.lr_units)
         rule = FAMILIES[family]
         return {
             name: rule.step_scale(parameter, self.lr_units, decoupled_decay=decoupled_decay)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import replace
+from math import isclose
 
-from lightning_unitscale.engine.plan.factors import to_unit_scale
+from lightning_unitscale.engine.plan.factors import ROUNDING, to_unit_scale
 from lightning_unitscale.engine.plan.parameter_plan import UNUSED, ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.site import Site
@@ -58,7 +59,7 @@ def like(parameter: ParameterPlan, model: ParameterPlan) -> ParameterPlan:
     """What the plan says of `model`, said of another parameter like it."""
     copy = deepcopy(model)
     copy.name, copy.aliases, copy.initial_rms = parameter.name, parameter.aliases, parameter.initial_rms
-    if copy.initial_factor not in (0.0, 1.0) and parameter.initial_rms:
+    if parameter.initial_rms and isclose(copy.initial_factor * model.initial_rms, 1.0, rel_tol=ROUNDING):
         copy.set_constant("initial_factor", [to_unit_scale(parameter.initial_rms)])
     return copy
 

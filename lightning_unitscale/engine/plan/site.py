@@ -31,6 +31,8 @@ class Site:
         calls_in_frame: how many calls of `op` one run of its frame makes at most, for a parameter-free site.
         operand: position of the argument that takes the factor: the branch of an addition, the query of a product.
         last_dim: size of the last dimension that argument must have, where it does not depend on the data.
+        divides_along: the dimension over which each call's own output is divided by its max|f| / √n, in place of a
+            constant factor; the multiplier is then the factor of the recorded step.
         fold_into: the uses whose multipliers can take the factor; empty where none can.
         folded: nothing stays explicit.
         beside: a parameter-free site beside the loss, folded into weights that have the factor of one on its path.
@@ -59,6 +61,7 @@ class Site:
     calls_in_frame: int = 1
     operand: int | None = None
     last_dim: int | None = None
+    divides_along: int | None = None
     fold_into: list[UseId] = field(default_factory=list)
     folded: bool = True
     beside: bool = False

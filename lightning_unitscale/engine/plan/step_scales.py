@@ -3,10 +3,12 @@
 The function sees F = multiplier · U and S = stored · U is kept, so the gradient of S is r = multiplier/stored times
 that of F, and a step of S is a step of F divided by r. Which learning rate makes that step depends on how an update
 answers to a gradient r times as large. That is what a `Family` says; the families are in `optim.families`. Weight
-decay keeps its strength on F with any of them:
+decay keeps its strength on F with any of them, or has the one that the scheme gives it:
 
-    decoupled, beside the gradient     decay(S) = decay / (factor on lr)     lr · decay is unchanged
+    decoupled, beside the gradient     decay(S) = decay / (factor on lr)     lr · decay: as it was, × the scheme's
     coupled, a part of the gradient    decay(S) = r² · decay                 decay(S) · S is r times decay · F
+
+A gradient that the optimizer sees divided by its own scale is the same for S and F, and of r² one r is left.
 
 (u-μP, arXiv 2407.17465, sections 2.1 and 3.)
 """
@@ -14,15 +16,18 @@ decay keeps its strength on F with any of them:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import isclose
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch.optim import Optimizer
 
+from lightning_unitscale.engine.plan.factors import ROUNDING
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
+from lightning_unitscale.errors import UnitScalingError
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ class Family(ABC):
     def step_scale(self, parameter: ParameterPlan, lr_units: str, *, decoupled_decay: bool) -> StepScale:
         """All factors of one parameter; a learning-rate multiplier that the user has set takes the place of ours."""
         lr = self.lr(parameter, lr_units) if parameter.lr_override is None else parameter.lr_override
-        decay = (1 / lr if lr else 1.0) if decoupled_decay else gradient_ratio(parameter) ** 2
+        lr = 1.0 if isclose(lr, 1.0, rel_tol=ROUNDING) else lr
+        coupled = gradient_ratio(parameter) * seen_ratio(parameter)
+        decay = (parameter.decay / lr if lr else 1.0) if decoupled_decay else coupled
         return StepScale(lr, decay, self.eps(parameter))
 
     def includes(self, cls: type) -> bool:
@@ -97,6 +104,23 @@ class Family(ABC):
 def gradient_ratio(parameter: ParameterPlan) -> float:
     """r: how large the gradient of what is stored is beside that of what the function sees."""
     return parameter.multiplier / parameter.stored if parameter.stored else 1.0
+
+
+def seen_ratio(parameter: ParameterPlan) -> float:
+    """The same of gradients as the optimizer sees them."""
+    return 1.0 if parameter.divided_gradient else gradient_ratio(parameter)
+
+
+def check_has_rates(scheme: str, families: Collection[str], family: str, lr_units: str) -> None:
+    """
+    Raises:
+        UnitScalingError: learning rates are in the scheme's own units, and it has none for optimizers of the family.
+    """
+    if lr_units == "umup" and family not in families:
+        raise UnitScalingError(
+            f"scheme={scheme!r} has no learning rates of its own for optimizers of the family {family!r}, only for "
+            f"{' and '.join(map(repr, families))}. Use one of those, or lr_units='standard'."
+        )
 
 
 FAMILIES: dict[str, Family] = {}  # by name

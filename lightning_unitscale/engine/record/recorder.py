@@ -31,7 +31,7 @@ from lightning_unitscale.engine.record.places import Frame
 from lightning_unitscale.engine.record.trace import Call, GradientTaken, ModuleSpan, ParameterFacts, Trace, Value
 from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
 from lightning_unitscale.ops.attention import open_multi_head_attention
-from lightning_unitscale.ops.torch_functions import PASSTHROUGH, RETURN_NOTHING, is_in_place, short_name
+from lightning_unitscale.ops.torch_functions import ACTIVATIONS, PASSTHROUGH, RETURN_NOTHING, is_in_place, short_name
 
 MODULE_CALL = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
 
@@ -148,6 +148,8 @@ class Recorder(TorchFunctionMode):
         def after(_: nn.Module, args: Any, output: Any) -> None:
             inputs = [self._values[tensor] for tensor in tensors_in(args) if tensor in self._values]
             result = self._values.get(output) if isinstance(output, Tensor) else None
+            if result is not None and result.largest is None:
+                result.largest = largest(output)
             span = range(started.pop(), len(self.trace.calls))
             self.trace.spans.append(ModuleSpan(name, inputs, result, span))
 
@@ -195,6 +197,8 @@ class Recorder(TorchFunctionMode):
             self._add(args[0]._base, call, parameters, expression, constant)
         if name in MATMULS and not parameters:
             self._measure(call, used, outputs[0])
+        elif name in ACTIVATIONS and not parameters:
+            call.output.largest = largest(outputs[0])
         if frame is not None:
             touched = self.trace.touched.setdefault(frame, [])
             for value in inputs:
@@ -356,6 +360,7 @@ def parameter_facts(module: nn.Module) -> dict[str, ParameterFacts]:
             rms=rms(parameters[key]),
             trainable=parameters[key].requires_grad,
             is_constant=_is_constant(parameters[key]),
+            largest=largest(parameters[key]),
             aliases=tuple(aliases),
         )
         for key, (first, *aliases) in names.items()
@@ -368,6 +373,13 @@ def rms(tensor: Tensor) -> float:
         return 0.0
     with torch.no_grad():
         return float(torch.linalg.vector_norm(tensor, dtype=_wide(tensor)) / tensor.numel() ** 0.5)
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude of a tensor's elements; 0 as for `rms`."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not _is_readable(tensor):
+        return 0.0
+    return float(tensor.detach().abs().amax())
 
 
 def _is_readable(tensor: Tensor) -> bool:

@@ -27,6 +27,7 @@ class Value:
         constant: no parameter and no input of the step went into it.
         number: its value, when it is a 0-dim constant.
         rms: root mean square, taken only for operands and outputs of matmul-like calls.
+        largest: of the magnitudes of its elements, taken only for outputs of elementwise functions.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Value:
     is_complex: bool = False
     number: float | None = None
     rms: float | None = None
+    largest: float | None = None
     consumers: list[Call] = field(default_factory=list)
 
     @property
@@ -141,4 +143,5 @@ class ParameterFacts:
     rms: float
     trainable: bool
     is_constant: bool  # all its elements are equal, as in zeros and ones
+    largest: float  # of the magnitudes of its elements
     aliases: tuple[str, ...] = ()

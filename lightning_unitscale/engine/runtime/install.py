@@ -29,15 +29,13 @@ def rescale_parameters(module: nn.Module, plan: Plan) -> None:
     named = dict(module.named_parameters())
     with torch.no_grad():
         for name, parameter in plan.parameters.items():
-            factor = 1.0 if parameter.fixed else parameter.initial_factor * parameter.stored
-            if factor != 1.0:
-                named[name].mul_(factor)
+            if parameter.from_initial != 1.0:
+                named[name].mul_(parameter.from_initial)
 
 
 def untouched_factors(plan: Plan) -> dict[str, float]:
     """What brings stored parameters back to their initial values, to rounding, by name, where it is not 1."""
-    factors = {p.name: 1.0 if p.fixed else p.initial_factor * p.stored for p in plan.parameters.values()}
-    return {name: 1 / factor for name, factor in factors.items() if factor not in (0.0, 1.0)}
+    return {p.name: 1 / p.from_initial for p in plan.parameters.values() if p.from_initial not in (0.0, 1.0)}
 
 
 def restore_parameters(module: nn.Module, before: Plan, after: Plan) -> None:
@@ -85,7 +83,7 @@ def install(module: nn.Module, plan: Plan) -> None:
                 scope.touched.append((modules[owner], attribute, key))
             for site in sites:
                 if site.op == "output":
-                    scope.output_factor = site.factors[""]
+                    scope.output_site = site
                 else:
                     assert site.ordinal is not None
                     scope.sites[site.op, site.ordinal] = site

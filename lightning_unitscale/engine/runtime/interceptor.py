@@ -34,6 +34,7 @@ from lightning_unitscale.engine.runtime.observer import ObservedProduct, observe
 from lightning_unitscale.errors import UncastableError, UnitScalingError
 from lightning_unitscale.ops import MATMULS, FunctionCall, Matmul, functions_named
 from lightning_unitscale.ops.attention import open_multi_head_attention
+from lightning_unitscale.ops.max_scale import max_scale
 from lightning_unitscale.ops.torch_functions import OUTPUT_IS_FREE, is_in_place
 
 _MULTI_HEAD = "multi_head_attention_forward"
@@ -104,7 +105,7 @@ class ScopedForward:
         touched: the parameters that the method's own code hands to torch functions: owner, attribute, key.
         sites: the parameter-free sites in it, by function and which call of it.
         most_calls: of the functions with such sites, how often one run of the recorded step called them.
-        output_factor: on what the method returns.
+        output_site: whose factor what the method returns has.
     """
 
     def __init__(self, module: nn.Module, method: str, rules: Rules, in_parametrization: bool) -> None:
@@ -113,7 +114,7 @@ class ScopedForward:
         self.touched: list[tuple[nn.Module, str, str]] = []
         self.sites: dict[tuple[str, int], Site] = {}
         self.most_calls: dict[str, int] = {}
-        self.output_factor = 1.0
+        self.output_site: Site | None = None
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -197,7 +198,7 @@ class Interceptor(TorchFunctionMode):
         finally:
             self.frames.pop()
             del self.parameters[outside:]
-        return output if scope.output_factor == 1.0 else output * scope.output_factor
+        return output if scope.output_site is None else _scaled_output(output, scope.output_site)
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -276,6 +277,8 @@ class Interceptor(TorchFunctionMode):
         a, in_place = site.factors[""], call.function in self.rules.in_place
         if a == 1.0:
             return self._run(name, call)
+        if site.divides_along is not None:
+            return self._run_divided(name, call, site.divides_along, in_place or _asked_in_place(call))
         if site.role == "attention":
             if name in self.rules.ops:  # a learned query or value has a factor of its own
                 call = call.with_each(lambda argument: self._scaled(argument, name))
@@ -289,6 +292,15 @@ class Interceptor(TorchFunctionMode):
             return self._run_in_place(name, call, a)
         result = self._run(name, call)
         return result.mul_(a) if name in OUTPUT_IS_FREE else result * a
+
+    def _run_divided(self, name: str, call: FunctionCall, dim: int, in_place: bool) -> Any:
+        """The call, its output divided by the scale that it has itself."""
+        if not in_place:
+            result = self._run(name, call)
+            return result / max_scale(result, dim)
+        target, *others = call.args
+        result = self._run(name, FunctionCall(call.function, (target.clone(), *others), call.kwargs))
+        return target.copy_(result / max_scale(result, dim))
 
     def _run_in_place(self, name: str, call: FunctionCall, a: float) -> Any:
         """The factor comes onto a copy: autograd may have saved the output of the call, which must not change."""
@@ -367,6 +379,10 @@ class Interceptor(TorchFunctionMode):
                     "record a step that takes both paths."
                 )
         return site
+
+
+def _scaled_output(output: Tensor, site: Site) -> Tensor:
+    return output * site.factors[""] if site.divides_along is None else output / max_scale(output, site.divides_along)
 
 
 def _refuse_computed(owner: nn.Module, attribute: str, key: str) -> None:

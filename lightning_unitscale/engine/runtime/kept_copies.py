@@ -38,7 +38,9 @@ def kept_copies(module: nn.Module, plan: Plan, trace: Trace, trainer: pl.Trainer
     Raises:
         UnitScalingError: one is a parameter of a module that would need factors too, and is out of reach.
     """
-    changed = {name: parameter for name, parameter in module.named_parameters() if _factor(plan, name) != 1.0}
+    changed = {
+        name: parameter for name, parameter in module.named_parameters() if plan.parameters[name].from_initial != 1.0
+    }
     candidates = {name: p for name, p in changed.items() if not trace.facts[name].is_constant}
     compared = find_readings(Structure(trace)).compared if trace.copies else set()
     memory = {p.data_ptr() for p in module.parameters()}
@@ -64,13 +66,8 @@ def rescale_kept(plan: Plan, kept: list[Kept]) -> None:
     """Rescale them as the plan does their parameters, and say so in its notes."""
     with torch.no_grad():
         for place, tensor, name in kept:
-            tensor.detach().mul_(_factor(plan, name))
+            tensor.detach().mul_(plan.parameters[name].from_initial)
             plan.notes.append(f"{place} is a copy of {name} and was rescaled with it")
-
-
-def _factor(plan: Plan, name: str) -> float:
-    parameter = plan.parameters[name]
-    return 1.0 if parameter.fixed else parameter.initial_factor * parameter.stored
 
 
 def _tensors_beside(module: nn.Module, trainer: pl.Trainer | None) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,70 @@
+"""Gradients as a scheme has the optimizer see them: each divided by its own scale.
+
+    the update uses g / γ        γ = max|g| / √d        d elements
+
+The one exception to "what is in `.grad` is the true gradient", and a narrow one: `.grad` holds g / γ only while the
+optimizer computes its update. Before and after, and inside a closure, it is the true gradient, the same tensor:
+accumulation adds up true gradients, all-reduce averages them, user code, clipping and loggers see them. γ is that of
+the whole gradient, after all of that, so processes that hold the same gradient divide by the same number. A constant
+that all of a gradient is multiplied by is divided out again: clipping by norm and loss scales make no difference to the
+update.
+
+A gradient that is all zero is left as it is. No number leaves the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_unitscale.ops.max_scale import max_scale
+
+
+class DividedGradients:
+    """The gradients of one optimizer, while they stand divided.
+
+    Args:
+        parameters: those whose gradients are to be divided.
+    """
+
+    def __init__(self, parameters: Collection[Tensor]) -> None:
+        self._parameters = parameters
+        self._true: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its true gradient, what stands in for it
+
+    def __bool__(self) -> bool:
+        return bool(self._parameters)
+
+    def divide(self, optimizer: Optimizer) -> None:
+        """Put g / γ in the place of each gradient g; what stands divided already stays."""
+        if self._true:
+            return
+        # A GradScaler hands fused optimizers gradients that are still multiplied, and they divide by its scale.
+        loss_scale = getattr(optimizer, "grad_scale", None)
+        for parameter in self._parameters:
+            if parameter.grad is not None and parameter.grad.numel():
+                true, parameter.grad = parameter.grad, divided(parameter.grad, loss_scale)
+                self._true.append((parameter, true, parameter.grad))
+
+    def restore(self) -> None:
+        """Put the true gradients back where the divided ones still are."""
+        for parameter, true, stand_in in self._true:
+            if parameter.grad is stand_in:
+                parameter.grad = true
+        self._true.clear()
+
+
+@torch.no_grad()
+def divided(gradient: Tensor, loss_scale: Tensor | None = None) -> Tensor:
+    """g / γ; times the loss scale, if the optimizer is going to divide by it."""
+    if not gradient.is_sparse:
+        scaled = gradient / max_scale(gradient)
+    else:
+        gradient = gradient.coalesce()
+        values = gradient.values()
+        if values.numel():
+            values = values / (max_scale(values) * (values.numel() / gradient.numel()) ** 0.5)
+        scaled = torch.sparse_coo_tensor(gradient.indices(), values, gradient.shape, is_coalesced=True)
+    return scaled if loss_scale is None else scaled * loss_scale.to(scaled.device)

@@ -1,0 +1,156 @@
+"""What must hold under every scheme, on models of many kinds: a new scheme is here as soon as it is registered."""
+
+import copy
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import zoo
+from support.prepared import build, gradients, prepared, train
+from support.training import ByStep, assert_same_state, batches, fit, trainer
+from torch import nn
+
+from lightning_unitscale import (
+    Plan,
+    UnitScaling,
+    UnitScalingError,
+    load_checkpoint,
+    remove_unit_scaling,
+    scale_learning_rates,
+)
+from lightning_unitscale.engine.plan.plan import plan_of
+from lightning_unitscale.schemes import SCHEMES
+
+NAMES = tuple(SCHEMES)
+# Attention that folds and that does not, tied and computed weights, norms before and after, branches that are drawn
+QUICK = ("llama-sdpa", "tied-embedding", "resnet", "experts-loop")
+MODELS = (*QUICK, "gpt2-eager", "bert-sdpa", "t5-sdpa", "weight-norm", "dit", "lstm", "sequential")
+
+
+def each(names: Iterable[str]) -> pytest.MarkDecorator:
+    """The quick models, and the rest of these in the nightly run."""
+    marked = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in names]
+    return pytest.mark.parametrize("name", marked)
+
+
+each_model = each(MODELS)
+
+
+def of_storages(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test for every scheme in every storage that it has."""
+    pairs = [(scheme, storage) for scheme in NAMES for storage in SCHEMES[scheme].storages]
+    return pytest.mark.parametrize(("scheme", "storage"), pairs)(test)
+
+
+def stepped(name: str, steps: int, lr: float = 3e-4, **options: Any) -> list[float]:
+    """The losses of a model that is trained under the plan's own steps."""
+    case = zoo.CASES[name]
+    model, plan = prepared(case, **options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, eps=1e-10)
+    scale_learning_rates(optimizer, plan)
+    return train(case, model, [optimizer], steps)
+
+
+@of_storages
+@each_model
+def test_it_learns(name: str, scheme: str, storage: str) -> None:
+    losses = stepped(name, 12, lr=1e-3, scheme=scheme, storage=storage)
+    assert sum(losses[-4:]) < sum(losses[:4])  # the same four batches
+
+
+@pytest.mark.parametrize("scheme", [name for name in NAMES if len(SCHEMES[name].storages) > 1])
+@each_model
+def test_its_storages_train_alike(name: str, scheme: str) -> None:
+    with zoo.default_dtype(torch.float64):
+        one, other = (stepped(name, 10, scheme=scheme, storage=storage) for storage in SCHEMES[scheme].storages)
+    assert one == pytest.approx(other, rel=1e-4 if zoo.CASES[name].casts_to_float32 else 1e-7)
+
+
+@of_storages
+@each(name for name in MODELS if not zoo.CASES[name].casts_to_float32)
+def test_its_gradients_are_the_slope_of_the_loss(name: str, scheme: str, storage: str) -> None:
+    """Along one direction through all parameters, by a difference of fourth order in float64."""
+    case = zoo.CASES[name]
+    with zoo.default_dtype(torch.float64):
+        model, _ = prepared(case, scheme=scheme, storage=storage)
+        _, found = gradients(case, model, seed=1)
+        named = {key: p for key, p in model.named_parameters() if key in found}
+        generator = torch.Generator().manual_seed(2)
+        directions = {
+            key: torch.randn(p.shape, generator=generator) * p.detach().abs().mean() for key, p in named.items()
+        }
+        expected = sum(float((found[key] * direction).sum()) for key, direction in directions.items())
+        start, batch = {key: p.detach().clone() for key, p in named.items()}, case.batch(1)
+
+        @torch.no_grad()
+        def slope(h: float) -> float:
+            change = 0.0
+            for position, weight in ((1, 2 / 3), (-1, -2 / 3), (2, -1 / 12), (-2, 1 / 12)):
+                for key, parameter in named.items():
+                    parameter.copy_(start[key] + position * h * directions[key])
+                change += weight * case.loss(model, batch).item()
+            return change / h
+
+        slopes = [slope(h) for h in (1e-3, 1e-5, 1e-6, 1e-7)]  # one of them crosses no kink of a ReLU
+    assert any(found == pytest.approx(expected, rel=1e-5, abs=1e-9) for found in slopes), (slopes, expected)
+
+
+@of_storages
+@each_model
+def test_it_can_be_taken_off_or_says_what_stays(name: str, scheme: str, storage: str) -> None:
+    case = zoo.CASES[name]
+    model, plan = prepared(case, scheme=scheme, storage=storage)
+    before = case.loss(model, case.batch(1)).item()
+    try:
+        remove_unit_scaling(model)
+    except UnitScalingError as error:
+        assert any(site.name in str(error) for site in plan.explicit_sites)
+        assert plan_of(model) is plan
+    else:
+        assert plan_of(model) is None
+    assert case.loss(model, case.batch(1)).item() == pytest.approx(before, rel=1e-5)
+
+
+@of_storages
+def test_a_plan_of_it_outlives_plain_containers(scheme: str, storage: str) -> None:
+    for name in QUICK:
+        _, plan = prepared(zoo.CASES[name], scheme=scheme, storage=storage)
+        assert Plan.from_dict(plan.to_dict()).to_dict() == plan.to_dict()
+        for key in (*plan.parameters, *(site.name for site in plan.sites)):
+            assert key in plan.explain(key)
+        assert scheme in plan.summary()
+
+
+@of_storages
+def test_its_checkpoint_brings_the_function_along(scheme: str, storage: str, tmp_path: Path) -> None:
+    for name in QUICK:
+        case = zoo.CASES[name]
+        model, _ = prepared(case, scheme=scheme, storage=storage)
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+        loaded = build(case)
+        nn.init.normal_(next(loaded.parameters()))
+        load_checkpoint(loaded, tmp_path / "model.pt")
+        assert case.loss(loaded, case.batch(1)).item() == case.loss(model, case.batch(1)).item()
+        copied = copy.deepcopy(model)
+        assert case.loss(copied, case.batch(1)).item() == case.loss(model, case.batch(1)).item()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@of_storages
+def test_a_resumed_run_is_the_whole_one(scheme: str, storage: str, optimizer: str, tmp_path: Path) -> None:
+    def module() -> ByStep:
+        torch.manual_seed(0)
+        return ByStep(dropout=0.1, optimizer=optimizer, lr=1e-3)
+
+    def scaling() -> UnitScaling:
+        return UnitScaling(scheme, storage=storage)
+
+    whole = fit(tmp_path / "whole", scaling(), module=module(), max_steps=8)
+    first = fit(tmp_path / "first", scaling(), module=module(), max_steps=4)
+    first.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    second = module()
+    trainer(tmp_path / "second", scaling(), max_steps=8).fit(second, batches(), ckpt_path=tmp_path / "half.ckpt")
+    assert second.losses == whole.losses[4:]
+    assert_same_state(second, whole)

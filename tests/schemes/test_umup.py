@@ -1,0 +1,218 @@
+"""u-μP's hyperparameters: the function written out by hand, step sizes in closed form, parts of a model by glob."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from support import zoo
+from support.prepared import prepared
+from support.small_transformer import HEAD_DIM, TOKENS, Transformer, heads, loss, norm, scaled
+from torch import Tensor, nn
+from unit_scaling.core.functional import transformer_residual_scaling_rule
+
+from lightning_unitscale import Plan, UnitScalingError, unit_scale
+
+WIDTH = 16
+
+
+def by_hand(net: Any, alpha: dict[str, float]) -> Tensor:
+    """u-μP's forward pass as the paper writes it, of weights at RMS 1: residual additions by its τ rule."""
+    z, weights = np.polynomial.hermite_e.hermegauss(200)
+    z = torch.from_numpy(z)
+    bend = alpha.get("alpha_ffn_act", 1.0)
+    squared = (z * torch.sigmoid(bend * z)).square()  # what the library calls silu with mult=bend
+    silu_rms = math.sqrt(float((torch.from_numpy(weights) * squared).sum()) / math.sqrt(2 * math.pi))
+    tau = transformer_residual_scaling_rule(alpha.get("alpha_res", 1.0), alpha.get("alpha_res_attn_ratio", 1.0))
+    layers = 2 * len(net.blocks)
+
+    def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+        return x @ layer.weight.T / math.sqrt(layer.in_features)
+
+    def add(x: Tensor, branch: Tensor, index: int) -> Tensor:
+        t = tau(index, layers)
+        return (x + t * branch) / math.sqrt(1 + t**2)
+
+    x = net.embedding.weight[TOKENS]
+    for index, b in enumerate(net.blocks):
+        h = norm(x)
+        q, k, v = (heads(linear(h, layer)) for layer in (b.q, b.k, b.v))
+        scale = alpha.get("alpha_attn", 1.0) / HEAD_DIM
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        x = add(x, linear(mixed.transpose(-2, -3).flatten(-2), b.o), 2 * index)
+        h = norm(x)
+        g = linear(h, b.gate)
+        x = add(x, linear(g * torch.sigmoid(bend * g) / silu_rms * linear(h, b.up), b.down), 2 * index + 1)
+    return norm(x) @ net.readout.weight.T / WIDTH * alpha.get("alpha_out", 1.0)
+
+
+ALPHAS: list[dict[str, float]] = [
+    {},
+    {"alpha_attn": 2.5},
+    {"alpha_ffn_act": 0.5},
+    {"alpha_ffn_act": 2.0, "alpha_out": 0.25},
+    {"alpha_res": 0.5},
+    {"alpha_res": 2.0, "alpha_res_attn_ratio": 0.25},
+    {"alpha_attn": 0.5, "alpha_ffn_act": 3.0, "alpha_res": 0.3, "alpha_res_attn_ratio": 2.0, "alpha_out": 4.0},
+]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("alpha", ALPHAS, ids=str)
+def test_the_function_is_the_papers(alpha: dict[str, float], depth: int) -> None:
+    net, _ = scaled(depth, storage="unit", hyperparameters=alpha)
+    assert all(float(weight.detach().square().mean()) == pytest.approx(1.0) for weight in net.parameters())
+    torch.testing.assert_close(net(TOKENS), by_hand(net, alpha), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS, ids=str)
+def test_storages_have_one_function(alpha: dict[str, float]) -> None:
+    one, other = (scaled(2, storage=storage, hyperparameters=alpha)[0] for storage in ("folded", "unit"))
+    torch.testing.assert_close(one(TOKENS), other(TOKENS), rtol=1e-10, atol=1e-12)
+
+
+def test_learning_rates_of_embeddings_and_readouts() -> None:
+    plain, other = (
+        scaled(2, lr_units="umup", hyperparameters=given)[1].lr_multipliers
+        for given in ({}, {"eta_emb": 3, "eta_out": 2})
+    )
+    ratios = {name: other[name] / plain[name] for name in plain}
+    assert ratios.pop("embedding.weight") == pytest.approx(3.0)
+    assert ratios.pop("readout.weight") == pytest.approx(2 / 4)
+    assert set(ratios.values()) == {1.0}
+
+
+def test_in_standard_units_the_embedding_has_its_own_relative_step_times_the_ratio() -> None:
+    (_, plain), (_, other) = (scaled(1, hyperparameters=given) for given in ({}, {"eta_emb": 3}))
+    ratio = other.lr_multipliers["embedding.weight"] / plain.lr_multipliers["embedding.weight"]
+    assert ratio == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 8])
+@pytest.mark.parametrize("exponent", [0.5, 0.75, 1.0])
+def test_depth_exponent(depth: int, exponent: float) -> None:
+    """Branches × L^-p, their learning rates × L^(p-1): what all branches change in one step is free of L."""
+    _, plan = scaled(depth, storage="unit", lr_units="umup", hyperparameters={"depth_exponent": exponent})
+    for name, fan_in in (("o", WIDTH), ("down", 2 * WIDTH), ("q", WIDTH)):
+        weight = plan.parameters[f"blocks.{depth - 1}.{'q' if name == 'q' else name}.weight"]
+        branch = 1.0 if name == "q" else depth**-exponent
+        site = next(site for site in plan.sites if weight.name in site.params)
+        assert site.multiplier == pytest.approx(fan_in**-0.5 * branch)
+        assert plan.lr_multipliers[weight.name] == pytest.approx(fan_in**-0.5 * depth ** (exponent - 1))
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_branches_with_a_norm_behind_have_their_share_of_the_sum_so_far(exponent: float) -> None:
+    """BERT, two layers: each branch × α/√(L^2p + Σα²) by its kind."""
+    hyperparameters = {"alpha_res": 2.0, "alpha_res_attn_ratio": 0.5, "depth_exponent": exponent}
+    _, plan = prepared(zoo.CASES["bert-sdpa"], storage="unit", hyperparameters=hyperparameters)
+    alpha_mlp = 2.0 * math.sqrt(2 / 1.25)
+    alphas = [0.5 * alpha_mlp, alpha_mlp] * 2
+    ends = ("attention.output.dense", "output.dense")
+    for index, alpha in enumerate(alphas):
+        name = f"bert.encoder.layer.{index // 2}.{ends[index % 2]}.weight"
+        site = next(site for site in plan.sites if name in site.params)
+        tau = alpha / math.sqrt(2 ** (2 * exponent) + sum(a**2 for a in alphas[:index]))
+        assert site.multiplier == pytest.approx(tau * plan.parameters[name].shape[1] ** -0.5)
+
+
+# --- parts of a model -------------------------------------------------------------------------------------------------
+
+
+def test_a_glob_gives_hyperparameters_to_a_part() -> None:
+    _, plan = scaled(2, storage="unit", overrides={"blocks.0": {"alpha_attn": 2.0, "alpha_res": 0.5}})
+    _, other = scaled(2, storage="unit")
+    changed = {
+        f"{site.name} ({site.role})": site.multiplier / twin.multiplier
+        for site, twin in zip(plan.sites, other.sites, strict=True)
+        if site.multiplier != twin.multiplier
+    }
+    assert changed == {
+        "blocks.0.attention:scaled_dot_product_attention (attention)": 2.0,
+        "blocks.0.o:linear (hidden)": 0.5,
+        "blocks.0.down:linear (hidden)": 0.5,
+    }
+
+
+def test_later_branches_know_what_a_glob_gave_to_earlier_ones() -> None:
+    """With a norm behind each addition, the first branch of four at α = 2 leaves the others a smaller share."""
+    _, plan = prepared(zoo.CASES["bert-sdpa"], storage="unit", overrides={"*.layer.0.attention*": {"alpha_res": 2.0}})
+    name = "bert.encoder.layer.0.output.dense.weight"
+    site = next(site for site in plan.sites if name in site.params)
+    assert site.multiplier == pytest.approx((2 + 2.0**2) ** -0.5 * plan.parameters[name].shape[1] ** -0.5)
+
+
+def test_the_plan_says_which_hyperparameter_a_factor_is_and_keeps_it() -> None:
+    _, plan = scaled(
+        1, hyperparameters={"alpha_attn": 2.0, "alpha_out": 0.5}, overrides={"embedding": {"eta_emb": 4.0}}
+    )
+    assert "× 2: alpha_attn (hyperparameters)" in plan.explain("blocks.0.attention:scaled_dot_product_attention")
+    folded = "alpha_attn; of the attention blocks.0.attention:scaled_dot_product_attention, folded (hyperparameters)"
+    assert f"× 2: {folded}" in plan.explain("blocks.0.q.weight")
+    assert "× 0.5: alpha_out (hyperparameters)" in plan.explain("readout.weight")
+    assert "× 4: eta_emb (hyperparameters)" in plan.explain("embedding.weight")
+    assert Plan.from_dict(plan.to_dict()).options["hyperparameters"] == {"alpha_attn": 2.0, "alpha_out": 0.5}
+
+
+def test_an_activation_whose_input_no_weight_makes_is_left_alone_and_named() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.second(F.silu(h) + h)
+
+    plan = unit_scale(Twice(), lambda m: m(torch.ones(4, 8)).square().mean(), hyperparameters={"alpha_ffn_act": 2.0})
+    assert any("alpha_ffn_act left an activation" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("name", ["llama-eager", "gpt2-sdpa", "resnet", "t5-sdpa"])
+def test_all_of_them_at_once_in_both_storages(name: str) -> None:
+    hyperparameters = dict.fromkeys(
+        ("alpha_attn", "alpha_ffn_act", "alpha_res", "alpha_res_attn_ratio", "alpha_out"), 0.7
+    )
+    case, losses = zoo.CASES[name], []
+    for storage in ("folded", "unit"):
+        model, _ = prepared(case, storage=storage, hyperparameters=hyperparameters)
+        losses.append(case.loss(model, case.batch(1)).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hyperparameters": {"alpha_attn": 0}}, "alpha_attn=0 of scheme='umup' must be a number above 0"),
+        ({"hyperparameters": {"alpha_res": -1.0}}, "alpha_res=-1.0 of scheme='umup' must be a number above 0"),
+        ({"hyperparameters": {"alpha_out": math.nan}}, "alpha_out=nan of scheme='umup' must be a number above 0"),
+        ({"hyperparameters": {"alpha_out": "1"}}, "alpha_out='1' of scheme='umup' must be a number above 0"),
+        ({"hyperparameters": {"alpha_atn": 1.0}}, "hyperparameters key='alpha_atn' is not known.*mean 'alpha_attn'"),
+        ({"hyperparameters": 2.0}, "hyperparameters=2.0 must map names to values"),
+        (
+            {"scheme": "preserve", "hyperparameters": {"alpha_attn": 1.0}},
+            "'preserve' has no hyperparameter 'alpha_attn'",
+        ),
+        ({"overrides": {"*": {"alpha_attn": -2}}}, "alpha_attn=-2 of scheme='umup' must be a number above 0"),
+        ({"overrides": {"*": {"alpha_atn": 2}}}, r"overrides\['\*'\] key='alpha_atn' is not known.*mean 'alpha_attn'"),
+    ],
+)
+def test_wrong_hyperparameters(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnitScalingError, match=message):
+        scaled(1, **options)
+
+
+def test_an_override_that_decides_nothing_is_refused() -> None:
+    net = Transformer(1)
+    before = [weight.detach().clone() for weight in net.parameters()]
+    with pytest.raises(UnitScalingError, match=r"overrides\['blocks.0.q'\]: alpha_attn changes nothing there"):
+        unit_scale(net, loss, overrides={"blocks.0.q": {"alpha_attn": 2.0}})
+    assert all(torch.equal(*pair) for pair in zip(before, net.parameters(), strict=True))
