@@ -44,7 +44,7 @@ from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_
 from lightning_unitscale.schemes.beside import BesideSites
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
 from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_site
-from lightning_unitscale.schemes.pushing import Push, pushes, takers
+from lightning_unitscale.schemes.pushing import CallUse, Push, pushes, takers
 from lightning_unitscale.schemes.scheme import ResidualBranch, Scheme, Weight
 
 NEAR_ZERO = 1e-3  # of the usual size of a weight
@@ -370,17 +370,29 @@ class Planner:
 
     def _activation_factors(self) -> None:
         for activation in self.structure.activations:
-            site = self._activation_site(activation)
-            if site is None:
-                continue
             targets = self.structure.targets(activation.output) or []
             taken = [takers(self.draft, call, operand) for call, operand in targets]
-            if not targets or not all(taken):
+            uses = [use for found in taken for use in found] if all(taken) else []
+            site = self._activation_site(activation)
+            if site is None:
+                self._activation_without_place(activation, uses)
+                continue
+            if not uses:
                 site.leave_alone("its output does not go into scaled matmuls alone")
-            else:
-                uses = (use for found in taken for use in found)
-                site.fold_into = list(dict.fromkeys(UseId(key, self.trace.calls[i].name) for i, key in uses))
+            site.fold_into = list(dict.fromkeys(UseId(key, self.trace.calls[i].name) for i, key in uses))
             self.free.add(site, (call for call, _ in targets))
+
+    def _activation_without_place(self, activation: Activation, uses: list[CallUse]) -> None:
+        """Inside a Function: what the matmuls behind it can't take is left out."""
+        call = activation.call
+        factors = self.scheme.activation(call_rms(call)) if call is not None else []
+        if call is None or not factors:
+            return
+        if uses and call.in_function:
+            for use in uses:
+                self.factors[use] = [*self.factors.get(use, []), *factors]
+        else:
+            self.notes.append(f"the activation {_at(call)} was left alone: {self.draft.no_place(call)}")
 
     def _activation_site(self, activation: Activation) -> Site | None:
         """The site of an activation; None where it has no place, or the scheme no rule for it."""

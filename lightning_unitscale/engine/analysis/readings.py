@@ -80,7 +80,8 @@ def find_readings(graph: Graph) -> Readings:
         is_weight = any(end.call is not None and end.value in graph.weights_of(end.call) for end in ends)
         found = beside if is_weight else penalties
         proper = [end for end in ends if end not in found]
-        if not found or not (proper or _nothing_else_uses(graph, name, found)):
+        alone = prod(graph.trace.facts[name].shape) > 1  # a number may be learned by the loss
+        if not found or not (proper or alone):
             continue
         readings.ends |= {(end.call.index, end.value) for end in found if end.call is not None}
         if reason := _why_not_handed(graph, name, found, proper):
@@ -89,11 +90,6 @@ def find_readings(graph: Graph) -> Readings:
             _hand_over(graph, readings, name, found)
     _note_gradients(graph, readings)
     return readings
-
-
-def _nothing_else_uses(graph: Graph, name: str, found: list[_End]) -> bool:
-    """Whether a weight is read alone, as that of an expert without tokens is; a number may be learned by the loss."""
-    return prod(graph.trace.facts[name].shape) > 1 and all(end.value.expression for end in found)
 
 
 def _ends(graph: Graph) -> Iterator[_End]:
