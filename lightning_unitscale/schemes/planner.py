@@ -36,7 +36,7 @@ from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.siblings import include_siblings
 from lightning_unitscale.engine.plan.site import READING, Site
-from lightning_unitscale.engine.record.keys import UseId
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.options import STORAGES, Options
@@ -109,7 +109,7 @@ class Planner:
             self._initial_value_and_rates(parameter)
         self._multiplier_overrides(plan)
         plan.notes += self.notes
-        models = include_siblings(plan)
+        models = include_siblings(plan, {name for name, _ in self.module.named_modules(remove_duplicate=False)})
         self._own_relative_steps(plan, models)
         self._branches_left_out(plan, models)
         include_copies(plan, self.module, used_parameters(self.trace, self.structure.learned))
@@ -341,7 +341,7 @@ class Planner:
             sides = (pushes(self.draft, side, {call.index}) for side in (attention.query, attention.key))
             found = next(filter(None, sides), [])
             if reason := self.draft.no_place(call):
-                if found and call.in_function:
+                if call.in_function and self._are_all_calls(use for push in found for use in push.uses):
                     self._push(found, factors)
                 else:
                     self.notes.append(f"the attention {_at(call)} was left alone: {reason}")
@@ -388,7 +388,7 @@ class Planner:
         factors = self.scheme.activation(call_rms(call)) if call is not None else []
         if call is None or not factors:
             return
-        if uses and call.in_function:
+        if call.in_function and self._are_all_calls(uses):
             for use in uses:
                 self.factors[use] = [*self.factors.get(use, []), *factors]
         else:
@@ -433,7 +433,7 @@ class Planner:
         for use in self.draft.uses.values():
             if not use.in_function or self.draft.is_left_alone(use.key):
                 continue
-            main = primary_use([other for other in self.draft.uses.values() if other.key == use.key])
+            main = primary_use(self._uses_of(use.key))
             stored = self.factors[main.calls[0].index, use.key]
             for call in use.calls:
                 wanted = self.factors[call.index, use.key]
@@ -448,12 +448,13 @@ class Planner:
         moving = [v for v in call.inputs if v.is_float and v.requires_grad and not v.parameters]
         if len(moving) != 1:
             return False
-        if found := pushes(self.draft, moving[0], {call.index}):
+        found = pushes(self.draft, moving[0], {call.index})
+        if self._are_all_calls(use for push in found for use in push.uses):
             self._push(found, factors)
             return True
         sources, passed = self.structure.sources(moving[0])
         maker = sources[0].value.producer
-        if len(sources) > 1 or maker is None or self.draft.no_place(maker):
+        if len(sources) > 1 or maker is None or self.draft.no_place(maker) or not self._is_called_once(maker):
             return False
         site = parameter_free_site(maker, "operand", factors)
         site.reason = "of a matmul inside a hand-written autograd.Function"
@@ -461,6 +462,20 @@ class Planner:
             return False
         self.free.add(site)
         return True
+
+    def _are_all_calls(self, uses: Iterable[CallUse]) -> bool:
+        """Whether there are uses, and their weights are called nowhere else: a factor on them acts here alone."""
+        found = set(uses)
+        calls = {(call.index, key) for _, key in found for use in self._uses_of(key) for call in use.calls}
+        return bool(found) and calls == found
+
+    def _uses_of(self, key: ParameterKey) -> list[Use]:
+        return [use for use in self.draft.uses.values() if use.key == key]
+
+    def _is_called_once(self, maker: Call) -> bool:
+        return self.draft.counted_calls.get(maker.place.at_every_call, []).count(maker) == 1 == sum(
+            call.place == maker.place for call in self.structure.calls
+        )
 
     def homeless(self, plan: Plan) -> set[str]:
         """Parameters with an explicit factor, in either storage, inside a Function."""

@@ -149,6 +149,12 @@ def check(program: Program) -> None:
     ours = folded(Batch(1)).item()
     assert losses(folded, plan) == pytest.approx(losses(unit, unit_plan), rel=1e-7)
 
-    twin, _ = prepared(plain(program), verify=False)
-    theirs = twin(Batch(1)).item()
-    assert ours == pytest.approx(theirs, rel=1e-9)
+    if not is_left_alone(plan):
+        twin, _ = prepared(plain(program), verify=False)
+        theirs = twin(Batch(1)).item()
+        assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def is_left_alone(plan: Plan) -> bool:
+    """Whether something got no factor for being inside a Function, with the reason."""
+    return "autograd.Function" in " ".join([*plan.notes, *(p.reason for p in plan.parameters.values())])
