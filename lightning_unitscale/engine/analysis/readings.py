@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from lightning_unitscale.engine.analysis.graph import Graph
+from lightning_unitscale.engine.analysis.loss_path import used_parameters, uses
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import MATMULS
@@ -89,7 +90,36 @@ def find_readings(graph: Graph) -> Readings:
         else:
             _hand_over(graph, readings, name, found)
     _note_gradients(graph, readings)
+    readings.ends |= set(_looks(graph))
     return readings
+
+
+def _looks(graph: Graph) -> Iterator[tuple[int, Value]]:
+    """Where values of weights are looked at beside the loss, in no product: a distance to the start for a log line."""
+    learned = used_parameters(graph.trace, graph.learned)
+    for call in graph.calls:
+        if call.index not in graph.to_loss and call.name not in MATMULS:
+            read = [value for value in uses(call) if learned.issuperset(value.parameters)]
+            if read and not _is_near_product(graph, call):
+                yield from ((call.index, value) for value in read)
+
+
+def _is_near_product(graph: Graph, call: Call) -> bool:
+    """Whether products or norms of activations go into a call, or what it makes goes into one."""
+    above: list[Call] = [call]
+    below: list[Call] = [call]
+    for pending, is_above in ((above, True), (below, False)):
+        seen: set[int] = set()
+        while pending:
+            current = pending.pop()
+            if (current.name in MATMULS or current in graph.norms) and not current.output.parameters:
+                return True
+            beyond = [v.producer for v in current.inputs] if is_above else [c for o in current.outputs for c in o.consumers]
+            for other in beyond:
+                if other is not None and other.index not in seen:
+                    seen.add(other.index)
+                    pending.append(other)
+    return False
 
 
 def _ends(graph: Graph) -> Iterator[_End]:

@@ -130,18 +130,20 @@ class _Gate:
     def _narrowed(self, ours: list[Slopes], loss: int, names: list[str]) -> dict[str, float]:
         """The smallest part that disagrees, of several the one nearest to the loss: what is before it passes it on.
 
-        None if the disagreement is all in a part that disagrees in the untouched model too. There the rest of a set can
-        outweigh it.
+        None if what disagrees does so in the untouched model too, where the rest of the set outweighed it.
         """
         halves = _split(names, 2) if len(names) > 1 else []
-        off = [(loss, half) for half in halves if ours[loss].measure(half).agrees is False]
-        if not off:
-            ratio = ours[loss].measure(names).ratio
-            return dict.fromkeys(names, 1 / ratio if ratio else inf)
-        for _, half in reversed(self._agreeing_untouched(off)):
-            if found := self._narrowed(ours, loss, half):
+        agrees = {tuple(half): ours[loss].measure(half).agrees for half in halves}
+        suspects = [(loss, half) for half in halves if not agrees[tuple(half)]]
+        for _, half in reversed(self._agreeing_untouched(suspects)):
+            if agrees[tuple(half)] is None:
+                halves = []
+            elif found := self._narrowed(ours, loss, half):
                 return found
-        return {}
+        if halves:
+            return {}
+        ratio = ours[loss].measure(names).ratio
+        return dict.fromkeys(names, 1 / ratio if ratio else inf)
 
     def _note(self, unknown: list[str], otherwise: list[str]) -> None:
         for names, why in (
