@@ -104,7 +104,9 @@ def transported(one: Plan, other: Plan, found: dict[str, Tensor]) -> dict[str, T
 def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     largest = max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-10 * largest, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-7, atol=1e-10 * largest, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.filterwarnings("ignore")

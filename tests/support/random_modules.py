@@ -1,6 +1,6 @@
 """Random modules with the code that goes wrong beside plain layers: hand-written Functions, shared weights, penalties.
 
-A `Program` says what a module is made of, as plain data, so that hypothesis can draw and shrink it; `Net` is the module.
+A `Program` says what a module is made of, as plain data that hypothesis can draw and shrink; `Net` is the module.
 `plain(program)` is its twin: the same function of the same weights, in which autograd sees every call, no layer is
 checkpointed, and nothing but the loss runs.
 """
