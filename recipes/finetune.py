@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -30,11 +30,12 @@ from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.callbacks import BestCheckpoint, LastCheckpoint
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
+    check_data,
     check_interval,
     check_learning_rate,
     check_whole_numbers,
 )
-from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer
+from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer, plain, show
 from lightning_unitscale.cookbook.starting_point import module_around, scaling_of, starting_point
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.cookbook.transformers_folder import write_folders
@@ -64,9 +65,12 @@ def main(cfg: DictConfig) -> float:
         metrics.update(trainer.test(module, data, ckpt_path=best.best_model_path, verbose=False)[0])
     if best.best_model_score is not None:  # always, but for an interrupt before the first validation
         metrics[f"best {cfg.task.monitor}"] = float(best.best_model_score)
+    shown: list[str | Path] = []
+    if came_to_its_end and trainer.is_global_zero:
+        shown = show(module, data.test_dataloader(), Path(cfg.folder) / "report", plain(cfg.task))
     if trainer.is_global_zero:
         metrics["seconds"] = round(time.perf_counter() - begin, 1)
-        report(cfg, trainer, metrics, unitscale)
+        report(cfg, trainer, metrics, shown, unitscale)
     if not came_to_its_end:
         print(f"stopped at step {trainer.global_step}; continue with the same settings and ckpt_path={last.path}")
         sys.exit(130)
@@ -81,11 +85,7 @@ def check(cfg: DictConfig) -> None:
     """Raises InputError for settings that would fail late or obscurely."""
     check_whole_numbers(cfg, "trainer.max_steps", "data.batch_size", "task.sequence_length", "patience")
     check_learning_rate(cfg)
-    if cfg.task.data not in cfg.data:
-        raise InputError(
-            f"this task needs data with `{cfg.task.data}`, and what was chosen has {', '.join(map(str, cfg.data))}; "
-            "choose task=… and data=… that fit, or an experiment"
-        )
+    check_data(cfg)
     task: type[Task] = get_class(cfg.task._target_)
     if task.heads and cfg.task.head not in task.heads:
         raise InputError(
@@ -98,7 +98,13 @@ def check(cfg: DictConfig) -> None:
     check_checkpoint(cfg)
 
 
-def report(cfg: DictConfig, trainer: pl.Trainer, metrics: Mapping[str, float], unitscale: UnitScaling | None) -> None:
+def report(
+    cfg: DictConfig,
+    trainer: pl.Trainer,
+    metrics: Mapping[str, float],
+    shown: Sequence[str | Path],
+    unitscale: UnitScaling | None,
+) -> None:
     """Prints the numbers and writes the page."""
     parameters = list(trainer.lightning_module.parameters())
     numbers = {
@@ -111,6 +117,7 @@ def report(cfg: DictConfig, trainer: pl.Trainer, metrics: Mapping[str, float], u
         Path(cfg.folder),
         title=f"finetune: {cfg.model.path or 'a model made in this run'}",
         metrics=numbers,
+        shown=shown,
         plan=unitscale.plan.summary() if unitscale and unitscale.plan else "no unit scaling",
     )
     print("\n" + "\n".join(f"{name:40} {value:>12,.6g}" for name, value in numbers.items()))

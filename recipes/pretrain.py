@@ -1,6 +1,7 @@
-"""Pre-train a language model on text, from random weights.
+"""Pre-train a model from random weights: a language model on text, or any task.
 
     unitscale pretrain                                   # = python recipes/pretrain.py
+    unitscale pretrain experiment=detection              # or another task: see the table in recipes/README.md
     unitscale pretrain data=text data.path=~/notes       # your own text
     unitscale pretrain experiment=transfer               # learning rates that carry over to other widths
     unitscale pretrain ckpt_path=outputs/…/last.ckpt     # continue
@@ -20,9 +21,8 @@ from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.callbacks import LastCheckpoint
-from lightning_unitscale.cookbook.data import TokenText
-from lightning_unitscale.cookbook.runs import callback_of, check, fit, new_module, new_trainer, text_data
-from lightning_unitscale.cookbook.tasks import LanguageModeling
+from lightning_unitscale.cookbook.runs import callback_of, check, fit, module_and_data, new_trainer, plain, show
+from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.monitor import ScaleMonitor, Snapshot, measure
 from lightning_unitscale.monitor.report import write_report
 
@@ -33,9 +33,7 @@ def main(cfg: DictConfig) -> float:
     begin = time.perf_counter()
     check(cfg)  # everything that can be wrong with the input is found before any work is done
     unitscale = instantiate(cfg.unitscale) if cfg.unitscale else None
-    data = text_data(cfg)
-    pl.seed_everything(cfg.seed, workers=True)
-    module = new_module(cfg)
+    module, data = module_and_data(cfg)
     trainer = new_trainer(cfg, unitscale)
 
     if not fit(trainer, module, data, cfg.ckpt_path):
@@ -46,26 +44,21 @@ def main(cfg: DictConfig) -> float:
     if not trainer.is_global_zero:
         return scores["val/loss"]
 
-    samples = module.sample(str(cfg.task.sample.prompt), cfg.task.sample.count, cfg.task.sample.temperature, cfg.seed)
-    print("\n" + "\n\n".join(f"--- sample {number}\n{text}" for number, text in enumerate(samples, start=1)))
-
     metrics = {
-        "held-out loss, nats per byte": scores["val/loss"],
-        "held-out bits per byte": scores["val/bits_per_byte"],
-        "held-out perplexity per byte": scores["val/perplexity"],
-        "training bytes": int((data.training.tokens != data.boundary).sum()),
-        "held-out bytes": int((data.validation.tokens != data.boundary).sum()),
+        **scores,
+        **getattr(data, "sizes", dict)(),  # a data module of the user's own says none
         "parameters": sum(p.numel() for p in module.parameters()),
         "steps": trainer.global_step,
         "seconds": round(time.perf_counter() - begin, 1),
     }
+    shown = show(module, data.val_dataloader(), Path(cfg.folder) / "report", plain(cfg.task))
     if unitscale and cfg.monitor and (monitor := callback_of(trainer, ScaleMonitor)).last:
         untouched(cfg, module, data, monitor.last.format).append_to(monitor.file)
     page = write_report(
         Path(cfg.folder),
-        title=f"pretrain: {cfg.model.config.model_type}, width {cfg.model.width}, depth {cfg.model.depth}",
+        title=f"pretrain: {cfg.model.config.model_type}, {metrics['parameters']:,} parameters",
         metrics=metrics,
-        samples=samples,
+        shown=shown,
         plan=unitscale.plan.summary() if unitscale else "no unit scaling (unitscale=none)",
     )
     print("\n" + "\n".join(f"{name:30} {value:>12,.6g}" for name, value in metrics.items()))
@@ -73,11 +66,11 @@ def main(cfg: DictConfig) -> float:
     return scores["val/loss"]
 
 
-def untouched(cfg: DictConfig, trained: LanguageModeling, data: TokenText, format: str) -> Snapshot:
+def untouched(cfg: DictConfig, trained: Task, data: pl.LightningDataModule, format: str) -> Snapshot:
     """What the same model without unit scaling is like before its first step, to compare with."""
     batch = {name: tensor.to(trained.device) for name, tensor in next(iter(data.train_dataloader())).items()}
     pl.seed_everything(cfg.seed, verbose=False)
-    twin = new_module(cfg).to(trained.device)
+    twin = type(trained)(**trained.hparams).to(trained.device)
     return measure(twin, lambda module: module.loss(batch)[0], format, label="untouched")
 
 

@@ -33,6 +33,15 @@ def check_learning_rate(cfg: DictConfig) -> None:
         raise InputError(f"optimizer.lr={cfg.optimizer.lr} must be a positive number")
 
 
+def check_data(cfg: DictConfig) -> None:
+    """The data is of the kind that the task needs."""
+    if cfg.task.data not in cfg.data:
+        raise InputError(
+            f"this task needs data with `{cfg.task.data}`, and what was chosen has {', '.join(map(str, cfg.data))}; "
+            "choose task=… and data=… that fit, or an experiment"
+        )
+
+
 def check_interval(cfg: DictConfig) -> None:
     """Training does not end before its first validation."""
     interval, batches = cfg.trainer.val_check_interval, cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -57,6 +57,13 @@ def own_head(config: PreTrainedConfig) -> str:
         if own in [known.__name__ for known in (classes if isinstance(classes, tuple) else (classes,))]:
             return head
     return CAUSAL_LM
+
+
+def class_names(classes: Sequence[str]) -> dict[str, Any]:
+    """The part of a config that says what a head tells apart; nothing for a head without classes."""
+    if not classes:
+        return {}
+    return {"id2label": dict(enumerate(classes)), "label2id": {label: number for number, label in enumerate(classes)}}
 
 
 def new_model(config: Mapping[str, Any], head: str = CAUSAL_LM) -> PreTrainedModel:

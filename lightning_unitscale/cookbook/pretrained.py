@@ -123,6 +123,21 @@ def context_length(model: PreTrainedModel) -> int | None:
     return length
 
 
+def image_size(model: PreTrainedModel) -> tuple[int, int]:
+    """Height and width of the pictures that the model's config names.
+
+    Raises:
+        InputError: it names none.
+    """
+    size = getattr(model.config, "image_size", None)
+    if size is None:
+        raise InputError(
+            f"the config of {type(model).__name__} has no image_size; say it: +model.changes.image_size=[height,width]"
+        )
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return height, width
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A folder or a hub name
 

@@ -9,17 +9,23 @@ from typing import Any, TypeVar
 
 import hydra
 import pytorch_lightning as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ProgressBar
+from torch.utils.data import DataLoader
 
 from lightning_unitscale.cookbook.callbacks import Interrupted, LastCheckpoint
-from lightning_unitscale.cookbook.checks import check_checkpoint, check_learning_rate, check_whole_numbers
-from lightning_unitscale.cookbook.data import TokenText
-from lightning_unitscale.cookbook.data.continuing_loader import loading
-from lightning_unitscale.cookbook.tasks import LanguageModeling
-from lightning_unitscale.cookbook.tokenizers import BYTES, byte_tokenizer
+from lightning_unitscale.cookbook.checks import (
+    check_checkpoint,
+    check_data,
+    check_learning_rate,
+    check_whole_numbers,
+)
+from lightning_unitscale.cookbook.heads import class_names
+from lightning_unitscale.cookbook.pretrained import Pretrained
+from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.errors import InputError
 
 AnyCallback = TypeVar("AnyCallback", bound=pl.Callback)
@@ -70,6 +76,27 @@ def fit(
     return not callback_of(trainer, LastCheckpoint).interrupted
 
 
+def show(module: Task, batches: DataLoader[Any], folder: Path, settings: dict[str, Any]) -> list[str | Path]:
+    """What the trained model does with some held-out examples; texts are printed.
+
+    Args:
+        folder: files go to its folder `shown`.
+        settings: those of the group `task`.
+    """
+    files = folder / "shown"
+    files.mkdir(parents=True, exist_ok=True)
+    module.eval()
+    with torch.inference_mode():
+        shown = module.show(batches, files, settings)
+    if not any(files.iterdir()):
+        files.rmdir()
+    texts = [text for text in shown if isinstance(text, str)]
+    print("".join(f"\n--- sample {number}\n{text}\n" for number, text in enumerate(texts, start=1)))
+    if len(texts) < len(shown):
+        print(f"to look at or listen to: {files}")
+    return shown
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pre-training, of which other recipes make runs too
 
@@ -80,41 +107,44 @@ def check(cfg: DictConfig) -> None:
         cfg, "trainer.max_steps", "data.batch_size", "task.sequence_length", "model.width", "model.depth"
     )
     check_learning_rate(cfg)
-    if cfg.model.width % cfg.model.head_width:
-        raise InputError(
-            f"model.width={cfg.model.width} is not a multiple of model.head_width={cfg.model.head_width}; "
-            "change one of them"
-        )
-    prompt = len(str(cfg.task.sample.prompt).encode())
-    if prompt > cfg.task.sequence_length - 2:
-        raise InputError(f"task.sample.prompt has {prompt} bytes; there is room for {cfg.task.sequence_length - 2}")
+    check_data(cfg)
+    width, head_width = cfg.model.get("width", 0), cfg.model.get("head_width", 1)
+    if width % head_width:
+        raise InputError(f"model.width={width} is not a multiple of model.head_width={head_width}; change one of them")
+    task: type[Task] = get_class(cfg.task._target_)
+    task.check(cfg)
     check_checkpoint(cfg)
 
 
-def text_data(cfg: DictConfig) -> TokenText:
-    """The text of this configuration, in bytes."""
-    return TokenText(
-        instantiate(cfg.data.documents),
-        byte_tokenizer(),
-        sequence_length=cfg.task.sequence_length,
-        held_out=cfg.data.held_out,
-        test_part=False,
-        **loading(cfg),
+def new_module(cfg: DictConfig, classes: Sequence[str] = ()) -> Task:
+    """The module of this configuration, with fresh weights from the global seed.
+
+    Args:
+        cfg: of the recipe `pretrain`.
+        classes: those that its head is to tell apart.
+    """
+    task: type[Task] = get_class(cfg.task._target_)
+    return task(
+        model={**plain(cfg.model.config), **class_names(classes)},
+        head=cfg.task.head,
+        optimizer=plain(cfg.optimizer),
+        schedule=plain(cfg.schedule),
+        tokenizer=cfg.model.tokenizer,
     )
 
 
-def new_module(cfg: DictConfig) -> LanguageModeling:
-    """The module of this configuration, with fresh weights from the global seed."""
-    return LanguageModeling(
-        model=plain(cfg.model.config), optimizer=plain(cfg.optimizer), schedule=plain(cfg.schedule), tokenizer=BYTES
-    )
+def module_and_data(cfg: DictConfig) -> tuple[Task, pl.LightningDataModule]:
+    """The module of this configuration, with fresh weights from its seed, and the data that it is for."""
+    task: type[Task] = get_class(cfg.task._target_)
+    examples = instantiate(cfg.data[cfg.task.data])
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    module = new_module(cfg, task.classes(examples))
+    return module, task.data_module(examples, Pretrained(module.model, None, module.tokenizer, "", cfg.task.head), cfg)
 
 
 def train(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """A run without its logs, checkpoints and report, for other recipes; its last held-out loss is `val/loss`."""
-    data = text_data(cfg)
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    module = new_module(cfg)
+    module, data = module_and_data(cfg)
     trainer: pl.Trainer = instantiate(
         cfg.trainer,
         callbacks=[*callbacks, *([instantiate(cfg.unitscale)] if cfg.unitscale else [])],

@@ -11,7 +11,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
 from lightning_unitscale.callback import UnitScaling
-from lightning_unitscale.cookbook.heads import new_model
+from lightning_unitscale.cookbook.heads import class_names, new_model
 from lightning_unitscale.cookbook.pretrained import Pretrained, load_pretrained
 from lightning_unitscale.cookbook.runs import plain, train_base
 from lightning_unitscale.cookbook.tasks import Task
@@ -41,8 +41,7 @@ def starting_point(cfg: DictConfig, classes: Sequence[str], run_folder: Path) ->
     if start.fresh:
         print(f"new, with random weights: {', '.join(start.fresh)}")
     if classes and set(numbers_of(start.model.config)) != set(classes):  # else the numbers that the head learned stay
-        start.model.config.id2label = dict(enumerate(classes))
-        start.model.config.label2id = {label: number for number, label in enumerate(classes)}
+        start.model.config.update(class_names(classes))
     if cfg.lora and (not path or Path(path).is_file()) and (start.plan is None or start.plan.is_plain):
         path = run_folder / "base"  # an adapter needs a base that plain transformers loads
         save_for_transformers(start.model, start.tokenizer, path)
@@ -73,7 +72,7 @@ def _to_go_on(cfg: DictConfig, classes: Sequence[str]) -> Pretrained:
         InputError: it is of another recipe or task, or other settings are asked for.
     """
     start = load_pretrained(str(cfg.ckpt_path))
-    if start.settings.get("head") != cfg.task.head:  # pre-training notes none
+    if start.settings.get("head") != cfg.task.head or start.settings.get("base") is None:  # pre-training has no base
         raise InputError(
             f"ckpt_path={cfg.ckpt_path}: not of a run of unitscale finetune with {cfg.task.head}, so it can't go on as "
             "one; to begin one with its weights: model.path=…"

@@ -1,13 +1,13 @@
 """One self-contained HTML page for a run, made from what lies in the run's folder.
 
-    report/run.json        title and samples of generated text
+    report/run.json        title, and what the model does with some examples: texts, and names of files
     report/metrics.json    final numbers
     report/plan.txt        the plan's table
     csv/metrics.csv        Lightning's CSVLogger: loss curves
     monitor.jsonl          `ScaleMonitor` and `measure`: operands over training
 
-All are optional, so the page of a run that was stopped can be made too. Images are inlined, and lie beside the page as
-PNG files.
+All are optional, so the page of a run that was stopped can be made too. Images and sounds are inlined, and lie beside
+the page as files.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ format (<code>unitscale.format=fp8</code>) each operand gets one power of two th
 
 
 def write_report(
-    folder: Path, *, title: str, metrics: Mapping[str, Any], plan: str, samples: Sequence[str] = ()
+    folder: Path, *, title: str, metrics: Mapping[str, Any], plan: str, shown: Sequence[str | Path] = ()
 ) -> Path:
     """Adds what a recipe knows at its end to a run's folder, and returns the page made of it.
 
@@ -66,13 +66,14 @@ def write_report(
         title: Heading of the page.
         metrics: Final numbers by name.
         plan: The plan's table.
-        samples: Generated texts.
+        shown: Generated texts, and pictures, sounds or other files below `folder`/report.
     """
     report = folder / "report"
     report.mkdir(parents=True, exist_ok=True)
     (report / "metrics.json").write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
     (report / "plan.txt").write_text(plan + "\n", encoding="utf-8")
-    run = {"title": title, "samples": list(samples)}
+    samples = [{"file": str(one.relative_to(report))} if isinstance(one, Path) else one for one in shown]
+    run = {"title": title, "samples": samples}
     (report / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     return render_report(folder)
 
@@ -95,7 +96,7 @@ def render_report(folder: Path) -> Path:
         *_metrics(_read_json(report / "metrics.json")),
         *_loss(report, curves),
         *_operands(report, snapshots),
-        *_samples(run.get("samples", [])),
+        *_samples(report, run.get("samples", [])),
         *_plan(report / "plan.txt"),
     ]
     page = PAGE.format(title=html.escape(run.get("title", folder.name)), sections="\n".join(sections))
@@ -183,9 +184,21 @@ def _loss(report: Path, curves: Mapping[str, Curve]) -> Iterator[str]:
         yield _section("Loss", _image(report / "loss.png", loss_chart(curves), "Training and held-out loss by step"))
 
 
-def _samples(samples: Sequence[str]) -> Iterator[str]:
+def _samples(report: Path, samples: Sequence[str | dict[str, str]]) -> Iterator[str]:
     if samples:
-        yield _section("Samples", *(f"<pre>{html.escape(sample)}</pre>" for sample in samples))
+        yield _section("Samples", *(_sample(report, sample) for sample in samples))
+
+
+def _sample(report: Path, sample: str | dict[str, str]) -> str:
+    """A text, a picture, a sound player, or a link to a file that a browser does not show."""
+    if isinstance(sample, str):
+        return f"<pre>{html.escape(sample)}</pre>"
+    file, name = report / sample["file"], html.escape(sample["file"])
+    if file.suffix == ".png":
+        return f"<p>{_inline_image(file, name)}"
+    if file.suffix == ".wav":
+        return f'<p>{name}<br><audio controls src="data:audio/wav;base64,{_base64(file)}"></audio>'
+    return f'<p><a href="{name}">{name}</a>'
 
 
 def _plan(file: Path) -> Iterator[str]:
@@ -204,8 +217,15 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _image(file: Path, figure: Figure, description: str) -> str:
     figure.savefig(file, dpi=110)
-    data = base64.b64encode(file.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(description)}">'
+    return _inline_image(file, html.escape(description))
+
+
+def _inline_image(file: Path, description: str) -> str:
+    return f'<img src="data:image/png;base64,{_base64(file)}" alt="{description}">'
+
+
+def _base64(file: Path) -> str:
+    return base64.b64encode(file.read_bytes()).decode()
 
 
 def _readable(value: Any) -> str:

@@ -263,9 +263,9 @@ def test_run_leaves_report_logs_checkpoints_and_configuration(run: tuple[Path, s
     assert (folder / "csv" / "metrics.csv").is_file()
     assert list((folder / "tensorboard").glob("events*"))
     metrics = json.loads((folder / "report" / "metrics.json").read_text())
-    nats, bits = metrics["held-out loss, nats per byte"], metrics["held-out bits per byte"]
+    nats, bits = metrics["val/loss"], metrics["val/bits_per_byte"]
     assert bits == pytest.approx(nats / math.log(2), rel=1e-6)
-    assert metrics["held-out perplexity per byte"] == pytest.approx(math.exp(nats), rel=1e-4)
+    assert metrics["val/perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
     assert metrics["steps"] == 2
     snapshots = Snapshot.read(folder / "monitor.jsonl")
     assert {(snapshot.label, snapshot.step) for snapshot in snapshots} == {("untouched", 0), ("run", 0), ("run", 1)}

@@ -84,7 +84,7 @@ def test_a_run_is_that_of_the_pretrain_recipe(tmp_path: Path, monkeypatch: pytes
     command(tmp_path, monkeypatch, "pretrain", *overrides)
     (metrics,) = tmp_path.glob("outputs/pretrain/*/report/metrics.json")
     held_out, curve = measure(composed("pretrain", *overrides))
-    assert held_out == json.loads(metrics.read_text())["held-out loss, nats per byte"]
+    assert held_out == json.loads(metrics.read_text())["val/loss"]
     assert len(curve) == 1
 
 

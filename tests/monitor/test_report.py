@@ -79,7 +79,7 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "metrics.csv").write_text("epoch,step,train/loss,val/loss\n0,0,3.0,\n0,9,2.0,\n0,9,,2.5\n")
     metrics = {"held-out <loss>": 2.5, "steps": 20}
-    write_report(tmp_path, title="a & b", metrics=metrics, plan="the <plan>", samples=["one <b>", "two"])
+    write_report(tmp_path, title="a & b", metrics=metrics, plan="the <plan>", shown=["one <b>", "two"])
     return tmp_path
 
 

@@ -138,6 +138,11 @@ class Examples(pl.LightningDataModule):
         self.training: Endless[Any] = Endless(training, steps * batch_size, seed)
         self.options: dict[str, Any] = {"batch_size": batch_size, "num_workers": workers, "collate_fn": collate}
 
+    def sizes(self) -> dict[str, int]:
+        """How many examples each part has."""
+        parts = {"training": self.training.examples, "validation": self.validation, "test": self.test}
+        return {f"{part} examples": len(examples) for part, examples in parts.items()}
+
     def train_dataloader(self) -> ContinuingLoader:
         """In the order that the seed gives."""
         return ContinuingLoader(self.training, **self.options)

@@ -129,6 +129,11 @@ class TokenText(pl.LightningDataModule):
         self.test = Windows(tokens["test"], sequence_length, boundary) if test_part else self.validation
         self.options: dict[str, Any] = {"batch_size": batch_size, "num_workers": workers, "collate_fn": _batch}
 
+    def sizes(self) -> dict[str, int]:
+        """How many tokens each part has, without those that begin documents."""
+        parts = {"training": self.training.tokens, "validation": self.validation.tokens, "test": self.test.tokens}
+        return {f"{part} tokens": int((tokens != self.boundary).sum()) for part, tokens in parts.items()}
+
     def train_dataloader(self) -> ContinuingLoader:
         """Random crops, in the order that the seed gives."""
         return ContinuingLoader(self.training, **self.options)

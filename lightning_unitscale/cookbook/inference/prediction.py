@@ -17,7 +17,7 @@ from lightning_unitscale.cookbook.inference.loading import load, load_with_token
 from lightning_unitscale.cookbook.inference.numbers import print_numbers
 from lightning_unitscale.cookbook.inference.prediction_file import PredictionWriter, finish, read_rows, rows_done
 from lightning_unitscale.cookbook.inference.recorded_run import task_of
-from lightning_unitscale.cookbook.runs import plain
+from lightning_unitscale.cookbook.runs import plain, show
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.errors import InputError
 
@@ -49,6 +49,9 @@ def predict_rows(cfg: DictConfig, path: str) -> Path:
         print(f"\nStopped after {rows_done(output)} of {len(rows)} rows. The same command goes on from there.")
         sys.exit(130)
     finish(output)
+    if texts is None:
+        batches: DataLoader[Any] = DataLoader(rows, batch_size=cfg.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        show(task, batches, output.parent / output.stem, {})
     seconds = time.perf_counter() - begin
     now = len(rows) - done
     print_numbers(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,17 @@ def numbers_of(config: PreTrainedConfig) -> dict[str, int]:
     """Class -> its place in the head."""
     classes: Any = config.id2label
     return {label: number for number, label in classes.items()}
+
+
+def check_classes(classes: Sequence[str], known: Mapping[str, int]) -> None:
+    """
+    Raises:
+        InputError: the data has a class that the model does not know.
+    """
+    if unknown := [label for label in classes if label not in known]:
+        raise InputError(
+            f"the data has the class {unknown[0]!r}, but the model knows only {', '.join(map(repr, list(known)[:10]))}"
+        )
 
 
 class MajorityAccuracy(Metric):
@@ -75,11 +86,7 @@ class Classification(Task):
             InputError: an example has a class that the model does not know.
         """
         known = numbers_of(found.model.config)
-        if unknown := [label for label in cls.classes(examples) if label not in known]:
-            raise InputError(
-                f"the data has the class {unknown[0]!r}, but the model knows only "
-                f"{', '.join(map(repr, list(known)[:10]))}"
-            )
+        check_classes(cls.classes(examples), known)
         parts = split_by(lambda example: example.group, examples, cfg.data.held_out, lambda example: example.label)
         return Examples(parts, cls.collate(known, found, cfg), **loading(cfg))
 

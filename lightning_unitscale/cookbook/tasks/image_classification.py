@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 
 from lightning_unitscale.cookbook.data.examples import Batch, Image
-from lightning_unitscale.cookbook.pretrained import Pretrained
+from lightning_unitscale.cookbook.pretrained import Pretrained, image_size
 from lightning_unitscale.cookbook.tasks.classification import Classification, Collate
 
 
@@ -42,6 +42,4 @@ class ImageClassification(Classification):
     @classmethod
     def collate(cls, numbers: dict[str, int], found: Pretrained, cfg: DictConfig) -> Collate:
         """Images of the size and channels that the model takes."""
-        config = found.model.config
-        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        return ImageBatch(numbers, config.num_channels, (size[0], size[1]))
+        return ImageBatch(numbers, found.model.config.num_channels, image_size(found.model))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
 from lightning_unitscale.cookbook.data.continuing_loader import loading
@@ -18,6 +21,7 @@ from lightning_unitscale.cookbook.generation import generate, generation_config
 from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tasks.text_generation import TextGeneration, tokenizer_of
 from lightning_unitscale.cookbook.tokenizers import is_of_bytes
+from lightning_unitscale.errors import InputError
 
 
 class LanguageModeling(TextGeneration):
@@ -42,6 +46,14 @@ class LanguageModeling(TextGeneration):
             **loading(cfg),
         )
 
+    @classmethod
+    def check(cls, cfg: DictConfig) -> None:
+        """The prompt of the samples leaves room for what follows it."""
+        sample = cfg.task.get("sample")
+        prompt = len(str(sample.prompt).encode()) if sample else 0
+        if prompt > cfg.task.sequence_length - 2:
+            raise InputError(f"task.sample.prompt has {prompt} bytes; there is room for {cfg.task.sequence_length - 2}")
+
     def loss(self, batch: Batch) -> tuple[Tensor, Any]:
         """The mean over the labels that count."""
         output = self.model(input_ids=batch["input_ids"], use_cache=False)
@@ -58,7 +70,11 @@ class LanguageModeling(TextGeneration):
         bits = {"bits_per_byte": self.held_out_loss.compute() / math.log(2)} if of_bytes else {}
         return {**bits, "perplexity": self.perplexity.compute()}
 
-    def sample(self, prompt: str, count: int, temperature: float, seed: int) -> list[str]:
+    def show(self, batches: DataLoader[Any], folder: Path, settings: Mapping[str, Any]) -> list[str | Path]:
+        """The texts that `task.sample` asks for."""
+        return list(self.sample(**settings["sample"])) if "sample" in settings else []
+
+    def sample(self, prompt: str, count: int, temperature: float, seed: int = 1) -> list[str]:
         """Texts that begin with the prompt and fill the context; what can't be shown is a replacement character."""
         self.eval()
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0}

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric
 
 from lightning_unitscale.cookbook.data.examples import Batch
@@ -28,8 +30,8 @@ class Task(pl.LightningModule):
     """Trains a model on the loss that it computes itself; batches are its arguments, with all that its loss needs.
 
     A task of one's own is a subclass in one file and an option of the group `task` (see conf/README.md). What may be
-    changed, in the order in which it is used: `classes`, `data_module`, `loss`, `count`, `score` and `scores`,
-    `predict_step` (with `predicts_held_out`) and `collate_texts`, `example_inputs`.
+    changed, in the order in which it is used: `check`, `classes`, `data_module`, `loss`, `count`, `score` and `scores`,
+    `predict_step` (with `predicts_held_out`) and `collate_texts`, `show`, `example_inputs`.
 
     Args:
         model: its config: model_type, and arguments of the config class.
@@ -39,7 +41,8 @@ class Task(pl.LightningModule):
         tokenizer: "bytes", a path or a hub name; None for models without text.
         freeze: globs of parameters, or of modules, that are not trained; names as in `model.named_parameters()`.
         lora: arguments of `peft.LoraConfig`; then only its layers are trained.
-        base: path or hub name that an adapter's config is to name as what it belongs to.
+        base: path or hub name of the model that fine-tuning began with, which an adapter's config is to name; "" where
+            it began with random weights, None for pre-training.
         weights: a model to be used, in place of a new one with random weights.
 
     Attributes:
@@ -67,14 +70,14 @@ class Task(pl.LightningModule):
         tokenizer: str | None = None,
         freeze: Sequence[str] = (),
         lora: dict[str, Any] | None = None,
-        base: str = "",
+        base: str | None = None,
         weights: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="weights")
         built: Any = weights if weights is not None else new_model(model, head or (self.heads or ("AutoModel",))[0])
         freeze_parameters(built, freeze)
-        built.name_or_path = base
+        built.name_or_path = base or ""
         self.model: Any = with_adapter(built, lora) if lora else built
         self.tokenizer: Any = load_tokenizer(tokenizer) if tokenizer else None
         self.optimizer = optimizer
@@ -82,6 +85,13 @@ class Task(pl.LightningModule):
         self.held_out_loss = MeanMetric()
 
     # --- data -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def check(cls, cfg: DictConfig) -> None:
+        """
+        Raises:
+            InputError: a setting of the group `task` would fail late or obscurely, or a package is missing.
+        """
 
     @classmethod
     def classes(cls, examples: Any) -> list[str]:
@@ -185,6 +195,19 @@ class Task(pl.LightningModule):
             InputError: the model has nothing to say about texts, or one of them does not fit it.
         """
         raise InputError(f"{type(self.model).__name__} neither writes text nor has classes for whole texts")
+
+    def show(self, batches: DataLoader[Any], folder: Path, settings: Mapping[str, Any]) -> list[str | Path]:
+        """What the model does with some held-out examples, as a person would look at it.
+
+        Args:
+            batches: of the task's data.
+            folder: where pictures, sounds and other files go; it is there.
+            settings: those of the group `task`.
+
+        Returns:
+            Texts, and paths of the files, in the order in which they are to be looked at.
+        """
+        return []
 
     example_inputs = staticmethod(example_inputs)  # what an export of the model is traced with and checked on
 
