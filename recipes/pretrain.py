@@ -41,6 +41,8 @@ def main(cfg: DictConfig) -> float:
         print(f"\nStopped at step {trainer.global_step}. Continue with: ckpt_path={last.path}")
         sys.exit(130)
     (scores,) = trainer.validate(module, data, verbose=False)
+    if cfg.task.get("test_part", True):  # else the test is on the text of the validation
+        scores = {**scores, **trainer.test(module, data, verbose=False)[0]}
     if not trainer.is_global_zero:
         return scores["val/loss"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -31,5 +31,24 @@ def picture_grid(pixels: Tensor, file: Path, draw: Callable[[Axes, int], None]) 
         axes.imshow(picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3])
         axes.axis("off")
         draw(axes, number)
+    figure.savefig(file, dpi=110)
+    return file
+
+
+def piano_roll(notes: Sequence[tuple[int, int, int]], file: Path, heard: int) -> Path:
+    """Writes notes as bars over time.
+
+    Args:
+        notes: begin, end, pitch.
+        file: .png
+        heard: where what was given ends, and what is new begins.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for begin, end, pitch in notes:
+        colour = "tab:gray" if begin < heard else "tab:blue"
+        axes.broken_barh([(begin, end - begin)], (pitch - 0.4, 0.8), facecolor=colour)
+    axes.axvline(heard, color="black", linewidth=0.5)
+    axes.set(xlabel="sixteenths (grey: given, blue: the model's)", ylabel="pitch (MIDI)")
     figure.savefig(file, dpi=110)
     return file

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import string
+
 import transformers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -12,6 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from lightning_unitscale.errors import InputError, first_line
 
 BYTES = "bytes"  # the name of `byte_tokenizer()` where a path could stand
+LETTERS = "letters"  # likewise, of `letter_tokenizer()`
 BOS = 256  # of bytes: begins every document
 VOCABULARY = 257
 _DOCUMENT = "<|document|>"  # as text, the token BOS
@@ -36,14 +39,34 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
+def letter_tokenizer() -> PreTrainedTokenizerBase:
+    """The letters a to z, apostrophe and space as tokens, for CTC: token 0 is its blank, and pads.
+
+    Capitals are made small, and other characters are left out. Decoding takes repeated tokens and blanks away.
+    """
+    letters = {token: number for number, token in enumerate(("<blank>", "|", "'", *string.ascii_lowercase))}
+    backend = Backend(models.WordLevel(letters, unk_token="<blank>"))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z' ]"), ""), normalizers.Replace(" ", "|")]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.decoder = decoders.CTC(pad_token="<blank>", word_delimiter_token="|", cleanup=True)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<blank>", clean_up_tokenization_spaces=False
+    )
+
+
+_OWN = {BYTES: byte_tokenizer, LETTERS: letter_tokenizer}
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """ "bytes", or a folder or hub name.
+    """ "bytes", "letters", or a folder or hub name.
 
     Raises:
         InputError: there is none.
     """
-    if name == BYTES:
-        return byte_tokenizer()
+    if name in _OWN:
+        return _OWN[name]()
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -56,6 +79,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
     Raises:
         InputError: the tokenizer has tokens that the model has no embedding for.
     """
+    if model.main_input_name != "input_ids":
+        return  # it hears or sees, and has no embeddings of tokens
     embeddings = model.get_input_embeddings()
     largest = max(tokenizer.get_vocab().values(), default=0)
     if isinstance(embeddings, nn.Embedding) and largest >= embeddings.num_embeddings:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import sacrebleu
 import torch
+from omegaconf import OmegaConf
 from PIL import Image as Pillow
+from rouge_score import rouge_scorer
 from support.recipe_runs import run_recipe
 
+from lightning_unitscale.cookbook.data.catalogues import catalogues
 from lightning_unitscale.cookbook.data.digits import digits
-from lightning_unitscale.cookbook.data.examples import split_by
+from lightning_unitscale.cookbook.data.examples import Pair, split_by
 from lightning_unitscale.cookbook.data.masks import mask_folder
+from lightning_unitscale.cookbook.data.music import Note, chorales, events_of, music_folder, notes_of, write_midi
 from lightning_unitscale.cookbook.data.scenes import coco_file, digit_scenes
+from lightning_unitscale.cookbook.data.sound import RATE, from_log_mel, log_mel, read_sound, resampled, write_wav
+from lightning_unitscale.cookbook.data.speech import VOICES, manifest, read_sentences
+from lightning_unitscale.cookbook.data.standard_library import docstrings
 from lightning_unitscale.cookbook.tasks.average_precision import CocoAveragePrecision
 from lightning_unitscale.cookbook.tasks.detection import Detection, SceneBatch, in_pixels
+from lightning_unitscale.cookbook.tasks.music import Music
 from lightning_unitscale.cookbook.tasks.segmentation import Segmentation
+from lightning_unitscale.cookbook.tasks.speech_recognition import SpeechRecognition
+from lightning_unitscale.cookbook.tasks.summarization import Summarization
+from lightning_unitscale.cookbook.tasks.translation import Translation
+from lightning_unitscale.cookbook.tokenizers import letter_tokenizer
 from lightning_unitscale.errors import InputError
 
 
@@ -31,6 +46,7 @@ class Case:
     files: tuple[str, ...]
 
 
+SMALL_T5 = ("model.config.d_model=32", "model.config.num_layers=1", "model.config.num_decoder_layers=1")
 TASKS = {
     "detection": Case(
         ("data.scenes.count=60", "data.batch_size=4", "model.config.num_hidden_layers=2"),
@@ -44,10 +60,55 @@ TASKS = {
         ("pixels", "target"),
         ("masks.png",),
     ),
+    "speech_recognition": Case(
+        ("data.utterances.count=12", "data.batch_size=4", "model.config.num_hidden_layers=2"),
+        ("word_error_rate", "character_error_rate"),
+        ("text", "target"),
+        ("utterance_1.wav",),
+    ),
+    "music": Case(
+        (
+            "data.documents.count=9",
+            "data.held_out=0.2",
+            "task.sequence_length=64",
+            "model.width=32",
+            "model.head_width=16",
+        ),
+        ("pitch_accuracy", "perplexity"),
+        ("notes", "target"),
+        ("music.mid", "music.wav", "music.png"),
+    ),
+    "translation": Case(
+        (
+            "data.max_length=9",
+            "data.batch_size=4",
+            "task.sequence_length=12",
+            "model.config.d_model=32",
+            "model.config.num_layers=1",
+            "model.config.num_decoder_layers=1",
+        ),
+        ("loss",),
+        ("source", "text", "target"),
+        (),
+    ),
+    "summarization": Case(
+        (
+            "data.pairs.max_bytes=200000",
+            "data.batch_size=4",
+            "task.sequence_length=16",
+            "model.config.d_model=32",
+            "model.config.num_layers=1",
+            "model.config.num_decoder_layers=1",
+        ),
+        ("loss",),
+        ("source", "text", "target"),
+        (),
+    ),
 }
 QUICK = [
     "trainer.val_check_interval=2",
     "trainer.limit_val_batches=2",
+    "+trainer.limit_test_batches=1",
     "trainer.enable_progress_bar=false",
     "schedule.warmup_steps=1",
     "schedule.decay_steps=4",
@@ -205,3 +266,171 @@ def test_the_users_own_masks_are_read_and_wrong_ones_named(tmp_path: Path) -> No
 
 def test_classes_are_those_of_the_data() -> None:
     assert Detection.classes(digit_scenes(30)) == sorted({image.label for image in digits()})
+
+
+# --- speech -----------------------------------------------------------------------------------------------------------
+
+
+def test_letters_are_written_and_read_by_ctc() -> None:
+    letters = letter_tokenizer()
+    ids = letters("See it's 2 o'clock", add_special_tokens=False).input_ids
+    assert letters.convert_ids_to_tokens(ids) == list("see|it's||o'clock")
+    stretched = [token for token in ids for token in (token, token, 0)]  # said twice, then nothing
+    assert letters.decode(stretched).replace("  ", " ") == "see it's o'clock"
+
+
+def test_error_rates_of_two_sentences() -> None:
+    model = {"model_type": "wav2vec2-bert", "vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 1}
+    module = SpeechRecognition({**model, "num_attention_heads": 2, "intermediate_size": 16}, tokenizer="letters")
+    letters = letter_tokenizer()
+    said, understood = ["set red", "lay blue"], ["set bed", "lay blue"]
+    labels = torch.tensor(
+        [[*letters(text, add_special_tokens=False).input_ids, *[-100] * (8 - len(text))] for text in said]
+    )
+    heard = torch.tensor(
+        [[*letters(text, add_special_tokens=False).input_ids, *[5] * (8 - len(text))] for text in understood]
+    )
+    attention = torch.tensor([[1] * len(text) + [0] * (8 - len(text)) for text in understood])
+    batch = {"labels": labels, "attention_mask": attention}
+    module.score(batch, type("Output", (), {"logits": torch.nn.functional.one_hot(heard, 29).float()}))
+    assert float(module.scores()["word_error_rate"]) == pytest.approx(1 / 4)
+    assert float(module.scores()["character_error_rate"]) == pytest.approx(1 / 15)
+
+
+def test_what_is_said_can_be_heard_after_the_way_through_mel() -> None:
+    time = torch.arange(RATE) / RATE
+    tone = 0.5 * torch.sin(2 * math.pi * 1000 * time)
+    back = from_log_mel(log_mel(tone))
+    pitch = float(torch.fft.rfft(back).abs().argmax()) * RATE / len(back)
+    assert pitch == pytest.approx(1000, abs=20)
+    assert log_mel(tone).shape == (RATE // 160 + 1, 80)
+    assert len(resampled(torch.zeros(22_050), 22_050)) == RATE
+
+
+def test_sentences_sound_the_same_again_and_the_test_has_its_own_voice() -> None:
+    once, again = read_sentences(6), read_sentences(6)
+    assert all(torch.equal(one.sound, other.sound) for one, other in zip(once, again, strict=True))
+    cfg = OmegaConf.create(
+        {
+            "data": {"held_out": 0.2, "held_out_speaker": VOICES[-1], "batch_size": 2, "workers": 0},
+            "trainer": {"max_steps": 1, "accumulate_grad_batches": 1},
+            "seed": 1,
+        }
+    )
+    found = SimpleNamespace(
+        text_tokenizer=letter_tokenizer, model=SimpleNamespace(config=None, main_input_name="input_values")
+    )
+    data = SpeechRecognition.data_module(once, found, cfg)
+    training, test = data.training.examples, data.test
+    assert {one.speaker for one in test} == {VOICES[-1]}
+    assert VOICES[-1] not in {one.speaker for one in training}
+    assert not {one.text for one in training} & {one.text for one in test}
+
+
+def test_the_users_own_recordings_are_resampled_and_broken_ones_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_wav(torch.zeros(800), tmp_path / "a.wav", rate=8000)
+    (tmp_path / "b.wav").write_bytes(b"no sound")
+    (tmp_path / "list.csv").write_text("file,text\na.wav,yes\nb.wav,no\n")
+    with pytest.raises(InputError, match=r"row 2: .*b\.wav is no sound that can be read"):
+        manifest(str(tmp_path / "list.csv"))
+    (utterance,) = manifest(str(tmp_path / "list.csv"), skip_broken=True)
+    printed = capsys.readouterr().out
+    assert "recordings at 8000 samples a second are resampled to 16000" in printed
+    assert "left out 1 of 2 rows" in printed
+    assert len(read_sound(utterance.sound)) == 1600
+    (tmp_path / "list.csv").write_text("file,text\n")
+    with pytest.raises(InputError, match="the file has no rows"):
+        manifest(str(tmp_path / "list.csv"))
+    (tmp_path / "list.csv").write_bytes("file,text\na.wav,gr\xfcn\n".encode("latin-1"))
+    with pytest.raises(InputError, match="line 2 is not UTF-8"):
+        manifest(str(tmp_path / "list.csv"))
+
+
+# --- music ------------------------------------------------------------------------------------------------------------
+
+
+def test_events_are_notes_again() -> None:
+    notes = [Note(0, 4, 60), Note(0, 2, 64), Note(2, 4, 64), Note(40, 44, 67)]
+    assert notes_of(events_of(notes)) == sorted(notes)
+    c, e, g, end, passed = 60 - 21, 64 - 21, 67 - 21, 88, 175
+    expected = [
+        c,
+        e,
+        passed + 2,
+        end + e,
+        e,
+        passed + 2,
+        end + c,
+        end + e,
+        passed + 32,
+        passed + 4,
+        g,
+        passed + 4,
+        end + g,
+    ]
+    assert list(events_of(notes)) == expected
+
+
+def test_pitch_accuracy_counts_the_beginnings_of_notes_alone() -> None:
+    model = {"model_type": "llama", "vocab_size": 257, "hidden_size": 16, "num_hidden_layers": 1}
+    module = Music({**model, "num_attention_heads": 2, "intermediate_size": 16}, tokenizer="bytes")
+    labels = torch.tensor([[40, 41, 177, 128, -100]])
+    found = torch.tensor([[40, 42, 177, 1, 2]])
+    logits = torch.nn.functional.one_hot(found, 257).float()
+    module.score({"labels": labels}, type("Output", (), {"logits": logits}))
+    assert float(module.scores()["pitch_accuracy"]) == pytest.approx(1 / 2)
+
+
+def test_chorales_are_in_one_key_and_the_users_own_music_is_read(tmp_path: Path) -> None:
+    (events,) = chorales(1).values()
+    write_midi(notes_of(events), tmp_path / "a.mid")
+    (tmp_path / "b.mid").write_bytes(b"no music")
+    with pytest.raises(InputError, match=r"b\.mid is no music that can be read"):
+        music_folder(str(tmp_path), one_key=False)
+    (again,) = music_folder(str(tmp_path), skip_broken=True, one_key=False).values()
+    assert notes_of(again) == notes_of(events)
+    assert {note.pitch % 12 for note in notes_of(events)} >= {0, 2, 4, 5, 7, 9}  # of C major or A minor
+
+
+# --- translation and summarization ------------------------------------------------------------------------------------
+
+WRITTEN = ["the cat sat on the mat", "a dog"]
+WANTED = ["the cat is on the mat", "a small dog"]
+TINY_T5 = {"model_type": "t5", "vocab_size": 257, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+
+
+def test_translations_are_scored_as_sacrebleu_does() -> None:
+    module = Translation(TINY_T5)
+    module.compare(WRITTEN[:1], WANTED[:1])
+    module.compare(WRITTEN[1:], WANTED[1:])
+    chrf, bleu = sacrebleu.corpus_chrf(WRITTEN, [WANTED]).score, sacrebleu.corpus_bleu(WRITTEN, [WANTED]).score
+    assert float(module.compared()["chrf"]) == pytest.approx(chrf / 100, abs=1e-5)
+    assert float(module.compared()["bleu"]) == pytest.approx(bleu / 100, abs=1e-5)
+
+
+def test_summaries_are_scored_as_rouge_score_does() -> None:
+    module = Summarization(TINY_T5)
+    module.compare(WRITTEN, WANTED)
+    scorer = rouge_scorer.RougeScorer(["rougeL"])
+    each = [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(WRITTEN, WANTED, strict=True)]
+    assert float(module.compared()["rouge_l"]) == pytest.approx(sum(each) / 2)
+
+
+def test_a_message_is_on_one_side_of_the_split_in_all_languages() -> None:
+    pairs = catalogues(["de", "fr"])
+    assert Pair("de: Save", "Speichern", group="Save") in pairs
+    parts = [{pair.group for pair in part} for part in split_by(lambda pair: pair.group, pairs, 0.1)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+    assert not {pair.source for pair in pairs if pair.source[4:] == pair.target}
+    with pytest.raises(InputError, match="no catalogue of xx"):
+        catalogues(["xx"])
+    with pytest.raises(InputError, match=r"data\.package=nowhere is not installed"):
+        catalogues(["de"], package="nowhere")
+
+
+def test_a_docstring_is_in_one_file_alone() -> None:
+    pairs = docstrings()
+    assert len({pair.source for pair in pairs}) == len(pairs) > 1000
+    assert all(pair.group.endswith(".py") and pair.target not in ("", pair.source) for pair in pairs)

@@ -37,10 +37,11 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Pair:
-    """A text and what it is to be turned into."""
+    """A text and what it is to be turned into; pairs of one group stay on one side of a split, as equal sources do."""
 
     source: str
     target: str
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ def labelled_file(path: str, text: str = "text", label: str = "label") -> list[L
         InputError: no such file, another ending, or a row without one of the two.
     """
     rows = [
-        Labelled(row[0], label=row[1], group=row[0]) for row in _rows(path, {"data.text": text, "data.label": label})
+        Labelled(row[0], label=row[1], group=row[0])
+        for row in read_table(path, {"data.text": text, "data.label": label})
     ]
     if len({row.label for row in rows}) < 2:
         raise InputError(f"data.path={path}: all {len(rows)} rows have the same label, there is nothing to learn")
@@ -42,10 +44,19 @@ def paired_file(path: str, source: str = "source", target: str = "target") -> li
     Raises:
         InputError: no such file, another ending, or a row without one of the two.
     """
-    return [Pair(*row) for row in _rows(path, {"data.source": source, "data.target": target})]
+    return [Pair(*row) for row in read_table(path, {"data.source": source, "data.target": target})]
 
 
-def _rows(path: str, columns: dict[str, str]) -> list[tuple[str, ...]]:
+def read_table(path: str, columns: dict[str, str]) -> list[tuple[str, ...]]:
+    """The values of some columns, row by row.
+
+    Args:
+        path: a .csv file with a header line, or a .jsonl file.
+        columns: setting that names the column -> its name.
+
+    Raises:
+        InputError: no such file, another ending or encoding, or a row without one of the columns.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise InputError(f"data.path={path}: no such file (looked in {Path.cwd()})")
@@ -65,12 +76,21 @@ def _rows(path: str, columns: dict[str, str]) -> list[tuple[str, ...]]:
 
 
 def _csv(file: Path) -> Iterator[Any]:
-    with file.open(newline="", encoding="utf-8") as stream:
-        yield from csv.DictReader(stream)
+    yield from csv.DictReader(io.StringIO(_utf8(file), newline=""))
+
+
+def _utf8(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"data.path={file}: line {line} is not UTF-8 ({error.reason}); save the file as UTF-8"
+        ) from error
 
 
 def _json_lines(file: Path) -> Iterator[Any]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_utf8(file).splitlines(), start=1):
         if line.strip():
             try:
                 yield json.loads(line)

@@ -12,6 +12,7 @@ from lightning_unitscale.cookbook.data.examples import Labelled, Pair
 from lightning_unitscale.errors import InputError
 
 _COMMENTS = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
+_NOT_OURS = ("test", "idlelib", "lib2to3", "site-packages")
 _NAME = re.compile(rb"\b[a-z]+(?:_[a-z]+)+\b")
 
 
@@ -77,6 +78,32 @@ def _parts_of(source: str) -> Iterator[tuple[str, str]]:
             yield "code", ast.unparse(node)
     for block in _COMMENTS.findall(source):
         yield "comment", re.sub(r"^\s*#[#!: ]*", "", block, flags=re.MULTILINE)
+
+
+def docstrings(max_bytes: int = 100_000_000) -> list[Pair]:
+    """Docstrings of the standard library without their first line, and that line; those of one file stay together.
+
+    A body that several files have is left out, so a split by file leaks nothing.
+
+    Args:
+        max_bytes: see `python_sources`.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    packages = sorted(file.parent.name for file in root.glob("[a-z]*/__init__.py") if file.parent.name not in _NOT_OURS)
+    sources = {**python_sources(max_bytes=max_bytes), **python_sources(packages, max_bytes=max_bytes)}
+    found: dict[str, list[Pair]] = {}
+    for file, source in sources.items():
+        try:
+            nodes = list(ast.walk(ast.parse(source.decode(errors="replace"))))
+        except (SyntaxError, ValueError):
+            continue  # of lib2to3's tests, and for other versions
+        for node in nodes:
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                head, _, body = (ast.get_docstring(node) or "").partition("\n")
+                text = " ".join(body.split())
+                if head and text:
+                    found.setdefault(text, []).append(Pair(text, head.strip(), group=file))
+    return [pairs[0] for pairs in found.values() if len({pair.group for pair in pairs}) == 1]
 
 
 def split_names(max_length: int = 24) -> list[Pair]:

@@ -110,7 +110,7 @@ class Detection(Task):
 
     def score(self, batch: Batch, output: Any) -> None:
         """Every box counts, in the order of its score."""
-        for row, (scores, classes, boxes) in enumerate(zip(*found_objects(output, batch["sizes"]), strict=True)):
+        for row, (scores, classes, boxes) in enumerate(zip(*self._found(output, batch), strict=True)):
             real = batch["classes"][row] != IGNORED
             wanted = in_pixels(batch["boxes"][row, real], batch["sizes"][row])
             self.precision.update(boxes, classes, scores, wanted, batch["classes"][row, real])
@@ -124,13 +124,16 @@ class Detection(Task):
         """The objects that are certain, with their boxes (left, top, width, height) in pixels of the picture."""
         output = self.model(pixel_values=batch["pixel_values"])
         objects, targets = [], []
-        for row, (scores, classes, boxes) in enumerate(zip(*found_objects(output, batch["sizes"]), strict=True)):
+        for row, (scores, classes, boxes) in enumerate(zip(*self._found(output, batch), strict=True)):
             sure, real = scores > CERTAIN, batch["classes"][row] != IGNORED
             found = self._objects(classes[sure], boxes[sure])
             objects.append([{**one, "score": score} for one, score in zip(found, scores[sure].tolist(), strict=True)])
             true_boxes = in_pixels(batch["boxes"][row, real], batch["sizes"][row])
             targets.append(self._objects(batch["classes"][row, real], true_boxes))
         return {"objects": objects, "target": targets}
+
+    def _found(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return found_objects(output, batch["sizes"], self.model.config.num_labels)
 
     def _objects(self, classes: Tensor, boxes: Tensor) -> list[dict[str, Any]]:
         names = self.model.config.id2label
@@ -157,16 +160,20 @@ class Detection(Task):
         return [picture_grid(batch["pixel_values"], folder / "objects.png", draw)]
 
 
-def found_objects(output: Any, sizes: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+def found_objects(output: Any, sizes: Tensor, classes: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Of every query the best score and its class, both [batch, queries], and its box in pixels, [queries, 4] each.
 
     Args:
-        output: logits [batch, queries, classes + 1], whose last class is "nothing"; pred_boxes [batch, queries, 4].
+        output: logits [batch, queries, classes], each a probability of its own (RT-DETR), or classes + 1, whose last
+            class is "nothing" (DETR); pred_boxes [batch, queries, 4].
         sizes: height and width of each picture.
+        classes: how many there are.
     """
-    scores, classes = output.logits.float().softmax(-1)[..., :-1].max(-1)
+    logits = output.logits.float()
+    likely = logits.sigmoid() if logits.shape[-1] == classes else logits.softmax(-1)[..., :-1]
+    scores, best = likely.max(-1)
     boxes = [in_pixels(boxes, size) for boxes, size in zip(output.pred_boxes.float(), sizes, strict=True)]
-    return scores, classes, boxes
+    return scores, best, boxes
 
 
 def in_pixels(boxes: Tensor, size: Tensor) -> Tensor:

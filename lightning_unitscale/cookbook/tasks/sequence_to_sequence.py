@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.text import CharErrorRate
 
@@ -17,6 +19,8 @@ from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tasks.text_generation import TextGeneration, tokenizer_of
 from lightning_unitscale.cookbook.tokenizers import make_able_to_pad
 from lightning_unitscale.errors import InputError
+
+SHOWN = 8  # pairs
 
 
 class PairBatch:
@@ -61,6 +65,7 @@ class SequenceToSequence(TextGeneration):
     """
 
     heads = ("AutoModelForSeq2SeqLM",)
+    predicts_held_out = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -69,35 +74,59 @@ class SequenceToSequence(TextGeneration):
 
     @classmethod
     def data_module(cls, examples: Sequence[Pair], found: Pretrained, cfg: DictConfig) -> Examples:
-        """Batches of pairs; equal sources stay on one side of the split."""
+        """Batches of pairs; those of one group, and equal sources, stay on one side of the split."""
         tokenizer = tokenizer_of(found, cfg)
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no eos token, so a generated text would never end; give another one")
         make_able_to_pad(tokenizer, found.model)
-        parts = split_by(lambda pair: pair.source, examples, cfg.data.held_out)
+        parts = split_by(lambda pair: pair.group or pair.source, examples, cfg.data.held_out)
         return Examples(parts, PairBatch(tokenizer, cfg.task.sequence_length), **loading(cfg))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The loss, and generated texts against the targets."""
         super().test_step(batch, batch_idx)
-        labels = batch["labels"]
-        generated = self.model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=labels.shape[1],
-            do_sample=False,
-        )
-        texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
-        targets = labels.masked_fill(labels == IGNORED, self.tokenizer.pad_token_id)
-        wanted = self.tokenizer.batch_decode(targets, skip_special_tokens=True)
+        self.compare(self._generated(batch), self._wanted(batch))
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of generated texts too."""
+        super().on_test_epoch_end()
+        self.log_dict({f"test/{name}": value for name, value in self.compared().items()}, sync_dist=True)
+
+    def compare(self, texts: Sequence[str], wanted: Sequence[str]) -> None:
+        """Update the metrics of generated texts."""
         self.character_errors.update(texts, wanted)
         self.exact.update(torch.tensor([float(a == b) for a, b in zip(texts, wanted, strict=True)]))
 
-    def on_test_epoch_end(self) -> None:
+    def compared(self) -> dict[str, Tensor]:
         """The share of characters to be changed, and of texts that are right."""
-        super().on_test_epoch_end()
-        values: dict[str, Tensor] = {
-            "test/character_error_rate": self.character_errors.compute(),
-            "test/exact_match": self.exact.compute(),
-        }
-        self.log_dict(values, sync_dist=True)
+        return {"character_error_rate": self.character_errors.compute(), "exact_match": self.exact.compute()}
+
+    def predict_step(self, batch: Batch | list[str], batch_idx: int) -> dict[str, list[str]]:
+        """One text for each; those of the task's own data stand beside their sources and what was wanted."""
+        if isinstance(batch, list):
+            return super().predict_step(batch, batch_idx)
+        sources = self.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+        return {"source": sources, "text": self._generated(batch), "target": self._wanted(batch)}
+
+    def show(self, batches: DataLoader[Any], folder: Path, settings: Mapping[str, Any]) -> list[str | Path]:
+        """Some sources, what was wanted, and what the model wrote."""
+        batch = {name: tensor[:SHOWN].to(self.device) for name, tensor in next(iter(batches)).items()}
+        columns = self.predict_step(batch, 0)
+        rows = zip(columns["source"], columns["target"], columns["text"], strict=True)
+        return ["\n\n".join(f"source     {a}\nreference  {b}\noutput     {c}" for a, b, c in rows)]
+
+    def _generated(self, batch: Batch) -> list[str]:
+        """Greedily, up to the longest of the targets."""
+        generated = self.model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=batch["labels"].shape[1],
+            do_sample=False,
+        )
+        texts: list[str] = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        return texts
+
+    def _wanted(self, batch: Batch) -> list[str]:
+        targets = batch["labels"].masked_fill(batch["labels"] == IGNORED, self.tokenizer.pad_token_id)
+        texts: list[str] = self.tokenizer.batch_decode(targets, skip_special_tokens=True)
+        return texts

@@ -1,0 +1,60 @@
+"""Translations that ship with a package: the message catalogues of gettext, English to other languages.
+
+Those of `plone-app-locales` (GPL-2.0, as Plone is) have some 2,000 messages in English words for each language; they
+are read where the package is installed and are no part of this one.
+"""
+
+from __future__ import annotations
+
+import gettext
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from lightning_unitscale.cookbook.data.examples import Pair
+from lightning_unitscale.errors import InputError
+
+_KEY = re.compile(r"[\w.:\-]+")  # an identifier in place of the English text
+
+
+def catalogues(
+    languages: Sequence[str], package: str = "plone.app.locales", folder: str = "locales", max_length: int = 120
+) -> list[Pair]:
+    """English messages and their translations; all translations of a message stay on one side of a split.
+
+    Args:
+        languages: names of folders, "de". With more than one, a source begins with its language: "de: Save".
+        package: an installed package.
+        folder: below it, with `<language>/LC_MESSAGES/*.mo`.
+        max_length: characters; longer messages are left out.
+
+    Raises:
+        InputError: the package is not installed, or has no such language.
+    """
+    try:
+        spec = find_spec(package)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"data.package={package} is not installed: pip install 'lightning-unitscale[translation]'")
+    root = Path(spec.submodule_search_locations[0]) / folder
+    pairs: dict[tuple[str, str], Pair] = {}
+    for language in languages:
+        files = sorted((root / language / "LC_MESSAGES").glob("*.mo"))
+        if not files:
+            raise InputError(f"data.languages: {package} has no catalogue of {language} in {root}")
+        for file in files:
+            with file.open("rb") as stream:
+                messages: dict[object, str] = gettext.GNUTranslations(stream)._catalog  # type: ignore[attr-defined]
+            for english, translation in messages.items():
+                if isinstance(english, str) and _is_pair(english, translation, max_length):
+                    source = f"{language}: {english}" if len(languages) > 1 else english
+                    pairs.setdefault((language, english), Pair(source, translation, group=english))
+    return list(pairs.values())
+
+
+def _is_pair(english: str, translation: str, max_length: int) -> bool:
+    """A message in words, that is another one in the other language."""
+    words = not _KEY.fullmatch(english) or english.istitle()
+    return words and english != translation and 0 < len(translation) <= max_length and 0 < len(english) <= max_length
