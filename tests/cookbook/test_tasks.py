@@ -49,7 +49,7 @@ class Case:
 SMALL_T5 = ("model.config.d_model=32", "model.config.num_layers=1", "model.config.num_decoder_layers=1")
 TASKS = {
     "detection": Case(
-        ("data.scenes.count=60", "data.batch_size=4", "model.config.num_hidden_layers=2"),
+        ("data.scenes.count=60", "data.batch_size=4"),
         ("map", "map_50"),
         ("objects", "target"),
         ("objects.png",),
@@ -93,7 +93,7 @@ TASKS = {
     ),
     "summarization": Case(
         (
-            "data.pairs.max_bytes=200000",
+            "+data.pairs.max_bytes=200000",
             "data.batch_size=4",
             "task.sequence_length=16",
             "model.config.d_model=32",
@@ -106,7 +106,7 @@ TASKS = {
     ),
 }
 QUICK = [
-    "trainer.val_check_interval=2",
+    "trainer.val_check_interval=4",
     "trainer.limit_val_batches=2",
     "+trainer.limit_test_batches=1",
     "trainer.enable_progress_bar=false",
@@ -406,8 +406,8 @@ def test_translations_are_scored_as_sacrebleu_does() -> None:
     module.compare(WRITTEN[:1], WANTED[:1])
     module.compare(WRITTEN[1:], WANTED[1:])
     chrf, bleu = sacrebleu.corpus_chrf(WRITTEN, [WANTED]).score, sacrebleu.corpus_bleu(WRITTEN, [WANTED]).score
-    assert float(module.compared()["chrf"]) == pytest.approx(chrf / 100, abs=1e-5)
-    assert float(module.compared()["bleu"]) == pytest.approx(bleu / 100, abs=1e-5)
+    assert float(module.compared()["chrf"]) == pytest.approx(chrf / 100, abs=1e-6)
+    assert float(module.compared()["bleu"]) == pytest.approx(bleu / 100, abs=1e-6)
 
 
 def test_summaries_are_scored_as_rouge_score_does() -> None:
@@ -420,7 +420,7 @@ def test_summaries_are_scored_as_rouge_score_does() -> None:
 
 def test_a_message_is_on_one_side_of_the_split_in_all_languages() -> None:
     pairs = catalogues(["de", "fr"])
-    assert Pair("de: Save", "Speichern", group="Save") in pairs
+    assert Pair("de: First revision", "Erste Version", group="First revision") in pairs
     parts = [{pair.group for pair in part} for part in split_by(lambda pair: pair.group, pairs, 0.1)]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
     assert not {pair.source for pair in pairs if pair.source[4:] == pair.target}
@@ -431,6 +431,6 @@ def test_a_message_is_on_one_side_of_the_split_in_all_languages() -> None:
 
 
 def test_a_docstring_is_in_one_file_alone() -> None:
-    pairs = docstrings()
-    assert len({pair.source for pair in pairs}) == len(pairs) > 1000
+    pairs = docstrings(max_bytes=1_500_000)
+    assert len({pair.source for pair in pairs}) == len(pairs) > 200
     assert all(pair.group.endswith(".py") and pair.target not in ("", pair.source) for pair in pairs)

@@ -159,6 +159,12 @@ class Detection(Task):
 
         return [picture_grid(batch["pixel_values"], folder / "objects.png", draw)]
 
+    @staticmethod
+    def example_inputs(model: Any, batch: int = 2, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
+        """Pixels [batch, channels, height, width]; some of these models count as decoders, but take no tokens."""
+        shape = (batch, model.config.num_channels, *image_size(model))
+        return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
+
 
 def found_objects(output: Any, sizes: Tensor, classes: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Of every query the best score and its class, both [batch, queries], and its box in pixels, [queries, 4] each.

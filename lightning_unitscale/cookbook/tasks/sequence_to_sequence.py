@@ -94,7 +94,7 @@ class SequenceToSequence(TextGeneration):
 
     def compare(self, texts: Sequence[str], wanted: Sequence[str]) -> None:
         """Update the metrics of generated texts."""
-        self.character_errors.update(texts, wanted)
+        self.character_errors.update(list(texts), list(wanted))
         self.exact.update(torch.tensor([float(a == b) for a, b in zip(texts, wanted, strict=True)]))
 
     def compared(self) -> dict[str, Tensor]:
