@@ -56,7 +56,7 @@ def taken_back(sites: list[Site]) -> dict[UseId, list[Factor]]:
             site.leave_alone(site.reason or "no weight would undo it, and the function is to be kept")
         for use in site.fold_into:
             found[use] += [
-                Factor(1 / factor.value, f"back from activation {site.name}: {factor.cause}", factor.source)
+                Factor(1 / factor.value, f"undoes {factor.value:.4g} of the activation {site.name}", factor.source)
                 for factor in site.causes[""]
             ]
     return found
