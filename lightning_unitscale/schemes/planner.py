@@ -36,7 +36,7 @@ from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.siblings import include_siblings
 from lightning_unitscale.engine.plan.site import READING, Site
-from lightning_unitscale.engine.record.keys import UseId
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.options import STORAGES, Options
@@ -46,7 +46,7 @@ from lightning_unitscale.schemes.by_hand import is_by_hand
 from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
 from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_site
 from lightning_unitscale.schemes.local import LocalSchemes
-from lightning_unitscale.schemes.pushing import Push, pushes, takers
+from lightning_unitscale.schemes.pushing import CallUse, Push, pushes, takers
 from lightning_unitscale.schemes.scheme import EarlierBranch, Rates, ResidualBranch, Scheme, Weight
 from lightning_unitscale.schemes.seen_activations import SeenActivations, taken_back
 
@@ -122,7 +122,7 @@ class Planner:
         self._multiplier_overrides(plan)
         self._say_what_is_divided(plan)
         plan.notes += self.notes
-        models = include_siblings(plan)
+        models = include_siblings(plan, {name for name, _ in self.module.named_modules(remove_duplicate=False)})
         self._own_relative_steps(plan, models)
         self._branches_left_out(plan, models)
         include_copies(plan, self.module, used_parameters(self.trace, self.structure.learned))
@@ -414,7 +414,7 @@ class Planner:
             sides = (pushes(self.draft, side, {call.index}) for side in (attention.query, attention.key))
             found = next(filter(None, sides), [])
             if reason := self.draft.no_place(call):
-                if found and call.in_function:
+                if call.in_function and self._are_all_calls(use for push in found for use in push.uses):
                     self._push(found, factors)
                 else:
                     self.notes.append(f"the attention {_at(call)} was left alone: {reason}")
@@ -444,19 +444,20 @@ class Planner:
     def _activation_factors(self) -> None:
         for activation in self.structure.activations:
             self._scale_activation_input(activation)
-            site = self._activation_site(activation)
-            if site is None:
-                continue
             targets = self.structure.targets(activation.output) or []
             taken = [takers(self.draft, call, operand) for call, operand in targets]
+            uses = [use for found in taken for use in found] if all(taken) else []
+            site = self._activation_site(activation)
+            if site is None:
+                self._activation_without_place(activation, uses)
+                continue
             if is_by_hand(activation.output):
                 site.leave_alone("its output is scaled by hand")
-            elif not targets or not all(taken):
+            elif not uses:
                 site.leave_alone("its output does not go into scaled matmuls alone")
             elif site.divides_along is not None:
                 site.reason = "found anew in every call"
             else:
-                uses = (use for found in taken for use in found)
                 site.fold_into = list(dict.fromkeys(UseId(key, self.trace.calls[i].name) for i, key in uses))
             self.free.add(site, (call for call, _ in targets))
 
@@ -472,6 +473,19 @@ class Planner:
         else:
             causes, where = ", ".join(factor.cause for factor in factors), "".join(activation.modules) or "a hook"
             self.notes.append(f"{causes} left an activation of {where} alone: no weight makes its input for it alone")
+
+    def _activation_without_place(self, activation: Activation, uses: list[CallUse]) -> None:
+        """Inside a Function: what the matmuls behind it can't take is left out."""
+        call = activation.call
+        if call is None:
+            return
+        rms = call_rms(call, self.scaled_inputs.get(activation, 1.0))
+        factors = self.scheme.ask(activation.modules, lambda scheme: scheme.activation(rms))
+        if factors and call.in_function and self._are_all_calls(uses):
+            for use in uses:
+                self.factors[use] = [*self.factors.get(use, []), *factors]
+        elif factors:
+            self.notes.append(f"the activation {_at(call)} was left alone: {self.draft.no_place(call)}")
 
     def _activation_site(self, activation: Activation) -> Site | None:
         """The site of an activation; None where it has no place, or the scheme no rule for it."""
@@ -515,7 +529,7 @@ class Planner:
         for use in self.draft.uses.values():
             if not use.in_function or self.draft.is_left_alone(use.key):
                 continue
-            main = primary_use([other for other in self.draft.uses.values() if other.key == use.key])
+            main = primary_use(self._uses_of(use.key))
             stored = self.factors[main.calls[0].index, use.key]
             for call in use.calls:
                 wanted = self.factors[call.index, use.key]
@@ -530,12 +544,13 @@ class Planner:
         moving = [v for v in call.inputs if v.is_float and v.requires_grad and not v.parameters]
         if len(moving) != 1:
             return False
-        if found := pushes(self.draft, moving[0], {call.index}):
+        found = pushes(self.draft, moving[0], {call.index})
+        if self._are_all_calls(use for push in found for use in push.uses):
             self._push(found, factors)
             return True
         sources, passed = self.structure.sources(moving[0])
         maker = sources[0].value.producer
-        if len(sources) > 1 or maker is None or self.draft.no_place(maker):
+        if len(sources) > 1 or maker is None or self.draft.no_place(maker) or not self._is_called_once(maker):
             return False
         site = parameter_free_site(maker, "operand", factors)
         site.reason = "of a matmul inside a hand-written autograd.Function"
@@ -543,6 +558,22 @@ class Planner:
             return False
         self.free.add(site)
         return True
+
+    def _are_all_calls(self, uses: Iterable[CallUse]) -> bool:
+        """Whether there are uses, and their weights are called nowhere else: a factor on them acts here alone."""
+        found = set(uses)
+        calls = {(call.index, key) for _, key in found for use in self._uses_of(key) for call in use.calls}
+        return bool(found) and calls == found
+
+    def _uses_of(self, key: ParameterKey) -> list[Use]:
+        return [use for use in self.draft.uses.values() if use.key == key]
+
+    def _is_called_once(self, maker: Call) -> bool:
+        return (
+            self.draft.counted_calls.get(maker.place.at_every_call, []).count(maker)
+            == 1
+            == sum(call.place == maker.place for call in self.structure.calls)
+        )
 
     def homeless(self, plan: Plan) -> set[str]:
         """Parameters with an explicit factor, in either storage, inside a Function."""

@@ -86,3 +86,14 @@ def test_weights_multiplied_in_one_call_have_the_scale_of_one_matmul_after_the_o
         plan = unit_scale(net, lambda m: m(torch.ones(3, 4, 5, dtype=torch.float64)).square().mean())
         multipliers.append([plan.parameters[name].multiplier for name in "ab"])
     assert multipliers[0] == pytest.approx(multipliers[1])
+
+
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+def test_a_factor_acts_once_where_one_function_makes_a_weight_and_uses_it(storage: str) -> None:
+    """x (a aᵀ): the function is linear in the expression, and its factor is not one on `a` as well."""
+    net = Net(lambda m, h: h @ (m.a @ m.a.T))
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    plan = unit_scale(net, lambda m: m(x).square().mean(), storage=storage)
+    expected = net.head(net.before(x) @ (net.a @ net.a.T) * plan.sites[1].factors["a"])
+    assert plan.sites[1].params == ["a"]
+    torch.testing.assert_close(net(x), expected, rtol=1e-10, atol=1e-12)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from lightning_unitscale.engine.analysis.graph import Graph
+from lightning_unitscale.engine.analysis.loss_path import used_parameters, uses
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import MATMULS
@@ -80,7 +81,8 @@ def find_readings(graph: Graph) -> Readings:
         is_weight = any(end.call is not None and end.value in graph.weights_of(end.call) for end in ends)
         found = beside if is_weight else penalties
         proper = [end for end in ends if end not in found]
-        if not found or not (proper or _nothing_else_uses(graph, name, found)):
+        alone = prod(graph.trace.facts[name].shape) > 1  # a number may be learned by the loss
+        if not found or not (proper or alone):
             continue
         readings.ends |= {(end.call.index, end.value) for end in found if end.call is not None}
         if reason := _why_not_handed(graph, name, found, proper):
@@ -88,12 +90,38 @@ def find_readings(graph: Graph) -> Readings:
         else:
             _hand_over(graph, readings, name, found)
     _note_gradients(graph, readings)
+    readings.ends |= set(_looks(graph))
     return readings
 
 
-def _nothing_else_uses(graph: Graph, name: str, found: list[_End]) -> bool:
-    """Whether a weight is read alone, as that of an expert without tokens is; a number may be learned by the loss."""
-    return prod(graph.trace.facts[name].shape) > 1 and all(end.value.expression for end in found)
+def _looks(graph: Graph) -> Iterator[tuple[int, Value]]:
+    """Where values of weights are looked at beside the loss, in no product: a distance to the start for a log line."""
+    learned = used_parameters(graph.trace, graph.learned)
+    for call in graph.calls:
+        if call.index not in graph.to_loss and call.name not in MATMULS:
+            read = [value for value in uses(call) if learned.issuperset(value.parameters)]
+            if read and not _is_near_product(graph, call):
+                yield from ((call.index, value) for value in read)
+
+
+def _is_near_product(graph: Graph, call: Call) -> bool:
+    """Whether products or norms of activations go into a call, or what it makes goes into one."""
+    above: list[Call] = [call]
+    below: list[Call] = [call]
+    for pending, is_above in ((above, True), (below, False)):
+        seen: set[int] = set()
+        while pending:
+            current = pending.pop()
+            if (current.name in MATMULS or current in graph.norms) and not current.output.parameters:
+                return True
+            beyond = (
+                [v.producer for v in current.inputs] if is_above else [c for o in current.outputs for c in o.consumers]
+            )
+            for other in beyond:
+                if other is not None and other.index not in seen:
+                    seen.add(other.index)
+                    pending.append(other)
+    return False
 
 
 def _ends(graph: Graph) -> Iterator[_End]:

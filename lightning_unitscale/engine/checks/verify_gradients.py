@@ -22,9 +22,8 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +35,9 @@ from lightning_unitscale.engine.record.rehearsal import Rehearsal
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import install, rules_in_force, uninstall, untouched_factors
 from lightning_unitscale.errors import UnitScalingError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 _ROUNDS = 2  # sets that disagree in the untouched model too are looked at once more, by halves
 _NAMED = 8
@@ -87,8 +89,8 @@ class _Gate:
             unknown += [name for _, names, measured in found if measured.agrees is None for name in names]
             off = [(loss, names) for loss, names, measured in found if measured.agrees is False]
             honest = self._agreeing_untouched(off)
-            for loss, names in honest[-1:]:
-                wrong = _narrowed(ours[loss], names)
+            for loss, names in reversed(honest):
+                wrong = wrong or self._narrowed(ours, loss, names)
             level = [(loss, half) for loss, names in off if (loss, names) not in honest for half in _split(names, 2)]
             if wrong or not level:
                 break
@@ -127,6 +129,24 @@ class _Gate:
             theirs = self._slopes()
             return [(loss, names) for loss, names in sets if theirs[loss].measure(names).agrees]
 
+    def _narrowed(self, ours: list[Slopes], loss: int, names: list[str]) -> dict[str, float]:
+        """The smallest part that disagrees, of several the one nearest to the loss: what is before it passes it on.
+
+        None if what disagrees does so in the untouched model too, where the rest of the set outweighed it.
+        """
+        halves = _split(names, 2) if len(names) > 1 else []
+        agrees = {tuple(half): ours[loss].measure(half).agrees for half in halves}
+        suspects = [(loss, half) for half in halves if not agrees[tuple(half)]]
+        for _, half in reversed(self._agreeing_untouched(suspects)):
+            if agrees[tuple(half)] is None:
+                halves = []
+            elif found := self._narrowed(ours, loss, half):
+                return found
+        if halves:
+            return {}
+        ratio = ours[loss].measure(names).ratio
+        return dict.fromkeys(names, 1 / ratio if ratio else inf)
+
     def _note(self, unknown: list[str], otherwise: list[str]) -> None:
         for names, why in (
             (unknown, "the loss is 0, jumps, or is too coarse to show its slope"),
@@ -134,20 +154,6 @@ class _Gate:
         ):
             if names:
                 self.plan.notes.append(f"gradients were not checked of {_some(list(dict.fromkeys(names)))}: {why}")
-
-
-def _narrowed(slopes: Slopes, names: list[str]) -> dict[str, float]:
-    """The smallest part that disagrees, of several the one nearest to the loss: what is before it passes it on."""
-    ratio = slopes.measure(names).ratio
-    narrower: list[str] | None = names
-    while narrower:
-        names, narrower = narrower, None
-        for half in reversed(_split(names, 2) if len(names) > 1 else []):
-            measured = slopes.measure(half)
-            if measured.agrees is False:
-                narrower, ratio = half, measured.ratio
-                break
-    return dict.fromkeys(names, 1 / ratio if ratio else inf)
 
 
 @contextmanager

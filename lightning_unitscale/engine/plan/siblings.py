@@ -1,11 +1,12 @@
 """Experts that got no token in the recorded step, and blocks that were left out, take the rule of those that ran.
 
 Siblings are parameters of one shape whose names differ in one number ("experts.3.w1.weight", "experts.5.w1.weight").
-Their modules ("experts.3" and "experts.5") are alike, so whatever the plan says of one holds for the other.
+Their modules ("experts.3" and "experts.5") have the same parts, so whatever the plan says of one holds for the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from copy import deepcopy
 from dataclasses import replace
 from math import isclose
@@ -18,15 +19,19 @@ from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Frame
 
 
-def include_siblings(plan: Plan) -> dict[str, str]:
-    """Give every unused parameter the rule of a sibling that was used, in place; returns the sibling's name of each."""
+def include_siblings(plan: Plan, modules: Collection[str]) -> dict[str, str]:
+    """Give every unused parameter the rule of a sibling that was used, in place; returns the sibling's name of each.
+
+    Args:
+        modules: the names of all modules of the model.
+    """
     used = [parameter for parameter in plan.parameters.values() if parameter.role != "unused"]
     models: dict[str, str] = {}
     renamings: dict[tuple[str, str], _Renaming] = {}
     for name, parameter in plan.parameters.items():
         if parameter.reason != UNUSED:
             continue
-        model = next((other for other in used if _are_siblings(parameter, other)), None)
+        model = next((other for other in used if _are_siblings(parameter, other, modules)), None)
         if model is not None:
             models[name] = model.name
             plan.parameters[name] = like(parameter, model)
@@ -44,8 +49,11 @@ def include_siblings(plan: Plan) -> dict[str, str]:
     return models
 
 
-def _are_siblings(one: ParameterPlan, other: ParameterPlan) -> bool:
-    return one.shape == other.shape and differ_in_a_number(one.name, other.name)
+def _are_siblings(one: ParameterPlan, other: ParameterPlan, modules: Collection[str]) -> bool:
+    if one.shape != other.shape or not differ_in_a_number(one.name, other.name):
+        return False
+    renaming = _Renaming(other.name, one.name)
+    return all(renaming.of(name) in modules for name in modules)
 
 
 def differ_in_a_number(one: str, other: str) -> bool:

@@ -120,7 +120,8 @@ class Recorder(TorchFunctionMode):
         given = list(tensors_in(args))
         for output in tensors_in(result):
             if output in self._values:
-                self._values[output].requires_grad = output.requires_grad
+                if not self._functions_running:  # inside another one autograd is off still
+                    self._values[output].requires_grad = output.requires_grad
                 continue
             source = next((tensor for tensor in given if _is_alias(output, tensor)), None)
             frame = sys._getframe(2)  # that called `apply`

@@ -225,8 +225,8 @@ class Interceptor(TorchFunctionMode):
         return result
 
     def _run(self, name: str, call: FunctionCall) -> Any:
-        """The call with the factors of its parameters."""
-        if name not in self.rules.ops:
+        """The call with the factors of its parameters, unless it makes another weight of them."""
+        if name not in self.rules.ops or self._makes_weight(name, call):
             return call.run()
         op = MATMULS.get(name)
         if op is None:
@@ -247,6 +247,17 @@ class Interceptor(TorchFunctionMode):
             if factor != 1.0:
                 factors[label] = factor
         return op.scaled(call, factors) if factors else call.run()
+
+    def _makes_weight(self, name: str, call: FunctionCall) -> bool:
+        """Whether nothing but parameters goes in, as in `a @ a.T`: a factor belongs to the use of what comes out."""
+        known = []
+        for tensor in tensors_in((*call.args, *call.kwargs.values())):
+            key = self._key(tensor)
+            if key is not None and UseId(key, name) not in self.rules.readings:
+                known.append(TensorInput.of(tensor, ParameterKey.names_in(key), constant=False))
+            elif tensor.is_floating_point() or tensor.is_complex():
+                return False
+        return bool(parameters_of_result(name, call, known, lambda: self.frames[-1].scope.in_parametrization))
 
     def _casting(self, op: Matmul, call: FunctionCall) -> tuple[WeightCast, Any, Any] | None:
         """The site that this call is, its activation and its weight, if its operands are to be cast."""

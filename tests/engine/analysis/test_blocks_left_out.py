@@ -119,3 +119,17 @@ def test_experts_without_data_are_no_branches_of_their_own() -> None:
     causes = [f.cause for p in plan.sites for f in p.causes.get("experts.1.2.weight", [])]
     assert any("a stream of 1 branches" in cause for cause in causes)
     assert plan.parameters["experts.0.2.weight"].multiplier == plan.parameters["experts.1.2.weight"].multiplier
+
+
+def test_a_layer_with_other_parts_is_no_sibling_though_its_weight_is_called_alike() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8), nn.GELU())])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[1](x)
+
+    plan = prepared(Net(), 0, storage="unit")
+    assert plan.parameters["layers.0.0.weight"].role == "unused"

@@ -66,6 +66,17 @@ def test_a_weight_whose_determinant_is_taken_is_left_alone_with_the_reason() -> 
     assert parameter.multiplier == parameter.stored == parameter.initial_factor == 1
 
 
+@pytest.mark.parametrize("kind", ["L2", "to the start"])
+def test_a_weight_that_penalties_alone_read_stays_as_it_is(kind: str) -> None:
+    model, x = Net(kind), torch.randn(12, 8)
+    model.net.append(nn.Identity()).register_parameter("spare", nn.Parameter(torch.randn(5, 5)))
+    model.start.insert(0, torch.zeros(5, 5))
+    before = model.penalty().item()
+    plan = unit_scale(model, lambda m: m(x))
+    assert plan.parameters["net.spare"].initial_factor == plan.parameters["net.spare"].multiplier == 1.0
+    assert model.penalty().item() == pytest.approx(before, rel=1e-4)
+
+
 def plain() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))

@@ -106,6 +106,16 @@ class Rerun(torch.autograd.Function):
             return None, *torch.autograd.grad(ctx.run(x), (x, *ctx.parameters), gradient)
 
 
+def twice_checkpointed(block: Any) -> Callable[[Tensor], Tensor]:
+    """The block, whose branch is checkpointed by hand."""
+
+    def run(x: Tensor) -> Tensor:
+        branch = lambda h: block.down(F.gelu(block.up(block.norm(h))))  # noqa: E731
+        return x + Rerun.apply(branch, x, *block.parameters())
+
+    return run
+
+
 class Block(nn.Module):
     """A residual block; `own` makes its linear layers and its activation Functions."""
 
@@ -248,10 +258,11 @@ def test_removal_keeps_the_function(case: str) -> None:
     [
         Language(run=lambda block, x: checkpoint(block, x, use_reentrant=True)),
         Language(run=lambda block, x: Rerun.apply(block, x, *block.parameters())),
+        Language(run=lambda block, x: Rerun.apply(twice_checkpointed(block), x, *block.parameters())),
         Language(between=Alias.apply),
         Language(between=View.apply),
     ],
-    ids=["reentrant checkpointing", "checkpointing by hand", "alias", "view"],
+    ids=["reentrant checkpointing", "checkpointing by hand", "one inside the other", "alias", "view"],
 )
 def test_the_plan_is_that_of_the_model_without_the_function(twin: Language) -> None:
     assert multipliers(prepared(twin.double())) == pytest.approx(multipliers(prepared(Language())), rel=1e-6)
@@ -261,6 +272,43 @@ def test_a_fused_tied_readout_trains_as_the_plain_one_does() -> None:
     models = [Language(fused=fused, norm=True) for fused in (False, True)]
     plain, fused = (losses(model, prepared(model)) for model in models)
     assert plain == pytest.approx(fused, rel=1e-2)  # the factor goes to the norm's gain: its rate is rounded
+
+
+class Between(nn.Module):
+    """An activation between two layers, and a readout that is the table too, behind a layer that is called twice."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.up, self.down = nn.Embedding(CLASSES, WIDTH), nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+        self.shared, self.own = nn.Linear(WIDTH, WIDTH), own
+
+    def forward(self, ids: Tensor, target: Tensor, calls: int = 1) -> Tensor:
+        h = self.up(self.table(ids))
+        x = self.down(OwnGelu.apply(h) if self.own else F.gelu(h))
+        for _ in range(calls):
+            x = self.shared(x)
+        if self.own:
+            return LinearCrossEntropy.apply(x, self.table.weight, target)
+        return F.cross_entropy(F.linear(x, self.table.weight), target)
+
+
+@each_storage
+@pytest.mark.parametrize("calls", [1, 2])
+def test_the_function_under_the_plan_is_that_of_plain_calls(calls: int, storage: str) -> None:
+    found = []
+    for own in (False, True):
+        model = Between(own)
+        plan = unit_scale(model, lambda m: m(*batch(), calls), storage=storage)
+        found.append((model(*batch(1), calls).item(), plan))
+    (expected, _), (ours, plan) = found
+    if calls == 1:
+        assert ours == pytest.approx(expected, rel=1e-9)
+        assert plan.parameters["down.weight"].multiplier == pytest.approx(
+            64**-0.5 * 1.5335, rel=1e-3
+        )  # 1 / RMS of GELU
+    else:  # a factor on the layer that is called twice would act twice
+        assert "autograd.Function" in plan.parameters["table.weight"].reason
 
 
 def test_a_weight_with_a_factor_that_has_no_place_is_left_alone_with_the_reason() -> None:
