@@ -19,11 +19,12 @@ a sequence matters, and gradients pass through the maximum as through the rest. 
 and `remove_unit_scaling` refuses it. A matrix of d elements drawn from a normal distribution has max|θ| of about
 √(2 ln d) standard deviations, so θ/α has an RMS of about √(d / (2 ln d)): 16 for 64 × 64, and growing with width.
 
-What it does to training. Under Adam an update does not depend on the gradient's scale; γ matters as far as it changes
-from step to step within Adam's memory. Under SGD the step becomes a normalised one: of U = θ/α the largest element
-moves by η · √d, which is η · max|U|, at any loss scale and clipping. A learning rate is then the share of its largest
-weight by which a parameter moves in one step, whatever `lr_units` says; 0.01 is a start, with a schedule that ends near
-0. `.grad` stays the true gradient, but while the optimizer computes its update; see `optim.divided_gradients`.
+What it does to training. A constant divisor of a gradient does nothing under Adam; γ is another one in every step, so
+that large gradients weigh no more than small ones in its averages. Under SGD the step becomes a normalised one: the
+largest element of U = θ/α, which starts at √d, moves by η · √d (times what momentum adds), at any loss scale and
+clipping. A learning rate is then the share of its largest weight by which a parameter moves in one step, whatever
+`lr_units` says; 0.01 is a start, with a schedule that ends near 0. `.grad` stays the true gradient, but while the
+optimizer computes its update; see `optim.divided_gradients`. Measured beside `umup`: blocks/README.md.
 """
 
 from __future__ import annotations

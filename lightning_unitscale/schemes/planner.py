@@ -14,7 +14,6 @@ the total, so each factor is divided by what the model has there itself.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from math import isclose, log2, prod, sqrt
@@ -38,7 +37,6 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.siblings import include_siblings
 from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
-from lightning_unitscale.engine.record.places import EVERY_CALL, Place
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import is_lookup
 from lightning_unitscale.options import STORAGES, Options
@@ -50,6 +48,7 @@ from lightning_unitscale.schemes.free_sites import FreeSites, parameter_free_sit
 from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.pushing import CallUse, Push, pushes, takers
 from lightning_unitscale.schemes.scheme import EarlierBranch, Rates, ResidualBranch, Scheme, Weight
+from lightning_unitscale.schemes.seen_activations import SeenActivations, taken_back
 
 NEAR_ZERO = 1e-3  # of the usual size of a weight
 MODEL = "the model's own code, absorbed"
@@ -83,6 +82,7 @@ class Planner:
         self.scheme, self.module, self.trace, self.options = LocalSchemes(scheme, options), module, trace, options
         self.draft = Draft(module, trace, options, homeless, scheme.cast)
         self.structure = self.draft.structure
+        self.seen = SeenActivations(trace, self.structure)
         self.factors: dict[tuple[int, str], list[Factor]] = {}
         self.free = FreeSites(self.draft)
         self.depth: dict[int, float] = {}
@@ -108,7 +108,9 @@ class Planner:
         self._move_out_of_functions()
         sites = self.free.sites()
         if self.rules.keeps_function:
-            self._take_back(sites)
+            for taker, back in taken_back(sites).items():
+                for call in self.draft.uses[taker].calls:
+                    self.factors[call.index, taker.key] = [*self.factors[call.index, taker.key], *back]
         self._follow(sites)
         if self.options.activations:
             beside = self._activation_site, self._attention_site, self.rules.on_top
@@ -492,54 +494,15 @@ class Planner:
             function: Any = self.module.get_submodule(activation.span.module)
             rms = gaussian_rms(function.forward, scale)
             site = Site(activation.span.module, "forward", "output", "activation", ordinal=0)
-            rule = self.scheme.ask(activation.modules, lambda scheme: scheme.activation(rms))
         else:
             call = activation.call
             assert call is not None
             if self.draft.no_place(call):
                 return None
             rms, site = call_rms(call, scale), parameter_free_site(call, "activation", [])
-            rule = self.scheme.ask(activation.modules, lambda scheme: scheme.activation(rms))
-        seen = self._seen(activation, site)
-        site.set_factors("", [*rule, *seen])
-        if seen and not self.rules.keeps_function:
-            site.divides_along = self.structure.feature_dimension(activation.output)
+        site.set_factors("", self.scheme.ask(activation.modules, lambda scheme: scheme.activation(rms)))
+        self.seen.scale(activation, site, self.rules)
         return site if site.causes[""] else None
-
-    def _seen(self, activation: Activation, site: Site) -> list[Factor]:
-        """The scheme's factor by what all calls of the place's function in its frame gave, so that a loop has one."""
-        if not activation.output.shape:
-            return []
-        features = activation.output.shape[self.structure.feature_dimension(activation.output)]
-        return self.rules.seen_activation(self._largest[site.place.at_every_call], features)
-
-    @cached_property
-    def _largest(self) -> dict[Place, float]:
-        found: dict[Place, float] = defaultdict(float)
-        for call in self.trace.calls:
-            if call.frame is not None and call.output.largest is not None:
-                place = call.place.at_every_call
-                found[place] = max(found[place], call.output.largest)
-        for span in self.trace.spans:
-            if span.output is not None and span.output.largest is not None:
-                place = Place(span.module, "forward", "output", EVERY_CALL)
-                found[place] = max(found[place], span.output.largest)
-        return found
-
-    def _take_back(self, sites: list[Site]) -> None:
-        """Have the weights that take an activation's factor undo it, at each of their calls."""
-        for site in sites:
-            if site.role != "activation" or site.multiplier == 1.0:
-                continue
-            if not site.fold_into:
-                site.leave_alone(site.reason or "no weight would undo it, and the function is to be kept")
-            for use in site.fold_into:
-                back = [
-                    Factor(1 / f.value, f"back from activation {site.name}: {f.cause}", f.source)
-                    for f in site.causes[""]
-                ]
-                for call in self.draft.uses[use].calls:
-                    self.factors[call.index, use.key] = [*self.factors[call.index, use.key], *back]
 
     # --- calls beside the loss ------------------------------------------------------------------------------------
 

@@ -254,8 +254,8 @@ def scheme_of(options: Options) -> Scheme:
         replace(scheme, **theirs)
         for name in theirs.keys() & {*scheme.of_the_whole}:
             raise UnitScalingError(
-                f"overrides[{glob!r}]: {name} is for the whole model, hyperparameters={{{name!r}: …}}; leave a part "
-                "of it alone with skip."
+                f"overrides[{glob!r}]: {name} is for the whole model, hyperparameters={{{name!r}: …}}; leave a "
+                "part of it alone with skip."
             )
     return scheme
 
