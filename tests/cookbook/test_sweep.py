@@ -131,6 +131,16 @@ def test_wrong_settings_are_named_before_any_run(overrides: list[str], message: 
     assert not (tmp_path / "run" / "runs.jsonl").exists()
 
 
+@pytest.mark.slow
+def test_optuna_s_sweeper_minimises_what_pretrain_returns(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    trials = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=trials", "monitor=none"]
+    run_recipe("pretrain", tmp_path, "experiment=tiny", *trials, "optimizer.lr=choice(1e-3,2e-3)")
+    found = OmegaConf.load(tmp_path / "trials" / "optimization_results.yaml")
+    assert found.best_params["optimizer.lr"] in (1e-3, 2e-3)
+    assert math.isfinite(found.best_value)
+
+
 def test_a_setting_can_only_have_values_of_its_kind() -> None:
     cfg = OmegaConf.create({"a": {"b": 1}})
     assert with_point(cfg, (("a.b", 2),)).a.b == 2
