@@ -128,7 +128,11 @@ def check(program: Program) -> None:
     assert preserved(Batch(1)).item() == untouched(Batch(1)).item()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
-    (folded, plan), (unit, unit_plan) = (prepared(program, storage=storage) for storage in STORAGES)
+    try:
+        (folded, plan), (unit, unit_plan) = (prepared(program, storage=storage) for storage in STORAGES)
+    except UnitScalingError as error:  # a penalty may hide from the gate that gradients are no slopes by design
+        assert "nothing in Net can be scaled" in str(error) or ("not the slope" in str(error) and not program.has_slopes)
+        return
     if program.penalties:
         penalty = unit.penalty().item()
         assert penalty == pytest.approx(folded.penalty().item(), rel=1e-9)
