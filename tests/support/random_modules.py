@@ -87,7 +87,7 @@ def _plain(parts: Sequence[Part]) -> tuple[Part, ...]:
     found: list[Part] = []
     for part in parts:
         inner = _plain(part.inner)
-        if part.kind in IDENTITIES:
+        if part.kind in IDENTITIES and len(parts) > 1:
             continue
         if part.kind in CHECKPOINTS:
             found += inner
