@@ -21,7 +21,7 @@ class Chain(Matmul):
         return self.fan_ins(call, [label])[label]
 
     def fan_ins(self, call: FunctionCall, weights: Sequence[str]) -> dict[str, int]:
-        """As in one matmul after the other: a weight right of the activation sums over its rows, left of it, columns."""
+        """As in one matmul after the other: right of the activation a weight sums over rows, left over columns."""
         operands = self.operands(call)
         activation = next((position for position, label in enumerate(operands) if label not in weights), -1)
         return {label: int(operands[label].shape[0 if int(label) > activation else -1]) for label in weights}

@@ -104,9 +104,7 @@ def transported(one: Plan, other: Plan, found: dict[str, Tensor]) -> dict[str, T
 def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     largest = max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in expected.items():
-        torch.testing.assert_close(
-            found[name], gradient, rtol=1e-7, atol=1e-10 * largest, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-10 * largest, msg=name)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -131,7 +129,9 @@ def check(program: Program) -> None:
     try:
         (folded, plan), (unit, unit_plan) = (prepared(program, storage=storage) for storage in STORAGES)
     except UnitScalingError as error:  # a penalty may hide from the gate that gradients are no slopes by design
-        assert "nothing in Net can be scaled" in str(error) or ("not the slope" in str(error) and not program.has_slopes)
+        assert "nothing in Net can be scaled" in str(error) or (
+            "not the slope" in str(error) and not program.has_slopes
+        )
         return
     if program.penalties:
         penalty = unit.penalty().item()

@@ -206,7 +206,6 @@ def test_grouped_product() -> None:
         ("addmm", "right", 5),
         ("matmul", "right", 5),
         ("einsum", "1", 4),
-        ("linalg_multi_dot", "1", 4),
         ("bilinear", "weight", 10),
         ("conv1d", "weight", 2 * 3),
         ("conv2d", "weight", 4 * 9),

@@ -67,9 +67,7 @@ class Learner(pl.LightningModule):
 def fitted(model: Learner, storage: str, *callbacks: pl.Callback) -> tuple[UnitScaling, list[str]]:
     """Six steps; the callback and what was warned of."""
     callback = UnitScaling(storage=storage, optimizer_family="adam")
-    options = dict.fromkeys(
-        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
-    )
+    options = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         pl.Trainer(max_steps=6, accelerator="cpu", callbacks=[callback, *callbacks], **options).fit(  # type: ignore[arg-type]
@@ -108,7 +106,7 @@ def _normalise_rows(model: Learner) -> None:
 @pytest.mark.parametrize("write", [_clamp, _clamp_data, _normalise_rows])
 def test_a_step_that_writes_to_weights_is_warned_of_by_its_code(write: Habit, storage: str) -> None:
     _, said = fitted(Learner(in_step=write), storage)
-    assert any("net.0.weight" in line and "training_step" in line or write.__name__ in line for line in said)
+    assert any(("net.0.weight" in line and "training_step" in line) or write.__name__ in line for line in said)
     assert any("written outside the optimizer" in line and "preserve" in line for line in said)
 
 
