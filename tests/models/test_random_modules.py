@@ -121,7 +121,7 @@ def check(program: Program) -> None:
         expected = gradients(untouched)
     except RuntimeError:  # a reentrant checkpoint inside another one
         assume(False)
-    preserved, _ = prepared(program, scheme="preserve")
+    preserved, _ = prepared(program, scheme="preserve", verify=False)
     found = gradients(preserved)
     assert preserved(Batch(1)).item() == untouched(Batch(1)).item()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
