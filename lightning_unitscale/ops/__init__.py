@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning_unitscale.ops.attention import DotProductAttention
 from lightning_unitscale.ops.call import FunctionCall
+from lightning_unitscale.ops.chain import Chain
 from lightning_unitscale.ops.convolution import Convolution
 from lightning_unitscale.ops.einsum import Einsum
 from lightning_unitscale.ops.embedding import Embedding
@@ -34,6 +35,7 @@ MATMULS: dict[str, Matmul] = {
         InnerProduct("inner", left="input", right="other"),
         GroupedProduct("_grouped_mm", left="input", right="mat2"),
         Einsum("einsum", is_batched=True),
+        Chain("linalg_multi_dot"),
         Bilinear("bilinear", x="input1", y="input2", weight="weight", bias="bias"),
         *(
             Convolution(f"conv{kind}{n}d", x="input", weight="weight", bias="bias")

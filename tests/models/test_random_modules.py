@@ -104,9 +104,7 @@ def transported(one: Plan, other: Plan, found: dict[str, Tensor]) -> dict[str, T
 def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     largest = max(float(gradient.norm()) for gradient in expected.values())
     for name, gradient in expected.items():
-        torch.testing.assert_close(
-            found[name], gradient, rtol=1e-7, atol=1e-10 * largest, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(found[name], gradient, rtol=1e-7, atol=1e-10 * largest, msg=name)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -123,12 +121,18 @@ def check(program: Program) -> None:
         expected = gradients(untouched)
     except RuntimeError:  # a reentrant checkpoint inside another one
         assume(False)
-    preserved, _ = prepared(program, scheme="preserve")
+    preserved, _ = prepared(program, scheme="preserve", verify=False)
     found = gradients(preserved)
     assert preserved(Batch(1)).item() == untouched(Batch(1)).item()
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
-    (folded, plan), (unit, unit_plan) = (prepared(program, storage=storage) for storage in STORAGES)
+    try:
+        (folded, plan), (unit, unit_plan) = (prepared(program, storage=storage) for storage in STORAGES)
+    except UnitScalingError as error:  # a penalty may hide from the gate that gradients are no slopes by design
+        assert "nothing in Net can be scaled" in str(error) or (
+            "not the slope" in str(error) and not program.has_slopes
+        )
+        return
     if program.penalties:
         penalty = unit.penalty().item()
         assert penalty == pytest.approx(folded.penalty().item(), rel=1e-9)

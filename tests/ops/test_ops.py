@@ -146,6 +146,7 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any], set[str]]] = {
     "mv": (torch.mv, (draw(4, 5), draw(5)), {}, {"left"}),
     "inner": (torch.inner, (draw(4, 5), draw(3, 5)), {}, {"right"}),
     "einsum": (torch.einsum, ("btd,dhe->bhte", draw(2, 3, 4), draw(4, 2, 5)), {}, {"1"}),
+    "linalg_multi_dot": (torch.linalg.multi_dot, ([draw(3, 4), draw(4, 5), draw(5, 2)],), {}, {"1"}),
     "einsum-list": (torch.einsum, ("td,de->te", [draw(3, 4), draw(4, 5)]), {}, {"1"}),
     "bilinear": (F.bilinear, (draw(4, 5), draw(4, 2), draw(3, 5, 2), draw(3)), {}, {"weight", "bias"}),
     "conv1d": (F.conv1d, (draw(2, 4, 9), draw(6, 2, 3), draw(6), 2, 1, 1, 2), {}, {"weight", "bias"}),

@@ -81,11 +81,12 @@ def test_storages_and_removal_agree(name: str) -> None:
 def test_weights_multiplied_in_one_call_have_the_scale_of_one_matmul_after_the_other() -> None:
     """Each sums over what the next one does not, and the last one is the readout."""
     multipliers = []
-    for body in ("einsum", "one after the other"):
+    for body in ("einsum", "multi_dot", "one after the other"):
         net = Net(BODIES.get(body, lambda m, h: F.relu(h) @ m.a @ m.b))
         plan = unit_scale(net, lambda m: m(torch.ones(3, 4, 5, dtype=torch.float64)).square().mean())
         multipliers.append([plan.parameters[name].multiplier for name in "ab"])
-    assert multipliers[0] == pytest.approx(multipliers[1])
+    assert multipliers[0] == pytest.approx(multipliers[2])
+    assert multipliers[1] == pytest.approx(multipliers[2])
 
 
 @pytest.mark.parametrize("storage", ["folded", "unit"])

@@ -34,7 +34,7 @@ class LinearRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        output = F.linear(x, weight, bias).clamp(min=0)
+        output = F.relu(F.linear(x, weight, bias))
         ctx.save_for_backward(x, weight, output)
         return output
 

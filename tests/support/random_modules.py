@@ -1,4 +1,4 @@
-"""Random modules with the code that goes wrong beside plain layers: hand-written Functions, shared weights, penalties.
+"""Random modules with code that goes wrong beside plain layers: hand-written Functions, shared weights, penalties.
 
 A `Program` says what a module is made of, as plain data that hypothesis can draw and shrink; `Net` is the module.
 `plain(program)` is its twin: the same function of the same weights, in which autograd sees every call, no layer is
@@ -87,8 +87,8 @@ def _plain(parts: Sequence[Part]) -> tuple[Part, ...]:
     found: list[Part] = []
     for part in parts:
         inner = _plain(part.inner)
-        if part.kind in IDENTITIES:
-            continue
+        if part.kind in IDENTITIES and (found or part is not parts[-1]):
+            continue  # but one of a chain of nothing else: x + x is another sum than x + alias(x)
         if part.kind in CHECKPOINTS:
             found += inner
         else:

@@ -14,7 +14,7 @@ from math import isclose
 from lightning_unitscale.engine.plan.factors import ROUNDING, to_unit_scale
 from lightning_unitscale.engine.plan.parameter_plan import UNUSED, ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Frame
 
@@ -90,8 +90,8 @@ def _copy_sites(plan: Plan, renaming: _Renaming) -> None:
     model, sibling = renaming.parameters
     for site in list(plan.sites):
         into = [use for use in site.fold_into if use.key == model]
-        if model not in site.multipliers and not into:
-            continue
+        if (model not in site.multipliers and not into) or site.role == READING:
+            continue  # what code reads is known of each parameter by itself
         twin = _twin(plan, site, renaming.of(site.module))
         if model in site.multipliers:
             twin.params.append(sibling)
