@@ -9,8 +9,8 @@ from math import isfinite
 from typing import Any
 
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.formats import FORMATS
 
+FORMATS = ("fp8", "fp16", "bf16")  # the names in `formats.FORMATS`, which needs torch
 STORAGES = ("folded", "unit")
 LR_UNITS = ("standard", "umup")
 ROLES = (
@@ -94,7 +94,7 @@ class Options:
         choose("storage", self.storage, STORAGES)
         choose("lr_units", self.lr_units, LR_UNITS)
         if self.format is not None:
-            choose("format", self.format, tuple(FORMATS))
+            choose("format", self.format, FORMATS)
         for name in ("weights", "activations", "gradients", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise UnitScalingError(f"{name}={getattr(self, name)!r} must be True or False.")
@@ -109,7 +109,7 @@ class Options:
                 choose(f"overrides[{glob!r}] role", value["role"], ROLES)
             for key in ("format", "attention_format"):
                 if value.get(key) is not None:
-                    choose(f"overrides[{glob!r}] {key}", value[key], tuple(FORMATS))
+                    choose(f"overrides[{glob!r}] {key}", value[key], FORMATS)
         object.__setattr__(self, "overrides", overrides)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The named strategies: `Trainer(strategy="unitscale")`. See `lifecycle` for what they do and when."""
+"""The named strategies: `Trainer(strategy="unitscale")`. See `lifecycle` for what they do and when, and `attachments`
+for how Lightning learns their names."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy, StrategyRegistry
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -111,16 +112,3 @@ class UnitScalingDDPStrategy(UnitScalingMixin, DDPStrategy):
     """`Trainer(strategy="unitscale_ddp")`: DistributedDataParallel; also "unitscale_ddp_spawn" and "…_fork"."""
 
     strategy_name = "unitscale_ddp"
-
-
-def register_strategies() -> None:
-    """Make the named strategies known to Lightning."""
-    for strategy in (UnitScalingStrategy, UnitScalingDDPStrategy):
-        if strategy.strategy_name not in StrategyRegistry:
-            StrategyRegistry.register(strategy.strategy_name, strategy, description=strategy.__doc__ or "")
-    for start_method in ("spawn", "fork"):  # as Lightning's own ddp_spawn and ddp_fork
-        name = f"{UnitScalingDDPStrategy.strategy_name}_{start_method}"
-        if name not in StrategyRegistry:
-            StrategyRegistry.register(
-                name, UnitScalingDDPStrategy, description=f"{name}: DDP", start_method=start_method
-            )

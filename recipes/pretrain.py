@@ -3,13 +3,14 @@
     unitscale pretrain                                   # = python recipes/pretrain.py
     unitscale pretrain data=text data.path=~/notes       # your own text
     unitscale pretrain experiment=transfer               # learning rates that carry over to other widths
-    unitscale pretrain ckpt_path=outputs/…/last.ckpt     # continue
+    unitscale pretrain ckpt_path=outputs/…/last.ckpt     # continue, exactly; other settings are kept
 
 The model and its LightningModule know nothing of unit scaling: the callback does all of it.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -18,13 +19,23 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from lightning_unitscale import UnitScaling
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.callbacks import LastCheckpoint
+from lightning_unitscale.cookbook.callbacks import Interrupted, Stopped
 from lightning_unitscale.cookbook.data import TokenText
+from lightning_unitscale.cookbook.data.ngrams import bigram_loss
+from lightning_unitscale.cookbook.run_record import in_words, run_facts, untouched_twin
 from lightning_unitscale.cookbook.runs import callback_of, check, fit, new_module, new_trainer, text_data
 from lightning_unitscale.cookbook.tasks import LanguageModeling
 from lightning_unitscale.monitor import ScaleMonitor, Snapshot, measure
+from lightning_unitscale.monitor.readable import readable
 from lightning_unitscale.monitor.report import write_report
+
+SCORES = {
+    "loss": "held-out loss, nats per byte",
+    "bits_per_byte": "held-out bits per byte",
+    "perplexity": "held-out perplexity per byte",
+}
 
 
 @recipe("pretrain")
@@ -38,39 +49,62 @@ def main(cfg: DictConfig) -> float:
     module = new_module(cfg)
     trainer = new_trainer(cfg, unitscale)
 
-    if not fit(trainer, module, data, cfg.ckpt_path):
-        last = callback_of(trainer, LastCheckpoint)
-        print(f"\nStopped at step {trainer.global_step}. Continue with: ckpt_path={last.path}")
+    stopped = fit(trainer, module, data, cfg.ckpt_path)
+    if not stopped:
+        trainer.validate(module, data, verbose=False)
+    held_out = float(trainer.callback_metrics.get("val/loss", math.nan))
+    if trainer.is_global_zero:
+        if stopped:
+            print(f"\n{stopped}")
+        if unitscale and cfg.monitor and (monitor := callback_of(trainer, ScaleMonitor)).last:
+            untouched(cfg, module, data, monitor.last.format).append_to(monitor.file)
+        report(cfg, trainer, data, unitscale, stopped, time.perf_counter() - begin)
+    if isinstance(stopped, Interrupted):
         sys.exit(130)
-    (scores,) = trainer.validate(module, data, verbose=False)
-    if not trainer.is_global_zero:
-        return scores["val/loss"]
+    return math.inf if stopped else held_out
 
-    samples = module.sample(str(cfg.task.sample.prompt), cfg.task.sample.count, cfg.task.sample.temperature, cfg.seed)
+
+def report(
+    cfg: DictConfig,
+    trainer: pl.Trainer,
+    data: TokenText,
+    unitscale: UnitScaling | None,
+    stopped: Stopped | None,
+    seconds: float,
+) -> None:
+    """Prints samples and numbers and writes the page, of a run that was stopped too."""
+    module: LanguageModeling = trainer.lightning_module  # type: ignore[assignment]
+    wanted = cfg.task.sample
+    samples = module.sample(str(wanted.prompt), wanted.count, wanted.temperature, cfg.seed)
     print("\n" + "\n\n".join(f"--- sample {number}\n{text}" for number, text in enumerate(samples, start=1)))
-
+    training, held_out = (int((part.tokens != data.boundary).sum()) for part in (data.training, data.validation))
+    logged = trainer.callback_metrics
+    scores = {name: float(logged[f"val/{name}"]) for name in SCORES if f"val/{name}" in logged}
     metrics = {
-        "held-out loss, nats per byte": scores["val/loss"],
-        "held-out bits per byte": scores["val/bits_per_byte"],
-        "held-out perplexity per byte": scores["val/perplexity"],
-        "training bytes": int((data.training.tokens != data.boundary).sum()),
-        "held-out bytes": int((data.validation.tokens != data.boundary).sum()),
+        **{SCORES[name]: value for name, value in scores.items()},
+        f"{SCORES['loss']}, of counted pairs of bytes": bigram_loss(
+            data.training.tokens, data.validation.tokens, data.boundary + 1
+        ),
+        "training bytes": training,
+        "held-out bytes": held_out,
         "parameters": sum(p.numel() for p in module.parameters()),
         "steps": trainer.global_step,
-        "seconds": round(time.perf_counter() - begin, 1),
+        "seconds": round(seconds, 1),
     }
-    if unitscale and cfg.monitor and (monitor := callback_of(trainer, ScaleMonitor)).last:
-        untouched(cfg, module, data, monitor.last.format).append_to(monitor.file)
     page = write_report(
         Path(cfg.folder),
         title=f"pretrain: {cfg.model.config.model_type}, width {cfg.model.width}, depth {cfg.model.depth}",
+        ending=str(stopped or "finished"),
+        score=SCORES["loss"],
         metrics=metrics,
+        facts=run_facts(cfg, trainer, f"{training:,} bytes of text, {held_out:,} more held out"),
+        scaling=in_words(unitscale.plan if unitscale else None),
         samples=samples,
-        plan=unitscale.plan.summary() if unitscale else "no unit scaling (unitscale=none)",
+        plan=unitscale.plan.summary() if unitscale and unitscale.plan else "no unit scaling (unitscale=none)",
+        untouched=untouched_twin(Path(cfg.folder)),
     )
-    print("\n" + "\n".join(f"{name:30} {value:>12,.6g}" for name, value in metrics.items()))
+    print("\n" + "\n".join(f"{name:52} {readable(value):>12}" for name, value in metrics.items()))
     print(f"\nreport {page}")
-    return scores["val/loss"]
 
 
 def untouched(cfg: DictConfig, trained: LanguageModeling, data: TokenText, format: str) -> Snapshot:

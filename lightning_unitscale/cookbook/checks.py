@@ -33,14 +33,11 @@ def check_learning_rate(cfg: DictConfig) -> None:
         raise InputError(f"optimizer.lr={cfg.optimizer.lr} must be a positive number")
 
 
-def check_interval(cfg: DictConfig) -> None:
-    """Training does not end before its first validation."""
+def validate_before_the_end(cfg: DictConfig) -> None:
+    """Training that would end before its first validation gets one at its end: no score, no best checkpoint."""
     interval, batches = cfg.trainer.val_check_interval, cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
     if isinstance(interval, int) and interval > batches:
-        raise InputError(
-            f"trainer.val_check_interval={interval} is more than the {batches} batches of training, so there would be "
-            "no score to choose a checkpoint by; make it smaller"
-        )
+        cfg.trainer.val_check_interval = batches
 
 
 def check_checkpoint(cfg: DictConfig) -> None:
