@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -420,6 +421,17 @@ def test_summary_of_a_deep_model_is_short() -> None:
     short = plan.summary(rows=1)
     assert "more rows" in short
     assert len(short) < len(plan.summary())
+
+
+def test_rows_of_different_rules_have_different_names_and_none_is_cut() -> None:
+    torch.manual_seed(0)
+    layers = [module for _ in range(5) for module in (nn.Linear(16, 16), nn.ReLU())]
+    long = "a_name_" * 30
+    model = nn.Sequential(OrderedDict([(long, nn.Sequential(*layers)), ("head", nn.Linear(16, 4))]))
+    inputs = torch.randn(2, 16)
+    plan = unit_scale(model, lambda m: m(inputs).square().mean())
+    names = [line.split()[0] for line in plan.summary().splitlines() if ":" in line][1:]
+    assert names == [f"{long}.0:linear", f"{long}.{{2,4,6,8}}:linear", "head:linear", f"{long}.*:relu"]
 
 
 def test_summary_shows_unused_parameters() -> None:
