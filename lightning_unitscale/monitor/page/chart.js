@@ -3,7 +3,7 @@
 for (const box of document.querySelectorAll("[data-chart]")) draw(box, JSON.parse(box.dataset.chart));
 
 function draw(box, series, range) {
-  const W = 760, H = 300, L = 58, R = 12, T = 10, B = 34, ns = "http://www.w3.org/2000/svg";
+  const W = 760, H = 300, L = 72, R = 14, T = 10, B = 34, ns = "http://www.w3.org/2000/svg";
   const colour = k => `var(--${1 + k % 6})`;
   const steps = series.flatMap(s => s.points.map(p => p[0]));
   const [x0, x1] = range || [Math.min(...steps), Math.max(...steps)];
