@@ -6,6 +6,11 @@
 
 Nothing else of the package is imported for it until it is needed: `import lightning_unitscale` costs next to nothing,
 and may stand before or after the imports of torch and Lightning.
+
+Where the package is installed, torch itself calls `attach` when it is imported (entry point `torch.backends`, the one
+hook that is run before Lightning looks up the name of a strategy; Lightning's own, for callbacks, is run after
+it). So a file of LightningCLI may say `strategy: unitscale` without an import line.
+TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns that off.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from torch import nn
 
+PLAN_KEY = "unit_scaling_plan"  # as in `engine.plan.state_dict`
 _OURS = "_of_lightning_unitscale"  # marks a function that is in the place of torch's or Lightning's
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "unitscale": ("UnitScalingStrategy", {}),
@@ -33,8 +39,8 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
 def attach() -> None:
     """Does all of it, each part once."""
     when_imported("torch", wrap_load_state_dict)
-    when_imported("pytorch_lightning", register_strategies)
-    when_imported("pytorch_lightning", wrap_recovery)
+    when_imported("pytorch_lightning.strategies", register_strategies)  # Lightning itself may be half way, in torch
+    when_imported("pytorch_lightning.strategies.launchers.multiprocessing", wrap_recovery)
 
 
 def wrap_load_state_dict() -> None:
@@ -47,6 +53,8 @@ def wrap_load_state_dict() -> None:
 
     @wraps(original)
     def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not _carries_a_plan(state_dict):
+            return original(self, state_dict, *args, **kwargs)
         from lightning_unitscale.loading import plans_in_force
 
         with plans_in_force(self, state_dict):
@@ -54,6 +62,12 @@ def wrap_load_state_dict() -> None:
 
     setattr(load_state_dict, _OURS, True)
     nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+
+
+def _carries_a_plan(state: Mapping[str, Any]) -> bool:
+    """A first look that imports nothing; `engine.plan.state_dict` looks closely."""
+    metadata: Mapping[str, Mapping[str, Any]] = getattr(state, "_metadata", None) or {}
+    return any(key.endswith(PLAN_KEY) for key in state) or any(PLAN_KEY in local for local in metadata.values())
 
 
 def register_strategies() -> None:

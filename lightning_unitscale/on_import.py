@@ -14,7 +14,7 @@ def when_imported(name: str, act: Callable[[], None]) -> None:
     """Calls `act` at once if the module is there, else right after its code has run.
 
     Args:
-        name: of a top-level module.
+        name: of the module.
         act: takes nothing; what it imports must not lead back to a module that is being imported.
     """
     if name in sys.modules:

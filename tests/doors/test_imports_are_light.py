@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_unitscale import formats, options
+from lightning_unitscale import attachments, formats, options
+from lightning_unitscale.engine.plan import state_dict
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -74,6 +75,10 @@ def test_names_are_those_of_their_modules_whatever_was_imported_before() -> None
     assert python(code).split() == ["True", "True"]
     with pytest.raises(AttributeError, match="has no attribute 'UnitScalling'"):
         __import__("lightning_unitscale").UnitScalling  # noqa: B018
+
+
+def test_the_marks_of_a_plan_are_the_same() -> None:
+    assert attachments.PLAN_KEY == state_dict.PLAN_KEY
 
 
 def test_formats_have_one_list_of_names() -> None:
