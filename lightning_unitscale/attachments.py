@@ -16,7 +16,7 @@ TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns that off.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PLAN_KEY = "unit_scaling_plan"  # as in `engine.plan.state_dict`
 _OURS = "_of_lightning_unitscale"  # marks a function that is in the place of torch's or Lightning's
+NAMESPACES = {"pytorch_lightning": "", "lightning.pytorch": "Lightning"}  # how our classes over each are called
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "unitscale": ("UnitScalingStrategy", {}),
     "unitscale_ddp": ("UnitScalingDDPStrategy", {}),
@@ -39,8 +40,10 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
 def attach() -> None:
     """Does all of it, each part once."""
     when_imported("torch", wrap_load_state_dict)
-    when_imported("pytorch_lightning.strategies", register_strategies)  # Lightning itself may be half way, in torch
-    when_imported("pytorch_lightning.strategies.launchers.multiprocessing", wrap_recovery)
+    for namespace in NAMESPACES:
+        strategies = f"{namespace}.strategies"  # not the namespace: it may be half way, importing torch
+        when_imported(strategies, partial(register_strategies, namespace))
+        when_imported(f"{strategies}.launchers.multiprocessing", partial(wrap_recovery, namespace))
 
 
 def wrap_load_state_dict() -> None:
@@ -70,13 +73,13 @@ def _carries_a_plan(state: Mapping[str, Any]) -> bool:
     return any(key.endswith(PLAN_KEY) for key in state) or any(PLAN_KEY in local for local in metadata.values())
 
 
-def register_strategies() -> None:
+def register_strategies(namespace: str) -> None:
     """Make the named strategies known to Lightning; their classes are imported when a Trainer asks for one."""
-    from pytorch_lightning.strategies import StrategyRegistry
-
+    registry = import_module(f"{namespace}.strategies").StrategyRegistry
     for name, (strategy, options) in STRATEGIES.items():
-        if name not in StrategyRegistry:
-            StrategyRegistry.register(name, _built_when_asked_for(strategy), f"unit scaling: {strategy}", **options)
+        if name not in registry:
+            title = NAMESPACES[namespace] + strategy
+            registry.register(name, _built_when_asked_for(title), f"unit scaling: {title}", **options)
 
 
 def _built_when_asked_for(strategy: str) -> Callable[..., Any]:
@@ -86,20 +89,19 @@ def _built_when_asked_for(strategy: str) -> Callable[..., Any]:
     return build
 
 
-def wrap_recovery() -> None:
+def wrap_recovery(namespace: str) -> None:
     """Make Lightning's launcher of processes tell callback and strategy of the plan that came back."""
-    from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-
-    original = _MultiProcessingLauncher.update_main_process_results
+    launcher: Any = import_module(f"{namespace}.strategies.launchers.multiprocessing")._MultiProcessingLauncher
+    original = launcher.update_main_process_results
     if hasattr(original, _OURS):
         return
 
     @wraps(original)
-    def update_main_process_results(self: _MultiProcessingLauncher, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
+    def update_main_process_results(self: Any, trainer: pl.Trainer, extra: dict[str, Any]) -> None:
         from lightning_unitscale.spawned import tell_of_plan
 
         original(self, trainer, extra)
         tell_of_plan(trainer)
 
     setattr(update_main_process_results, _OURS, True)
-    _MultiProcessingLauncher.update_main_process_results = update_main_process_results  # type: ignore[method-assign]
+    launcher.update_main_process_results = update_main_process_results

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
+from typing import TYPE_CHECKING, Any
 
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.lifecycle import Lifecycle
+from lightning_unitscale.namespaces import Callback
 from lightning_unitscale.options import RECALIBRATE, Options
 from lightning_unitscale.strategy import UnitScalingMixin
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 class UnitScaling(Callback):

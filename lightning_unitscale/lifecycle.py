@@ -24,14 +24,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
-from pytorch_lightning.callbacks import ModelPruning
-from pytorch_lightning.strategies import Strategy
-from pytorch_lightning.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
@@ -46,6 +42,7 @@ from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
+from lightning_unitscale.namespaces import classes
 from lightning_unitscale.optim.families import check_family, optimizer_family
 from lightning_unitscale.optim.late_parameters import may_learn_late
 from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
@@ -54,6 +51,10 @@ from lightning_unitscale.options import PLAN_OPTIONS, Options
 from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
 from lightning_unitscale.schemes import find
 from lightning_unitscale.wrapped_methods import WrappedMethods
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from pytorch_lightning.strategies import Strategy
 
 
 class Lifecycle:
@@ -306,7 +307,7 @@ class Lifecycle:
         """
         module = _module_of(strategy)
         plan = plan_in(checkpoint)
-        if module.trainer.state.fn == TrainerFn.FITTING:
+        if module.trainer.state.fn == "fit":
             if plan is not None:
                 self._check_options(plan)
             elif self._changes_training and _is_of_a_run(checkpoint):
@@ -360,7 +361,7 @@ def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
 
 
 def _refuse_pruning(trainer: pl.Trainer) -> None:
-    if any(isinstance(callback, ModelPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if any(isinstance(callback, classes("callbacks.ModelPruning")) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise UnitScalingError(
             "ModelPruning compares the magnitudes of stored weights, which unit scaling rescales layer by layer: it "
             "would empty layers that are merely stored small. Use scheme='preserve', or prune the trained model after "

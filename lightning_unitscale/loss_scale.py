@@ -18,9 +18,8 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from math import floor, isfinite, log2
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -29,6 +28,9 @@ from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 TARGET = 8  # the exponent that the largest gradient gets
 LARGEST = 15  # the largest exponent that FP16 has, which a loss in FP16 passes on

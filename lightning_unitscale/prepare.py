@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from math import isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +43,9 @@ from lightning_unitscale.optim.unscaled_steps import watch_steps
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes import find
 from lightning_unitscale.schemes.planner import make_plan
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 MORE_DRAWS = 3
 Step = Callable[[Rehearsal], Any]  # runs one step's forward pass and returns its loss, or a dict with it

@@ -6,11 +6,14 @@ Callbacks run in the started processes, and Lightning brings back weights and me
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
+from typing import TYPE_CHECKING
 
 from lightning_unitscale.callback import UnitScaling
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.strategy import UnitScalingMixin
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 def tell_of_plan(trainer: pl.Trainer) -> None:

@@ -5,20 +5,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.lifecycle import Lifecycle
+from lightning_unitscale.namespaces import NAMESPACES, Callback
 from lightning_unitscale.options import Options
 
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from pytorch_lightning.strategies import SingleDeviceStrategy, Strategy
+else:
+    SingleDeviceStrategy = Strategy = object  # a named strategy has those of its namespace behind the mixin
 
-class _BatchEnd(pl.Callback):
+
+class _BatchEnd(Callback):
     """What a strategy is not told: that a batch is done. Stands in for `UnitScaling` where that is not there."""
 
     def __init__(self, lifecycle: Lifecycle) -> None:
@@ -88,10 +94,8 @@ class UnitScalingMixin(Strategy):
         self.unit_scaling.after_run()
 
 
-class UnitScalingStrategy(UnitScalingMixin, SingleDeviceStrategy):
-    """`Trainer(strategy="unitscale")`: one device, the one the Trainer's `accelerator` and `devices` name."""
-
-    strategy_name = "unitscale"
+class OneDeviceMixin(UnitScalingMixin, SingleDeviceStrategy):
+    """For a `SingleDeviceStrategy`, which the Trainer does not tell its device when it is named by a string."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -108,7 +112,15 @@ class UnitScalingStrategy(UnitScalingMixin, SingleDeviceStrategy):
         return self.parallel_devices[0] if self.parallel_devices else self._root_device
 
 
-class UnitScalingDDPStrategy(UnitScalingMixin, DDPStrategy):
-    """`Trainer(strategy="unitscale_ddp")`: DistributedDataParallel; also "unitscale_ddp_spawn" and "…_fork"."""
+def _over(namespace: ModuleType, title: str, name: str, mixin: type[Any], base: str) -> type[Any]:
+    """Our class over one of Lightning's; an attribute of this module, so that `ddp_spawn` can pickle instances."""
+    title = title if namespace is NAMESPACES[0] else f"Lightning{title}"
+    doc = f'`Trainer(strategy="{name}")` of `{namespace.__name__}`: {base} with unit scaling.'
+    bases = (mixin, getattr(namespace.strategies, base))
+    globals()[title] = type(title, bases, {"__doc__": doc, "__module__": __name__, "strategy_name": name})
+    return cast(type[Any], globals()[title])
 
-    strategy_name = "unitscale_ddp"
+
+_ONE_DEVICE = [_over(n, "UnitScalingStrategy", "unitscale", OneDeviceMixin, "SingleDeviceStrategy") for n in NAMESPACES]
+_DDP = [_over(n, "UnitScalingDDPStrategy", "unitscale_ddp", UnitScalingMixin, "DDPStrategy") for n in NAMESPACES]
+UnitScalingStrategy, UnitScalingDDPStrategy = _ONE_DEVICE[0], _DDP[0]

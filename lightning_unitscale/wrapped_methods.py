@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pytorch_lightning.strategies import Strategy
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import Strategy
 
 
 class WrappedMethods:

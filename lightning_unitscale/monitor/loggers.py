@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pytorch_lightning.loggers import Logger, WandbLogger
+from typing import TYPE_CHECKING, Any
 
 from lightning_unitscale.formats import OPERANDS
 from lightning_unitscale.monitor.exponent_histogram import ExponentHistogram
 from lightning_unitscale.monitor.scalars import every_site, summary
 from lightning_unitscale.monitor.snapshot import Snapshot
+from lightning_unitscale.namespaces import classes
+
+if TYPE_CHECKING:
+    from pytorch_lightning.loggers import Logger
 
 
 def log_to(logger: Logger, snapshot: Snapshot, step: int, details: bool) -> None:
@@ -26,7 +28,7 @@ def log_to(logger: Logger, snapshot: Snapshot, step: int, details: bool) -> None
     if hasattr(experiment, "add_histogram_raw"):
         for name, exponents in _histograms(snapshot, details).items():
             _add_histogram(experiment, name, exponents, step)
-    elif isinstance(logger, WandbLogger):
+    elif isinstance(logger, classes("loggers.WandbLogger")):
         from wandb import Histogram
 
         found = _histograms(snapshot, details)
@@ -39,7 +41,7 @@ def log_figure(logger: Logger, name: str, figure: Any, step: int) -> None:
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_figure"):
         experiment.add_figure(name, figure, step)
-    elif isinstance(logger, WandbLogger):
+    elif isinstance(logger, classes("loggers.WandbLogger")):
         logger.log_image(name, [figure], step=step)
 
 

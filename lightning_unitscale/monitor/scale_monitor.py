@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.strategies import Strategy
 
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.errors import InputError
@@ -17,6 +14,11 @@ from lightning_unitscale.monitor.loggers import log_figure, log_to
 from lightning_unitscale.monitor.probes import Probes, check_format, plan_scales
 from lightning_unitscale.monitor.scalars import for_progress_bar
 from lightning_unitscale.monitor.snapshot import FILE, Snapshot
+from lightning_unitscale.namespaces import Callback
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from pytorch_lightning.strategies import Strategy
 
 _WATCHED = ("training_step", "backward")  # backward for reentrant checkpointing, which runs the forward pass there
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +14,9 @@ from lightning_unitscale.engine.record.recorder import loss_tensors
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import OperandObserver
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 SAMPLES = 65_536  # elements of a gradient that are kept: enough to compare two, little beside the model
 

@@ -17,9 +17,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +35,9 @@ from lightning_unitscale.formats import FORMATS
 from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.round_trip import round_trip
 from lightning_unitscale.ops.torch_functions import short_name
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 # Healthy models show 0.992 to 0.997 in fp8, 0.995 and more in bf16, 0.999 and more in fp16; tiny ones with batch norms
 # 0.976 in bf16, 0.996 in fp16.

@@ -22,9 +22,8 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +35,9 @@ from lightning_unitscale.engine.record.rehearsal import Rehearsal
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import install, rules_in_force, uninstall, untouched_factors
 from lightning_unitscale.errors import UnitScalingError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 _ROUNDS = 2  # sets that disagree in the untouched model too are looked at once more, by halves
 _NAMED = 8

@@ -9,23 +9,20 @@ import types
 import weakref
 from collections import defaultdict
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.accelerators import Accelerator
-from pytorch_lightning.loggers.logger import DummyLogger, Logger
-from pytorch_lightning.loops.loop import _Loop
-from pytorch_lightning.plugins import Precision
-from pytorch_lightning.profilers import Profiler
-from pytorch_lightning.strategies import Strategy
-from pytorch_lightning.utilities.types import LRSchedulerTypeTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_unitscale.engine.record.write_guard import saved, storages
+from lightning_unitscale.namespaces import classes
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 _IMMUTABLE: frozenset[type] = frozenset(
     {
@@ -34,8 +31,13 @@ _IMMUTABLE: frozenset[type] = frozenset(
         *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
     }
 )
+# What steers training, by its place in Lightning.
+_LIGHTNING = (
+    *("strategies.Strategy", "accelerators.Accelerator", "plugins.Precision", "profilers.Profiler"),
+    *("loops.loop._Loop", "LightningDataModule"),
+)
 _SHARED = (
-    *(Strategy, Accelerator, Precision, Profiler, _Loop, pl.LightningDataModule),
+    *(kind for path in _LIGHTNING for kind in classes(path)),
     *(DataLoader, Dataset, Sampler),
     *(np.memmap, *weakref.ProxyTypes),
 )
@@ -46,7 +48,7 @@ _SHARED_PACKAGES = (
     *("threading", "_thread", "concurrent", "multiprocessing", "asyncio", "logging", "inspect", "typing"),
     *("tensorboard", "tensorboardX", "wandb", "mlflow", "neptune", "comet_ml", "aim"),
 )
-_HOSTS = (nn.Module, Optimizer, *LRSchedulerTypeTuple, pl.Callback, pl.Trainer)
+_HOSTS = (nn.Module, Optimizer, LRScheduler, ReduceLROnPlateau, *classes("Callback"), *classes("Trainer"))
 
 
 class Copies:
@@ -104,8 +106,8 @@ class Copies:
         return next((kept for kept in self._originals if self._memo.get(id(kept)) is twin), twin)
 
     def _attributes(self, host: Any) -> dict[str, Any]:
-        if isinstance(host, pl.Trainer):
-            return {**host.__dict__, "_loggers": [DummyLogger() for _ in host.loggers]}
+        if isinstance(host, classes("Trainer")):
+            return {**host.__dict__, "_loggers": [_silent_logger() for _ in host.loggers]}
         name = self._names.get(id(host), type(host).__name__)
         if isinstance(host, Optimizer):
             attributes = dict(host.__dict__)
@@ -150,8 +152,8 @@ class Copies:
         if issubclass(cls, _HOSTS):
             self._add_host(value)
             return value
-        if issubclass(cls, Logger):
-            return DummyLogger()
+        if issubclass(cls, classes("loggers.Logger")):
+            return _silent_logger()
         if issubclass(cls, torch.Generator):
             self.generators[id(value)] = value
             return value
@@ -226,6 +228,10 @@ class Copies:
         for key, item in pairs or ():
             twin[self._copy(key)] = self._copy(item)
         return twin
+
+
+def _silent_logger() -> Any:
+    return classes("loggers.logger.DummyLogger")[0]()
 
 
 def _two_levels(state: Any) -> Any:

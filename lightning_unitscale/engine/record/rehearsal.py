@@ -18,13 +18,11 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parameter import is_lazy
@@ -32,6 +30,10 @@ from torch.optim import Optimizer
 
 from lightning_unitscale.engine.record.deep_copies import Copies
 from lightning_unitscale.engine.record.write_guard import WriteGuard, storages
+from lightning_unitscale.namespaces import NAMESPACES, classes
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 @contextmanager
@@ -123,17 +125,17 @@ class Rehearsal:
         """
         if self._copies is None:
             raise RuntimeError("This rehearsal is over; call `training_step` inside its `with` block.")
-        if self._trainer is None or not isinstance(self._module, pl.LightningModule):
+        if self._trainer is None or not isinstance(self._module, classes("LightningModule")):
             raise RuntimeError("`training_step` needs a LightningModule and `rehearsal(module, trainer)`.")
         step = self._module.training_step
-        if is_param_in_hook_signature(step, "dataloader_iter", explicit=True):
+        if _is_parameter(step, "dataloader_iter", explicit=True):
             raise NotImplementedError(
                 f"{type(self._module).__name__}.training_step takes `dataloader_iter`; a rehearsal would consume its "
                 "batches. Let it take `batch` instead."
             )
         with torch._C.DisableTorchFunction():  # a recorder must meet the copy as an input, not see it made
             arguments = [self._copies.of(batch, "batch")]
-        if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+        if _is_parameter(step, "batch_idx", min_args=2):
             arguments.append(batch_idx)
         with torch.enable_grad(), self._trainer.precision_plugin.train_step_context():
             return step(*arguments)
@@ -159,10 +161,10 @@ class Rehearsal:
     def _shadows(self, host: Any) -> dict[str, Callable[..., Any]]:
         if isinstance(host, Optimizer):
             return {"step": _evaluate, "zero_grad": _nothing}
-        if isinstance(host, pl.LightningModule):
+        if isinstance(host, classes("LightningModule")):
             silent = ("log", "log_dict", "print", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
             return {**dict.fromkeys(silent, _nothing), "manual_backward": self._record}
-        if not isinstance(host, (nn.Module, pl.Callback, pl.Trainer)):  # a learning-rate scheduler
+        if not isinstance(host, (nn.Module, *classes("Callback"), *classes("Trainer"))):  # a learning-rate scheduler
             return {"step": _nothing}
         return {}
 
@@ -261,6 +263,12 @@ def _evaluate(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: An
         return None
     with torch.enable_grad():
         return closure()
+
+
+def _is_parameter(method: Callable[..., Any], name: str, **rules: Any) -> bool:
+    """Whether Lightning would pass it an argument of that name."""
+    asked: Callable[..., bool] = NAMESPACES[0].utilities.signature_utils.is_param_in_hook_signature
+    return asked(method, name, **rules)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -8,9 +8,8 @@ penalty compares with the weight stays: there the weight is handed over in the u
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +19,9 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.record.held_tensors import held_tensors, is_copy
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.errors import UnitScalingError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 class Kept(NamedTuple):
