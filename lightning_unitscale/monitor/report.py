@@ -109,10 +109,10 @@ def render_report(folder: Path) -> Path:
     Raises:
         InputError: the folder is not there, or has nothing to report on.
     """
-    run = Run(folder)
+    run = RunFolder(folder)
     report = folder / "report"
     report.mkdir(exist_ok=True)
-    beside = Run.if_there(run.about.get("untouched"))
+    beside = RunFolder.if_there(run.about.get("untouched"))
     sections = [
         *_top(run, beside),
         *_curves(report, run, beside),
@@ -129,7 +129,7 @@ def compare_runs(folders: Sequence[Path], page: Path) -> Path:
     Raises:
         InputError: a folder is not there, or has nothing to report on.
     """
-    runs = [Run(folder) for folder in folders]
+    runs = [RunFolder(folder) for folder in folders]
     names = _distinct([run.folder for run in runs])
     rows = list(dict.fromkeys(name for run in runs for name in run.metrics))
     numbers = [[html.escape(name), *(_number(run.metrics.get(name, "")) for run in runs)] for name in rows]
@@ -155,7 +155,7 @@ def compare_runs(folders: Sequence[Path], page: Path) -> Path:
     return _write_page(page, f"{len(runs)} runs", sections)
 
 
-class Run:
+class RunFolder:
     """What lies in the folder of a run.
 
     Attributes:
@@ -184,7 +184,7 @@ class Run:
             )
 
     @classmethod
-    def if_there(cls, folder: str | None) -> Run | None:
+    def if_there(cls, folder: str | None) -> RunFolder | None:
         """None too where the folder has been removed since."""
         try:
             return cls(Path(folder)) if folder else None
@@ -216,7 +216,7 @@ def _section(heading: str, *content: str) -> str:
     return "\n".join((f"<h2>{heading}</h2>", *content))
 
 
-def _top(run: Run, beside: Run | None) -> Iterator[str]:
+def _top(run: RunFolder, beside: RunFolder | None) -> Iterator[str]:
     """How it ended and what came out; then what was run, and all numbers."""
     if ending := run.about.get("ending"):
         early = "" if ending == "finished" else " early"
@@ -229,7 +229,7 @@ def _top(run: Run, beside: Run | None) -> Iterator[str]:
         yield _section("Numbers", _table([], ([html.escape(n), _number(v)] for n, v in run.metrics.items())))
 
 
-def _outcome(run: Run, beside: Run | None) -> str:
+def _outcome(run: RunFolder, beside: RunFolder | None) -> str:
     """The score in words, beside what there is to compare it with."""
     name = run.about["score"]
     words = f"{html.escape(name)}: <b>{readable(run.score)}</b>"
@@ -242,7 +242,7 @@ def _outcome(run: Run, beside: Run | None) -> str:
     return words + "."
 
 
-def _curves(report: Path, run: Run, beside: Run | None) -> Iterator[str]:
+def _curves(report: Path, run: RunFolder, beside: RunFolder | None) -> Iterator[str]:
     losses = {column: run.curves[column] for column in LOSSES if column in run.curves}
     if losses:
         lines = [_line(LOSSES[column], curve, thin=column == "train/loss") for column, curve in losses.items()]
@@ -259,7 +259,7 @@ def _samples(samples: Sequence[str]) -> Iterator[str]:
         yield _section("Samples", *(f'<pre class="sample">{html.escape(sample)}</pre>' for sample in samples))
 
 
-def _scaling(run: Run, plan: Path) -> Iterator[str]:
+def _scaling(run: RunFolder, plan: Path) -> Iterator[str]:
     words = run.about.get("scaling", "")
     table = html.escape(plan.read_text(encoding="utf-8")) if plan.exists() else ""
     if words or table:
@@ -370,7 +370,7 @@ def _chart(lines: Sequence[Mapping[str, Any]]) -> str:
     return f'<div class="chart" data-chart="{html.escape(json.dumps(lines))}"></div>'
 
 
-def _having(names: Sequence[str], runs: Sequence[Run], column: str) -> list[tuple[str, Run]]:
+def _having(names: Sequence[str], runs: Sequence[RunFolder], column: str) -> list[tuple[str, RunFolder]]:
     return [(name, run) for name, run in zip(names, runs, strict=True) if column in run.curves]
 
 

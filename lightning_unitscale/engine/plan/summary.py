@@ -83,7 +83,7 @@ def _called(names: list[str], starred: bool) -> str:
     texts, *others = zip(*(_NUMBER.split(name) for name in names), strict=True)
     words = [texts[0], *(other[0] for other in others)]
     columns = list(zip(*([int(number) for number in _NUMBER.findall(name)] for name in names), strict=True))
-    name = words[0]
+    name: str = words[0]
     for numbers, word in zip(columns, words[1:], strict=True):
         different = sorted(set(numbers))
         name += (str(different[0]) if len(different) == 1 else "*" if starred else f"{{{_ranges(different)}}}") + word
