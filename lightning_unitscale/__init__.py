@@ -3,28 +3,29 @@
 >>> Trainer(callbacks=[UnitScaling()])  # or Trainer(strategy="unitscale")
 """
 
-from lightning_unitscale.blocks import (
-    ActivationScaling,
-    GradientScaling,
-    WeightScaling,
-    scale_activation,
-    scale_gradient,
-    scale_weight,
-)
-from lightning_unitscale.callback import UnitScaling
-from lightning_unitscale.checkpoint import load_checkpoint
-from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.loading import wrap_load_state_dict
-from lightning_unitscale.monitor import ScaleMonitor
-from lightning_unitscale.optim.scaled_step import scale_learning_rates
-from lightning_unitscale.spawned import wrap_recovery
-from lightning_unitscale.strategy import register_strategies
-from lightning_unitscale.unit_scale import recalibrating, remove_unit_scaling, unit_scale
+from __future__ import annotations
 
-register_strategies()
-wrap_load_state_dict()
-wrap_recovery()
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_unitscale.attachments import attach
+
+if TYPE_CHECKING:
+    from lightning_unitscale.blocks import (
+        ActivationScaling,
+        GradientScaling,
+        WeightScaling,
+        scale_activation,
+        scale_gradient,
+        scale_weight,
+    )
+    from lightning_unitscale.callback import UnitScaling
+    from lightning_unitscale.checkpoint import load_checkpoint
+    from lightning_unitscale.engine.plan.plan import Plan
+    from lightning_unitscale.errors import UnitScalingError
+    from lightning_unitscale.monitor import ScaleMonitor
+    from lightning_unitscale.optim.scaled_step import scale_learning_rates
+    from lightning_unitscale.plain_torch import recalibrating, remove_unit_scaling, unit_scale
 
 __all__ = [
     "ActivationScaling",
@@ -43,3 +44,34 @@ __all__ = [
     "scale_weight",
     "unit_scale",
 ]
+_HOMES = {
+    "ActivationScaling": "blocks",
+    "GradientScaling": "blocks",
+    "Plan": "engine.plan.plan",
+    "ScaleMonitor": "monitor",
+    "UnitScaling": "callback",
+    "UnitScalingError": "errors",
+    "load_checkpoint": "checkpoint",
+    "recalibrating": "plain_torch",
+    "remove_unit_scaling": "plain_torch",
+    "WeightScaling": "blocks",
+    "scale_activation": "blocks",
+    "scale_gradient": "blocks",
+    "scale_learning_rates": "optim.scaled_step",
+    "scale_weight": "blocks",
+    "unit_scale": "plain_torch",
+}
+
+attach()
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, when it is (PEP 562): `unitscale --help` needs neither torch nor Lightning."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,24 +6,28 @@ first line is the help text. `unitscale pretrain …` and `python recipes/pretra
 
 from __future__ import annotations
 
-import ast
+import errno
 import functools
+import logging
 import os
 import re
 import runpy
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from lightning_unitscale.cookbook.arguments import for_hydra
 from lightning_unitscale.cookbook.config import register, shipped
+from lightning_unitscale.cookbook.help import commands, completion, composed, help_of
 from lightning_unitscale.errors import InputError, UnitScalingError
 
 Task = Callable[[DictConfig], Any]
@@ -39,18 +43,12 @@ Every setting can be overridden by its name (Hydra):
   unitscale pretrain unitscale=none data=text data.path=.   choose other parts
   unitscale pretrain experiment=transfer                    use a preset
   unitscale pretrain -m model.width=64,128                  run every combination
+  unitscale pretrain ckpt_path=…/last.ckpt                  go on with a run, its settings kept
   unitscale pretrain --help                                 list parts and settings
   unitscale pretrain --cfg job                              print the settings of this run
+The Tab key completes all of it: eval "$(unitscale completion bash)"; also zsh, fish.
 Errors are shown as one message; HYDRA_FULL_ERROR=1 adds the traceback."""
-
-
-def commands() -> dict[str, str]:
-    """Name -> first line of the docstring, for each recipe."""
-    found = {}
-    for file in sorted(shipped("recipes").glob("[a-z]*.py")):
-        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        found[file.stem] = docstring.partition("\n")[0]
-    return found
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:
@@ -61,11 +59,17 @@ def main() -> None:
         width = max(map(len, known))
         print(USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in known.items())))
         return
+    if command == "completion":
+        print(completion(sys.argv[2:]))
+        return
     if command not in known:
         sys.exit(
             f"error: unknown command {command!r}; there are {', '.join(known)}."
             f"{_did_you_mean(command, known)} See unitscale --help."
         )
+    if {"-h", "--help"} & set(sys.argv[2:]):
+        print(help_of(command))
+        return
     script = shipped("recipes") / f"{command}.py"
     sys.argv = [str(script), *sys.argv[2:]]  # what relaunched processes (DDP) run
     sys.path.insert(0, str(script.parent))  # as `python recipes/<command>.py` does
@@ -80,24 +84,22 @@ def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
     def decorate(task: Task) -> Callable[[], None]:
         @functools.wraps(task)
-        def complete(cfg: DictConfig) -> Any:
-            if missing := sorted(OmegaConf.missing_keys(cfg)):  # raises where another key refers to a missing one
-                raise MissingMandatoryValue(f"Missing mandatory value: {missing[0]}")
-            return task(cfg)
-
-        @functools.wraps(task)
         def entry() -> None:
             register()
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning 2.6 on torch 2.13
             traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes errors on instead of printing them
+            sys.argv[1:] = for_hydra(config_name, sys.argv[1:])
+            job = _Job(task, config_name, traceback_wanted)
+
+            @functools.wraps(task)  # by whose module Hydra names the job
+            def run(cfg: DictConfig) -> Any:
+                return job.run(cfg)
+
             try:
-                hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=config_name)(complete)()
+                hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=config_name)(run)()
             except Exception as error:
-                message = _explain(error, config_name)
-                if traceback_wanted or message is None:
-                    raise
-                sys.exit(f"error: {message}")
+                job.give_up(error)
             finally:
                 if not traceback_wanted:
                     del os.environ["HYDRA_FULL_ERROR"]
@@ -107,12 +109,56 @@ def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
     return decorate
 
 
+class _Job:
+    """A recipe's main function as Hydra calls it; ends with one message where what was asked for is wrong."""
+
+    def __init__(self, task: Task, config_name: str, traceback_wanted: bool) -> None:
+        self.task, self.config_name, self.traceback_wanted = task, config_name, traceback_wanted
+        self.begun = False
+
+    def run(self, cfg: DictConfig) -> Any:
+        """The recipe; what it is run with and how it failed goes into the run's log file too."""
+        self.begun = True
+        log = logging.getLogger("lightning_unitscale")
+        try:
+            if missing := sorted(OmegaConf.missing_keys(cfg)):  # raises where another key refers to a missing one
+                raise MissingMandatoryValue(f"Missing mandatory value: {missing[0]}")
+            log.debug("unitscale %s", shlex.join([self.config_name, *HydraConfig.get().overrides.task]))
+            result = self.task(cfg)
+            log.debug("finished: %s", result)
+            return result
+        except Exception as error:
+            log.debug("failed", exc_info=True)
+            self.give_up(error)  # here: Hydra would print its own message first
+
+    def give_up(self, error: Exception) -> NoReturn:
+        """
+        Raises:
+            SystemExit: with the message for an error in what the user asked for.
+        """
+        message = _explain(error, self.config_name)
+        if message is None and isinstance(error, OSError) and not self.begun:
+            message = (
+                f"the folder of the run, {error.filename}, can't be made ({error.strerror}); give another: "
+                "hydra.run.dir=…, or hydra.sweep.dir=… with -m"
+            )
+        if self.traceback_wanted or message is None:
+            raise error
+        sys.exit(f"error: {message}")
+
+
 def _explain(error: BaseException, config_name: str) -> str | None:
     """One message for an error in what the user asked for; None for a defect of the program."""
     causes = list(_chain(error))
     for cause in causes:
         if isinstance(cause, (InputError, UnitScalingError)):
             return str(cause)
+    if isinstance(error, OSError) and error.errno in FULL:
+        where = f" ({error.filename})" if error.filename else ""
+        return (
+            f"{error.strerror}{where}: what was being written is not there, earlier files are whole. Make room, and go "
+            "on with ckpt_path=<the run's last checkpoint>"
+        )
     if isinstance(error, InstantiationException):
         gone = re.search(r"Error locating target '(\S+)'.*full_key: ((\w+)\S*)", str(error), re.DOTALL)
         return _gone_target(*gone.groups()) if gone else str(error)
@@ -148,9 +194,7 @@ def _gone_target(target: str, key: str, group: str) -> str:
 
 def _unknown_key(key: str, config_name: str) -> str:
     """Looks for near matches where the path leaves the default configuration."""
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(shipped("conf")), version_base="1.3"):
-        node: Any = hydra.compose(config_name)
+    node: Any = composed(config_name)
     known, *rest = "", *key.split(".")
     while rest and isinstance(node, DictConfig) and rest[0] in node:
         known, node = f"{known}{rest[0]}.", node._get_node(rest.pop(0))

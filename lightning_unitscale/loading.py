@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -32,26 +31,9 @@ from lightning_unitscale.engine.runtime.install import rules_in_force
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.prepare import forget, put_in_force
 
-_OURS = "_puts_plans_in_force"
-
-
-def wrap_load_state_dict() -> None:
-    """Make `torch.nn.Module.load_state_dict` put the plan in force that a state dict carries; once."""
-    original = nn.Module.load_state_dict
-    if hasattr(original, _OURS):
-        return
-
-    @wraps(original)
-    def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with _plans_in_force(self, state_dict):
-            return original(self, state_dict, *args, **kwargs)
-
-    setattr(load_state_dict, _OURS, True)
-    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
-
 
 @contextmanager
-def _plans_in_force(module: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+def plans_in_force(module: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
     """Put the plans that a state dict carries in force before it is loaded; undone if loading it fails."""
     prepared: list[nn.Module] = []
     trained: list[nn.Module] = []

@@ -9,8 +9,8 @@ from math import isfinite
 from typing import Any
 
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.formats import FORMATS
 
+FORMATS = ("fp8", "fp16", "bf16")  # the names in `formats.FORMATS`, which needs torch
 STORAGES = ("folded", "unit")
 LR_UNITS = ("standard", "umup")
 ROLES = (
@@ -108,7 +108,7 @@ class Options:
         choose("storage", self.storage, STORAGES)
         choose("lr_units", self.lr_units, LR_UNITS)
         if self.format is not None:
-            choose("format", self.format, tuple(FORMATS))
+            choose("format", self.format, FORMATS)
         for name in ("weights", "activations", "gradients", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise UnitScalingError(f"{name}={getattr(self, name)!r} must be True or False.")
@@ -121,7 +121,7 @@ class Options:
                 choose(f"overrides[{glob!r}] role", value["role"], ROLES)
             for key in ("format", "attention_format"):
                 if value.get(key) is not None:
-                    choose(f"overrides[{glob!r}] {key}", value[key], tuple(FORMATS))
+                    choose(f"overrides[{glob!r}] {key}", value[key], FORMATS)
         object.__setattr__(self, "overrides", overrides)
         object.__setattr__(self, "hyperparameters", _hyperparameters(self.hyperparameters))
 

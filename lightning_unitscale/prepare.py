@@ -247,7 +247,8 @@ def remove(module: nn.Module) -> None:
         )
         raise UnitScalingError(
             f"{len(left)} factors cannot be moved into weights: {sites}{' …' if len(left) > 3 else ''}. "
-            "The model was left as it was; keep unit scaling in place, or untie the weights named."
+            "The model was left as it was; keep unit scaling in place, or have a plain copy made that can move them: "
+            "lightning_unitscale.export.to_plain(model, forward), unitscale export for a checkpoint of the recipes."
         )
     restore_parameters(module, plan, folded)
     forget(module)

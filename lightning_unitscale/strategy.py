@@ -1,4 +1,5 @@
-"""The named strategies: `Trainer(strategy="unitscale")`. See `lifecycle` for what they do and when."""
+"""The named strategies: `Trainer(strategy="unitscale")`. See `lifecycle` for what they do and when, and `attachments`
+for how Lightning learns their names."""
 
 from __future__ import annotations
 
@@ -123,19 +124,3 @@ def _over(namespace: ModuleType, title: str, name: str, mixin: type[Any], base: 
 _ONE_DEVICE = [_over(n, "UnitScalingStrategy", "unitscale", OneDeviceMixin, "SingleDeviceStrategy") for n in NAMESPACES]
 _DDP = [_over(n, "UnitScalingDDPStrategy", "unitscale_ddp", UnitScalingMixin, "DDPStrategy") for n in NAMESPACES]
 UnitScalingStrategy, UnitScalingDDPStrategy = _ONE_DEVICE[0], _DDP[0]
-
-_VARIANTS: dict[str, tuple[list[type[Any]], dict[str, str]]] = {
-    "unitscale": (_ONE_DEVICE, {}),
-    "unitscale_ddp": (_DDP, {}),
-    "unitscale_ddp_spawn": (_DDP, {"start_method": "spawn"}),  # as Lightning's own ddp_spawn and ddp_fork
-    "unitscale_ddp_fork": (_DDP, {"start_method": "fork"}),
-}
-
-
-def register_strategies() -> None:
-    """Make the named strategies known to the Trainers of each namespace."""
-    for name, (strategies, settings) in _VARIANTS.items():
-        for namespace, strategy in zip(NAMESPACES, strategies, strict=True):
-            registry = namespace.strategies.StrategyRegistry
-            if name not in registry:
-                registry.register(name, strategy, description=strategy.__doc__ or "", **settings)

@@ -31,10 +31,11 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.callbacks import BestCheckpoint, LastCheckpoint
-from lightning_unitscale.cookbook.checks import check_checkpoint, check_interval, check_whole_numbers
+from lightning_unitscale.cookbook.callbacks import BestCheckpoint, Interrupted, LastCheckpoint
+from lightning_unitscale.cookbook.checks import check_checkpoint, check_whole_numbers, validate_before_the_end
 from lightning_unitscale.cookbook.data import TokenText
 from lightning_unitscale.cookbook.pretrained import Pretrained
+from lightning_unitscale.cookbook.run_record import in_words, run_facts
 from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer, plain
 from lightning_unitscale.cookbook.tasks.distillation import Student
 from lightning_unitscale.cookbook.teacher import check_fits, get_teacher, test_loss
@@ -71,7 +72,7 @@ def main(cfg: DictConfig) -> float:
 def check(cfg: DictConfig) -> None:
     """Raises InputError for settings that would fail late or obscurely."""
     check_whole_numbers(cfg, "trainer.max_steps", "data.batch_size", "task.sequence_length")
-    check_interval(cfg)
+    validate_before_the_end(cfg)
     settings = cfg.distillation
     if settings.temperature <= 0:
         raise InputError(f"distillation.temperature={settings.temperature} must be positive")
@@ -103,16 +104,21 @@ def train(
     unitscale = instantiate(cfg.unitscale) if cfg.unitscale else None
     trainer = new_trainer(cfg, unitscale)
     best, last = callback_of(trainer, BestCheckpoint), callback_of(trainer, LastCheckpoint)
-    if not fit(trainer, module, data, last.path if cfg.ckpt_path and last.path.is_file() else None):
-        print(f"\nStopped at step {trainer.global_step} of the {name}. Continue with: ckpt_path={last.path}")
-        sys.exit(130)
+    stopped = fit(trainer, module, data, last.path if cfg.ckpt_path and last.path.is_file() else None)
+    plan = unitscale.plan if unitscale else None
+    about: dict[str, Any] = {
+        "title": f"distill: {name}",
+        "facts": run_facts(cfg, trainer, cfg.data.documents._target_),
+        "scaling": in_words(plan),
+        "plan": plan.summary() if plan else "no unit scaling",
+    }
+    numbers = {"parameters": module.model.num_parameters(), "steps": trainer.global_step}
+    if stopped:
+        write_report(folder, ending=f"{name}: {stopped}", metrics=numbers, **about)
+        print(f"\n{name}: {stopped}")
+        sys.exit(130 if isinstance(stopped, Interrupted) else 1)
     (scores,) = trainer.test(module, data, ckpt_path=best.best_model_path, verbose=False)
-    page = write_report(
-        folder,
-        title=f"distill: {name}",
-        metrics={**scores, "parameters": module.model.num_parameters(), "steps": trainer.global_step},
-        plan=unitscale.plan.summary() if unitscale else "no unit scaling",
-    )
+    page = write_report(folder, score="test/loss", metrics={**scores, **numbers}, **about)
     print(f"report {page}")
     return module, scores["test/loss"]
 

@@ -21,7 +21,7 @@ from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.inference.recorded_run import recorded_task, task_of
 from lightning_unitscale.cookbook.pretrained import load_pretrained
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.export import SUFFIXES, check_output, export
+from lightning_unitscale.export import SUFFIXES, check_output, export, files_of
 
 DTYPES = {
     "float32": torch.float32,
@@ -48,9 +48,11 @@ def main(cfg: DictConfig) -> float:
     scaling = "none" if found.plan is None else f"{found.plan.scheme}, {found.plan.storage} storage"
     inputs_of = task_of(found).example_inputs
     difference = export(found.model, output, cfg.format, found.tokenizer, DTYPES[cfg.dtype], inputs_of)
-    size = sum(file.stat().st_size for file in ([output] if output.is_file() else output.rglob("*")) if file.is_file())
+    files = files_of(output)
+    size = sum(file.stat().st_size for file in files)
     print(f"model        {type(found.model).__name__} from {found.path}, unit scaling: {scaling}")
-    print(f"written      {output} ({size / 2**20:.1f} MiB, {time.perf_counter() - begin:.1f} s)")
+    beside = "".join(f" and {file.name}" for file in files[1:] if not output.is_dir())
+    print(f"written      {output}{beside} ({size / 2**20:.1f} MiB, {time.perf_counter() - begin:.1f} s)")
     print(f"read back    largest difference of the logits {difference:.1e} of the largest logit")
     return difference
 

@@ -7,7 +7,7 @@
     unitscale finetune lora=all_linear                       # adapters, saved in peft's format
     unitscale finetune 'model.freeze=[model.embed_tokens,model.layers.0]'
     unitscale finetune task=any_head task.head=AutoModelForTokenClassification data=module data.module._target_=…
-    unitscale finetune ckpt_path=outputs/finetune/…/last.ckpt    # goes on exactly, with the settings it began with
+    unitscale finetune ckpt_path=outputs/finetune/…/last.ckpt    # goes on exactly; other settings are kept
 
 The model is left as it is (scheme preserve), or goes on in its own parametrization where its checkpoint has one; with
 LoRA or another head the checkpoint's weights are taken as those of an ordinary model. The best checkpoint by held-out
@@ -16,6 +16,7 @@ score is kept, tested, and written as a folder for plain transformers.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,19 +28,21 @@ from omegaconf import DictConfig
 
 from lightning_unitscale import UnitScaling
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.callbacks import BestCheckpoint, LastCheckpoint
+from lightning_unitscale.cookbook.callbacks import BestCheckpoint, Interrupted, Stopped
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
-    check_interval,
     check_learning_rate,
     check_whole_numbers,
+    validate_before_the_end,
 )
+from lightning_unitscale.cookbook.run_record import in_words, run_facts, untouched_twin
 from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer, plain, show
 from lightning_unitscale.cookbook.starting_point import module_around, scaling_of, starting_point
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.cookbook.transformers_folder import write_folders
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.monitor.readable import readable
 from lightning_unitscale.monitor.report import write_report
 
 
@@ -56,24 +59,25 @@ def main(cfg: DictConfig) -> float:
     unitscale = scaling_of(cfg, start)
     module = module_around(cfg, start)
     trainer = new_trainer(cfg, unitscale)
-    best, last = callback_of(trainer, BestCheckpoint), callback_of(trainer, LastCheckpoint)
+    best = callback_of(trainer, BestCheckpoint)
 
     before = trainer.test(module, data, verbose=False)[0] if cfg.test_before and not cfg.ckpt_path else {}
-    came_to_its_end = fit(trainer, module, data, cfg.ckpt_path)
+    stopped = fit(trainer, module, data, cfg.ckpt_path)
     metrics = {f"{name}, before": value for name, value in before.items()}
-    if came_to_its_end:
+    if not stopped:
         metrics.update(trainer.test(module, data, ckpt_path=best.best_model_path, verbose=False)[0])
-    if best.best_model_score is not None:  # always, but for an interrupt before the first validation
+    if best.best_model_score is not None:  # always, but for an end before the first validation
         metrics[f"best {cfg.task.monitor}"] = float(best.best_model_score)
     shown: list[str | Path] = []
-    if came_to_its_end and trainer.is_global_zero:
+    if not stopped and trainer.is_global_zero:
         shown = show(module, data.test_dataloader(), Path(cfg.folder) / "report", plain(cfg.task))
     if trainer.is_global_zero:
         metrics["seconds"] = round(time.perf_counter() - begin, 1)
-        report(cfg, trainer, metrics, shown, unitscale)
-    if not came_to_its_end:
-        print(f"stopped at step {trainer.global_step}; continue with the same settings and ckpt_path={last.path}")
+        report(cfg, trainer, metrics, shown, unitscale, stopped)
+    if isinstance(stopped, Interrupted):
         sys.exit(130)
+    if stopped:
+        return math.nan
     if trainer.is_global_zero:
         print(f"best checkpoint {best.best_model_path}")
         for line in write_folders(module, Path(cfg.folder)):
@@ -92,7 +96,7 @@ def check(cfg: DictConfig) -> None:
             f"task.head={cfg.task.head} does not go with {cfg.task._target_}, which is for "
             f"{' and '.join(task.heads)}; any other head is trained with task=any_head and data=module"
         )
-    check_interval(cfg)
+    validate_before_the_end(cfg)
     if not any((cfg.model.path, cfg.model.base, cfg.model.config)):
         raise InputError("there is no model to start from; give one: model.path=<checkpoint, folder or hub name>")
     check_checkpoint(cfg)
@@ -104,6 +108,7 @@ def report(
     metrics: Mapping[str, float],
     shown: Sequence[str | Path],
     unitscale: UnitScaling | None,
+    stopped: Stopped | None,
 ) -> None:
     """Prints the numbers and writes the page."""
     parameters = list(trainer.lightning_module.parameters())
@@ -113,14 +118,22 @@ def report(
         "parameters trained": sum(p.numel() for p in parameters if p.requires_grad),
         "steps": trainer.global_step,
     }
+    plan = unitscale.plan if unitscale else None
     page = write_report(
         Path(cfg.folder),
         title=f"finetune: {cfg.model.path or 'a model made in this run'}",
+        ending=str(stopped or "finished"),
+        score=f"best {cfg.task.monitor}",
         metrics=numbers,
         shown=shown,
-        plan=unitscale.plan.summary() if unitscale and unitscale.plan else "no unit scaling",
+        facts=run_facts(cfg, trainer, cfg.data[cfg.task.data]._target_),
+        scaling=in_words(plan),
+        plan=plan.summary() if plan else "no unit scaling",
+        untouched=untouched_twin(Path(cfg.folder)),
     )
-    print("\n" + "\n".join(f"{name:40} {value:>12,.6g}" for name, value in numbers.items()))
+    print("\n" + "\n".join(f"{name:40} {readable(value):>12}" for name, value in numbers.items()))
+    if stopped:
+        print(f"\n{stopped}")
     print(f"\nreport {page}")
 
 

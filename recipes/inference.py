@@ -19,13 +19,14 @@ from typing import Any
 import transformers
 from omegaconf import DictConfig
 
+from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.inference.evaluation import compare_formats
 from lightning_unitscale.cookbook.inference.loading import weight_formats
 from lightning_unitscale.cookbook.inference.prediction import predict_rows
 from lightning_unitscale.cookbook.inference.text import generate_texts
 from lightning_unitscale.cookbook.runs import train_base
-from lightning_unitscale.errors import InputError
+from lightning_unitscale.errors import InputError, UnitScalingError
 from lightning_unitscale.export.fp8_weights import WEIGHT_FORMATS
 
 MODES = {"generate": generate_texts, "predict": predict_rows, "evaluate": compare_formats}
@@ -60,11 +61,14 @@ def check(cfg: DictConfig) -> None:
 
 
 def newest_checkpoint(cfg: DictConfig) -> str:
-    """Of `unitscale pretrain`; made now if there is none."""
-    found = sorted(Path("outputs/pretrain").glob("*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime)
-    if found:
-        print(f"model {found[-1]} (give another with model.path=…)\n")
-        return str(found[-1])
+    """Of `unitscale pretrain`, the newest that can be used; made now if there is none."""
+    found = Path("outputs/pretrain").rglob("checkpoints/last.ckpt")  # of a sweep too
+    for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
+        if reason := why_unusable(file):
+            print(f"passed over {file}: {reason}")
+            continue
+        print(f"model {file} (give another with model.path=…)\n")
+        return str(file)
     made = Path("outputs/pretrain/small/checkpoints/last.ckpt")
     print(
         "No model.path, and no checkpoint under outputs/pretrain: training a small model first "
@@ -74,6 +78,20 @@ def newest_checkpoint(cfg: DictConfig) -> str:
     loss = train_base(cfg.model.base, made)
     print(f"held-out loss {loss:.3f}; use it again with model.path={made}\n")
     return str(made)
+
+
+def why_unusable(file: Path) -> str:
+    """Why a checkpoint is none to write text with; nothing if it is one."""
+    try:
+        checkpoint = read_checkpoint(file)
+    except UnitScalingError:
+        return "not a readable checkpoint"
+    weights = checkpoint.get("state_dict", {}).values()
+    if not all(bool(tensor.isfinite().all()) for tensor in weights):
+        return "its training diverged"
+    if "model_type" not in (checkpoint.get("hyper_parameters", {}).get("model") or {}):
+        return "not a model of this recipe"
+    return ""
 
 
 if __name__ == "__main__":

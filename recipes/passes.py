@@ -6,7 +6,7 @@
 
 One forward and backward pass in eager mode, weight (size × size), input and gradient (size × size) in bfloat16:
 
-    bf16       nn.Linear
+    bf16       nn.Linear: products alone, so it moves the least; FP8 pays where its products are faster by more
     static     operands times constant powers of two, cast to FP8 (`ops.cast_product`)
     torchao    Float8Linear with dynamic tensorwise scales: largest absolute values first, then the casts
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. Rooms of one floor may use each other. A file is in the room with the longest name that its own
 # begins with: `engine` is its empty `__init__` alone, and PACKAGE its `__init__`, the list of what users import.
 FLOORS = [
-    ("engine", "hydra_plugin"),
+    ("engine", "hydra_plugin", "on_import"),
     ("errors", "formats", "options", "namespaces"),
     ("ops",),
     ("blocks",),
@@ -35,7 +35,8 @@ FLOORS = [
     ("wrapped_methods",),
     ("lifecycle",),
     ("strategy",),
-    ("callback", "spawned", "unit_scale"),
+    ("callback", "spawned", "plain_torch"),
+    ("attachments",),
     ("monitor",),
     (PACKAGE,),
     ("export",),

@@ -1,7 +1,8 @@
-"""Callbacks of the recipes: exact continuation, Ctrl-C that loses nothing, and what is shown meanwhile."""
+"""Callbacks of the recipes: exact continuation, an end that loses nothing, and what is shown meanwhile."""
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.callbacks.progress.rich_progress import (
+    BatchesProcessedColumn,
+    CustomBarColumn,
+    RichProgressBarTheme,
+)
 from pytorch_lightning.trainer.states import TrainerFn
+from rich.progress import TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
+from torch import Tensor
 
 from lightning_unitscale.callback import UnitScaling
 from lightning_unitscale.errors import InputError
@@ -60,8 +70,53 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
 
-class Interrupted(Exception):  # noqa: N818 (as KeyboardInterrupt)
-    """Raised by `trainer.fit` when training was stopped by Ctrl-C and has been saved."""
+class Stopped(Exception):  # noqa: N818 (as KeyboardInterrupt)
+    """Raised by `trainer.fit` when training ended before its end; the text says why and what to do."""
+
+
+class Interrupted(Stopped):
+    """Training was stopped by Ctrl-C and has been saved."""
+
+
+class Diverged(Stopped):
+    """The loss is no number any more; the weights are still those before that step."""
+
+
+class StopWhenDiverged(pl.Callback):
+    """Ends training at the first loss that is infinite or no number, before it gets into the weights.
+
+    Args:
+        learning_rate: the one of the run, to name a smaller one.
+    """
+
+    def __init__(self, learning_rate: float) -> None:
+        self.learning_rate = learning_rate
+        self._loss = torch.zeros(())
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Notes the loss; reading it here would wait for the device at every batch of an accumulated step."""
+        self._loss = self._loss.to(loss.device) + loss.detach()
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """
+        Raises:
+            Diverged: the loss of this step is not finite, on any of the processes.
+        """
+        loss, self._loss = float(self._loss), torch.zeros(())
+        if trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
+            raise Diverged(
+                f"training diverged: the loss of step {trainer.global_step} is {loss}. Try a smaller learning rate: "
+                f"optimizer.lr={self._smaller(trainer):g}"
+            )
+
+    def _smaller(self, trainer: pl.Trainer) -> float:
+        """A tenth, or the rate that is usual for these units and this optimizer if that is less."""
+        plans = [c.plan for c in trainer.callbacks if isinstance(c, UnitScaling)]  # type: ignore[attr-defined]
+        if any(plan is not None and plan.lr_units == "umup" for plan in plans):
+            usual = 1.0
+        else:
+            usual = 0.1 if isinstance(trainer.optimizers[0], torch.optim.SGD) else 1e-3
+        return min(self.learning_rate / 10, usual)
 
 
 class LastCheckpoint(Checkpoint):
@@ -98,7 +153,9 @@ class LastCheckpoint(Checkpoint):
             Interrupted: Ctrl-C came before the last step's end.
         """
         if self._saved:
-            raise Interrupted
+            raise Interrupted(
+                f"stopped at step {trainer.global_step}; go on with ckpt_path={self.path} (the other settings are kept)"
+            )
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Saves if Ctrl-C came during this step."""
@@ -142,7 +199,48 @@ class PrintPlan(pl.Callback):
 
 
 class Progress(RichProgressBar):
-    """Lightning's, without an epoch number: crops are drawn at random, so there are none."""
+    """Lightning's on one line, without an epoch number: crops are drawn at random, so there are none."""
+
+    def __init__(self, leave: bool = False) -> None:
+        super().__init__(leave=leave, theme=RichProgressBarTheme(metrics_format=".4g", metrics_text_delimiter="  "))
+
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        """A short bar, so that there is room for the scores."""
+        theme = self.theme
+        bar = CustomBarColumn(
+            bar_width=12,
+            complete_style=theme.progress_bar,
+            finished_style=theme.progress_bar_finished,
+            pulse_style=theme.progress_bar_pulse,
+        )
+        return [
+            TextColumn("[progress.description]{task.description}"),
+            bar,
+            BatchesProcessedColumn(style=theme.batch_progress),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        ]
+
+    def _init_progress(self, trainer: pl.Trainer) -> None:
+        super()._init_progress(trainer)
+        if self.progress is None or self._metric_component is None:
+            return
+        columns: list[Any] = list(self.progress.columns)
+        for column in columns:
+            column._table_column = Column(no_wrap=column is not self._metric_component)  # that one alone gives way
+        render = self._metric_component.render
+
+        def on_one_line(task: Any) -> Text:
+            text = render(task)
+            text.no_wrap, text.overflow = True, "ellipsis"
+            return text
+
+        self._metric_component.render = on_one_line  # type: ignore[method-assign]
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Without the version of the logger, losses first: what does not fit on the line is cut at its end."""
+        found = super().get_metrics(trainer, pl_module)
+        found.pop("v_num", None)
+        return dict(sorted(found.items(), key=lambda item: "loss" not in item[0]))
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"

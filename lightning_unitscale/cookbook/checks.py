@@ -42,14 +42,11 @@ def check_data(cfg: DictConfig) -> None:
         )
 
 
-def check_interval(cfg: DictConfig) -> None:
-    """Training does not end before its first validation."""
+def validate_before_the_end(cfg: DictConfig) -> None:
+    """Training that would end before its first validation gets one at its end: no score, no best checkpoint."""
     interval, batches = cfg.trainer.val_check_interval, cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
     if isinstance(interval, int) and interval > batches:
-        raise InputError(
-            f"trainer.val_check_interval={interval} is more than the {batches} batches of training, so there would be "
-            "no score to choose a checkpoint by; make it smaller"
-        )
+        cfg.trainer.val_check_interval = batches
 
 
 def check_checkpoint(cfg: DictConfig) -> None:

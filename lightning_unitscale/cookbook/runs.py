@@ -1,9 +1,10 @@
-"""A training run: its model and data, its callbacks and trainer, and Ctrl-C; what the training recipes share."""
+"""A training run: its model and data, its callbacks and trainer, and its end; what the training recipes share."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,10 +14,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from torch.utils.data import DataLoader
 
-from lightning_unitscale.cookbook.callbacks import Interrupted, LastCheckpoint
+from lightning_unitscale.cookbook.callbacks import Diverged, Interrupted, LastCheckpoint, Stopped, StopWhenDiverged
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
@@ -69,11 +70,13 @@ def callback_of(trainer: pl.Trainer, kind: type[AnyCallback]) -> AnyCallback:
 
 def fit(
     trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, ckpt_path: str | Path | None
-) -> bool:
-    """Trains; returns whether it came to its end, else Ctrl-C has stopped it and its last state is saved."""
-    with suppress(Interrupted):
+) -> Stopped | None:
+    """Trains; returns what ended it before its end, if anything did: Ctrl-C, its last state saved, or divergence."""
+    try:
         trainer.fit(module, data, ckpt_path=ckpt_path)
-    return not callback_of(trainer, LastCheckpoint).interrupted
+    except Stopped as stopped:
+        return stopped
+    return None
 
 
 def show(module: Task, batches: DataLoader[Any], folder: Path, settings: dict[str, Any]) -> list[str | Path]:
@@ -143,13 +146,13 @@ def module_and_data(cfg: DictConfig) -> tuple[Task, pl.LightningDataModule]:
 
 
 def train(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
-    """A run without its logs, checkpoints and report, for other recipes; its last held-out loss is `val/loss`."""
+    """A run without its logs and report, for other recipes; its last held-out loss is `val/loss`."""
     module, data = module_and_data(cfg)
     trainer: pl.Trainer = instantiate(
         cfg.trainer,
         callbacks=[*callbacks, *([instantiate(cfg.unitscale)] if cfg.unitscale else [])],
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=False,
         _convert_="all",
     )
@@ -163,11 +166,23 @@ def train_base(settings: Sequence[str], file: Path) -> float:
     Args:
         settings: overrides of `unitscale pretrain`.
         file: the checkpoint.
+
+    Raises:
+        SystemExit: training was stopped or diverged; what Ctrl-C stopped is kept beside `file`, to go on from.
     """
     cfg = hydra.compose("pretrain", overrides=list(settings))
     if debug := HydraConfig.initialized() and HydraConfig.get().runtime.choices.get("debug"):
         cfg.trainer = hydra.compose("pretrain", overrides=[f"debug={debug}"]).trainer  # no longer than the run itself
     check(cfg)
-    trainer = train(cfg)
+    unfinished = file.with_name(f"{file.stem}_unfinished.ckpt")
+    try:
+        trainer = train(cfg, [LastCheckpoint(unfinished), StopWhenDiverged(cfg.optimizer.lr)])
+    except Interrupted:
+        again = shlex.join(["unitscale", "pretrain", *settings, f"ckpt_path={unfinished}"])
+        print(f"\nstopped; what was trained is kept. To finish it, and then to start from its checkpoint: {again}")
+        sys.exit(130)
+    except Diverged as diverged:
+        raise InputError(f"{file.stem}: {diverged}") from diverged
     trainer.save_checkpoint(file, weights_only=False)
+    unfinished.unlink(missing_ok=True)
     return float(trainer.callback_metrics["val/loss"])

@@ -27,6 +27,9 @@ def starting_point(cfg: DictConfig, classes: Sequence[str], run_folder: Path) ->
     """The model of `ckpt_path` or `model.path`; else a base trained now, or `model.config` with random weights.
 
     Its `settings["base"]` says where the weights are from.
+
+    Raises:
+        InputError: its weights are kept in a format that can't be trained.
     """
     if cfg.ckpt_path:
         return _to_go_on(cfg, classes)
@@ -36,6 +39,11 @@ def starting_point(cfg: DictConfig, classes: Sequence[str], run_folder: Path) ->
     changes: dict[str, Any] = {**plain(cfg.model.changes), **({"num_labels": len(classes)} if classes else {})}
     if path:
         start = load_pretrained(str(path), cfg.task.head, cfg.model.tokenizer, **changes)
+        if start.weights != "float32":
+            raise InputError(
+                f"model.path={path} has weights in {start.weights}, which are for inference and can't be trained; "
+                "start from the checkpoint that they were exported from"
+            )
     else:
         start = _with_random_weights(cfg, changes)
     if start.fresh:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.unit_scale import remove_unit_scaling
+from lightning_unitscale.plain_torch import remove_unit_scaling
 
 
 def write_folders(module: Task, folder: Path) -> list[str]:

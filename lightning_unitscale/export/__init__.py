@@ -2,6 +2,6 @@
 
 from lightning_unitscale.export.examples import example_inputs, logits_of
 from lightning_unitscale.export.plain import to_plain
-from lightning_unitscale.export.targets import SUFFIXES, check_output, export
+from lightning_unitscale.export.targets import SUFFIXES, check_output, export, files_of
 
-__all__ = ["SUFFIXES", "check_output", "example_inputs", "export", "logits_of", "to_plain"]
+__all__ = ["SUFFIXES", "check_output", "example_inputs", "export", "files_of", "logits_of", "to_plain"]

@@ -86,6 +86,13 @@ def export(
     return relative_difference(found.float(), expected)
 
 
+def files_of(output: Path) -> list[Path]:
+    """What was written as `output`: the files of a folder, or the file and what it keeps beside it (ONNX's weights)."""
+    if output.is_dir():
+        return [file for file in output.rglob("*") if file.is_file()]
+    return [output, *(file for file in (output.with_name(f"{output.name}.data"),) if file.is_file())]
+
+
 def check_output(output: Path, format: str, dtype: torch.dtype = torch.float32) -> None:
     """
     Raises:
@@ -164,7 +171,8 @@ def _dynamic(inputs: Inputs) -> dict[str, dict[int, Any]]:
 @contextmanager
 def _readable_errors(model: PreTrainedModel, format: str) -> Iterator[None]:
     """The compilers' own messages are pages long; their cause is one line."""
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    for exporter in ("onnxscript", "onnx_ir", "torch.onnx"):
+        logging.getLogger(exporter).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

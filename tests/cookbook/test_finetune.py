@@ -860,7 +860,6 @@ ANY_HEAD = [
             ["model.path=LLAMA", "task=any_head", "task.head=AutoModelForTokenClassification"],
             "needs data with `module`",
         ),
-        (["trainer.max_steps=5", "trainer.val_check_interval=6"], "more than the 5 batches of training"),
         (["model.path=LLAMA", "+model.changes.dropout_rate=1"], "has no setting dropout_rate"),
     ],
 )

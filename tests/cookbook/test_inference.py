@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -359,8 +360,33 @@ def test_predict_command_goes_on_and_reads_every_kind_of_rows(
     assert "Stopped after 2 of 3 rows" in capsys.readouterr().out
     predict_rows(cfg, path)
     assert [len(prompts) for _, _, prompts, _ in calls] == [2, 1, 1]
-    found = [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["input"]) for row in rows] == list(enumerate(PROMPTS[:3]))
+    found = [row["text"] for row in rows]
     assert found == texts(load_pretrained(path), PROMPTS[:3], repetition_penalty=1.0)
+
+
+def test_the_newest_checkpoint_that_can_be_used_is_taken(
+    checkpoints: dict[str, Trained],
+    recipe: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = torch.load(checkpoints["umup-unit"].path, weights_only=True)
+    diverged = {**good, "state_dict": {"weight": torch.tensor([1.0, float("nan")])}}
+    for age, (name, content) in enumerate(
+        [("cut", b"PK\x03"), ("diverged", diverged), ("good", good), ("older", good)]
+    ):
+        file = tmp_path / "outputs" / "pretrain" / name / "checkpoints" / "last.ckpt"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+        os.utime(file, (1000 - age, 1000 - age))
+    assert "/good/" in recipe.newest_checkpoint(compose_config("inference"))
+    shown = capsys.readouterr().out
+    assert "cut/checkpoints/last.ckpt: not a readable checkpoint" in shown
+    assert "diverged/checkpoints/last.ckpt: its training diverged" in shown
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

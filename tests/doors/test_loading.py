@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_unitscale import UnitScaling, UnitScalingError, load_checkpoint, remove_unit_scaling, unit_scale
+from lightning_unitscale.attachments import wrap_load_state_dict
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
-from lightning_unitscale.loading import wrap_load_state_dict
 
 STORAGES = ("folded", "unit")
 STEPS = 6

@@ -91,3 +91,13 @@ def test_another_application_writes_callbacks_unitscale(tmp_path: Path, wheel_tr
     (tmp_path / "train.py").write_text(USERS_APPLICATION)
     shown = python(wheel_tree, tmp_path, "train.py", "callbacks.unitscale.storage=unit")
     assert shown.strip() == "['UnitScaling'] unit"
+
+
+NO_IMPORT = """
+from pytorch_lightning import Trainer
+print(type(Trainer(strategy="unitscale", logger=False, accelerator="cpu").strategy).__name__)
+"""
+
+
+def test_an_installed_package_needs_no_import_for_the_names_of_its_strategies(wheel_tree: Path, tmp_path: Path) -> None:
+    assert python(wheel_tree, tmp_path, "-c", NO_IMPORT).split() == ["UnitScalingStrategy"]

@@ -8,6 +8,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from lightning_unitscale import cli
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor import Snapshot, measure
 from lightning_unitscale.monitor.charts import drift_chart, exponent_chart, short_names
-from lightning_unitscale.monitor.report import render_report, write_report
+from lightning_unitscale.monitor.report import compare_runs, render_report, write_report
 
 PNG = b"\x89PNG"
 
@@ -33,6 +34,7 @@ class Page(HTMLParser):
         self.rows: list[list[str]] = []
         self.images: list[bytes] = []
         self.links: list[str] = []
+        self.charts: list[list[dict[str, Any]]] = []
         self.text = ""
         self._tag = ""
         self.feed(file.read_text())
@@ -44,12 +46,16 @@ class Page(HTMLParser):
         if tag in ("td", "th"):
             self.rows[-1].append("")
         for name, value in attributes:
+            if name == "data-chart":
+                self.charts.append(json.loads(value or ""))
             if name in ("src", "href"):
                 self.links.append(value or "")
         if tag == "img":
             self.images.append(base64.b64decode(self.links[-1].partition("base64,")[2]))
 
     def handle_data(self, data: str) -> None:
+        if self._tag in ("style", "script"):
+            return
         self.text += data
         if self._tag == "h2" and data.strip():
             self.headings.append(data)
@@ -65,75 +71,127 @@ def model(factor: float = 1.0) -> nn.Module:
     return layers
 
 
-def snapshot(step: int, label: str = "run", factor: float = 1.0) -> Snapshot:
+CASTS = {(("2.weight", "linear"), "weight"): 2.0**12, (("0.weight", "linear"), "gradient"): 2.0**-22}
+
+
+def snapshot(step: int, label: str = "run", factor: float = 1.0, cast: bool = False) -> Snapshot:
     x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step))
-    measured = measure(model(factor), lambda m: F.mse_loss(m(x), x), label=label)
+    measured = measure(model(factor), lambda m: F.mse_loss(m(x), x), label=label, scales=CASTS if cast else None)
     return Snapshot(label, step, measured.format, measured.measurements)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A run's folder, as a recipe leaves it."""
-    for measured in (snapshot(0), snapshot(10), snapshot(20, factor=2.0**-12), snapshot(0, "untouched")):
-        measured.append_to(tmp_path / "monitor.jsonl")
-    (tmp_path / "csv").mkdir()
-    (tmp_path / "csv" / "metrics.csv").write_text("epoch,step,train/loss,val/loss\n0,0,3.0,\n0,9,2.0,\n0,9,,2.5\n")
-    metrics = {"held-out <loss>": 2.5, "steps": 20}
-    write_report(tmp_path, title="a & b", metrics=metrics, plan="the <plan>", shown=["one <b>", "two"])
-    return tmp_path
+    return written(tmp_path / "mine", cast=True)
+
+
+def written(folder: Path, cast: bool, untouched: Path | None = None, score: float = 2.5) -> Path:
+    for measured in (snapshot(0), snapshot(10), snapshot(20, factor=2.0**-12, cast=cast), snapshot(0, "untouched")):
+        measured.append_to(folder / "monitor.jsonl")
+    (folder / "csv").mkdir()
+    log = "epoch,step,lr-AdamW,train/loss,val/loss\n0,0,,3.0,\n0,0,0.001,,\n0,9,,2.0,\n0,9,,,2.5\n"
+    (folder / "csv" / "metrics.csv").write_text(log)
+    write_report(
+        folder,
+        title="a & b",
+        metrics={"held-out <loss>": score, "held-out <loss>, of counting": 3.25, "steps": 20, "bytes": 1234567},
+        score="held-out <loss>",
+        ending="finished",
+        facts={"command": "unitscale pretrain a=<b>", "seed": "1" if cast else "2"},
+        scaling="Unit scaling did <this>.",
+        plan="the <plan>",
+        shown=["one <b>", "two"],
+        untouched=untouched,
+    )
+    return folder
 
 
 def test_page_is_self_contained_and_complete(run: Path) -> None:
     page = Page(run / "report" / "index.html")
     assert page.headings == [
+        "What was run",
+        "Numbers",
         "Loss",
-        "Exponents of matmul operands",
-        "Worst sites at step 20",
-        "Drift over training",
+        "Learning rate",
         "Samples",
-        "Plan",
+        "What unit scaling did",
+        "Exponents of matmul operands",
+        "Worst casts at step 20",
+        "Drift over training",
     ]
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     for name, image in zip(("loss", "exponents", "drift"), page.images, strict=True):
         assert image.startswith(PNG)
         assert (run / "report" / f"{name}.png").read_bytes() == image
-    for text in ("a & b", "held-out <loss>", "the <plan>", "one <b>", "two"):
+    for text in (
+        "a & b",
+        "held-out <loss>",
+        "the <plan>",
+        "one <b>",
+        "two",
+        "pretrain a=<b>",
+        "did <this>",
+        "finished",
+    ):
         assert text in page.text
-    assert ["steps", "20"] in page.rows
+    assert ["steps", "20"] in page.rows and ["bytes", "1,234,567"] in page.rows
     assert json.loads((run / "report" / "metrics.json").read_text())["held-out <loss>"] == 2.5
     assert (run / "report" / "plan.txt").read_text() == "the <plan>\n"
 
 
-def test_worst_sites_come_first_beside_the_untouched_model(run: Path) -> None:
+def test_the_page_begins_with_the_outcome_beside_what_to_compare_it_with(tmp_path: Path) -> None:
+    untouched = written(tmp_path / "untouched", cast=False, score=2.75)
+    page = Page(written(tmp_path / "mine", cast=True, untouched=untouched) / "report" / "index.html")
+    outcome = "Held-out <loss>: 2.5; without unit scaling, otherwise alike: 2.75; of counting: 3.25."
+    assert outcome in page.text and page.text.index(outcome) < page.text.index("What was run")
+    assert [line["name"] for line in page.charts[0]] == ["training", "held out", "held out, without unit scaling"]
+    assert page.charts[0][1]["points"] == [[9, 2.5]]
+    assert page.charts[1] == [{"name": "learning rate", "points": [[0, 0.001]], "dashed": False, "thin": False}]
+
+
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    runs = [written(tmp_path / "first", cast=True), written(tmp_path / "second", cast=False, score=2.25)]
+    page = Page(compare_runs(runs, tmp_path / "new" / "both.html"))
+    assert ["", "first", "second"] in page.rows
+    assert ["held-out <loss>", "2.5", "2.25"] in page.rows
+    assert ["seed", "1", "2"] in page.rows and not any(row[0] == "command" for row in page.rows)  # which is the same
+    assert [[line["name"] for line in chart] for chart in page.charts] == [["first", "second"]] * 3
+    assert not page.links
+
+
+def test_worst_casts_stand_beside_the_same_operands_without_their_constants(run: Path) -> None:
+    """One was brought back into range by its constant, the other pushed out of it."""
     page = Page(run / "report" / "index.html")
     header = page.rows.index(next(row for row in page.rows if row[0] == "site"))
-    assert page.rows[header][-1] == "untouched: SNR dB"
-    rows = page.rows[header + 1 : header + 7]
-    # 2^-12 of its RMS takes one weight out of e4m3, and the gradient behind it out of e5m2.
-    assert sorted(row[:2] for row in rows[:2]) == [["0", "gradients"], ["2", "weights"]]
-    for row in rows[:2]:
-        assert float(row[5].rstrip("%")) > 99
-        assert float(row[-2]) < 1
-        assert float(row[-1]) > 20
-    snr = [float(row[-2]) for row in rows]
-    assert snr == sorted(snr)
+    with_constant, without = page.rows[header].index("SNR dB"), page.rows[header].index("without the constant")
+    rows = page.rows[header + 1 : header + 3]
+    assert [row[:2] for row in rows] == [["0", "gradients"], ["2", "weights"]]
+    assert float(rows[0][with_constant]) < 1 < 20 < float(rows[1][with_constant])
+    assert float(rows[1][without]) < 1
 
 
-def test_the_verdict_counts_what_is_bad(run: Path) -> None:
-    last = Snapshot.read(run / "monitor.jsonl")[-1]
-    bad = sum(m.cast.snr_db < 20 for m in last.measurements)
-    assert bad > 0
-    text = Page(run / "report" / "index.html").text
-    assert f"{bad} of {len(last.measurements)} operands" in text
-    assert ("Nothing is cast" in text) == all(m.scale is None for m in last.measurements)
+def test_the_verdict_counts_casts_alone(run: Path) -> None:
+    last = next(snapshot for snapshot in Snapshot.read(run / "monitor.jsonl") if snapshot.step == 20)
+    casts = [m for m in last.measurements if m.scale is not None]
+    bad = sum(m.cast.snr_db < 20 for m in casts)
+    assert (bad, len(casts)) == (1, 2)
+    assert "1 of 2 operands" in Page(run / "report" / "index.html").text
+
+
+def test_without_a_format_nothing_is_said_of_casts(tmp_path: Path) -> None:
+    page = Page(written(tmp_path / "mine", cast=False) / "report" / "index.html")
+    assert "Nothing was cast." in page.text
+    assert not any("Worst" in heading for heading in page.headings)
+    assert "at step 0: 100% of this run, 100% of the model without unit scaling (untouched)" in page.text
 
 
 @pytest.mark.parametrize(
     ("left", "headings"),
     [
-        (("monitor.jsonl",), ["Exponents of matmul operands", "Worst sites at step 20", "Drift over training"]),
-        (("csv/metrics.csv",), ["Loss"]),
-        (("report/metrics.json", "report/plan.txt"), ["Plan"]),
+        (("monitor.jsonl",), ["Exponents of matmul operands", "Worst casts at step 20", "Drift over training"]),
+        (("csv/metrics.csv",), ["Loss", "Learning rate"]),
+        (("report/metrics.json", "report/plan.txt"), ["Numbers", "What unit scaling did"]),
     ],
 )
 def test_a_run_that_was_stopped_has_a_report_too(run: Path, left: tuple[str, ...], headings: list[str]) -> None:

@@ -37,7 +37,7 @@ def predict_rows(cfg: DictConfig, path: str) -> Path:
         accelerator="cpu" if task.device.type == "cpu" else "auto",
         devices=1,
         logger=False,
-        callbacks=[PredictionWriter(output, start=done)],
+        callbacks=[PredictionWriter(output, start=done, inputs=rows)],
         enable_model_summary=False,
         enable_progress_bar=cfg.progress_bar,
     )

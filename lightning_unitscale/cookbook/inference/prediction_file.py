@@ -105,13 +105,16 @@ class PredictionWriter(BasePredictionWriter):
     Args:
         output: .jsonl or .parquet; for the latter call `finish(output)` at the end.
         start: number of the first row (`rows_done(output)`); the loader begins there.
+        inputs: what each row, counted from 0, is the answer to: a text, or an example that has one. Other rows are
+            known by their number.
 
     A step returns a list or tensor with one entry for each row, or a dict of those. An entry that is no dict stands
     under "prediction".
     """
 
-    def __init__(self, output: str | Path, start: int = 0) -> None:
+    def __init__(self, output: str | Path, start: int = 0, inputs: Sequence[Any] = ()) -> None:
         super().__init__(write_interval="batch")
+        self.inputs = inputs
         self.rows = _rows_file(Path(output))
         self.next = start
 
@@ -129,8 +132,13 @@ class PredictionWriter(BasePredictionWriter):
         with self.rows.open("a") as file:
             for row in _split(prediction):
                 entry = row if isinstance(row, Mapping) else {"prediction": row}
-                file.write(json.dumps({"row": self.next, **entry}) + "\n")
+                file.write(json.dumps({"row": self.next, **self._input(), **entry}) + "\n")
                 self.next += 1
+
+    def _input(self) -> dict[str, str]:
+        example = self.inputs[self.next] if self.next < len(self.inputs) else None
+        text = example if isinstance(example, str) else getattr(example, "text", None)
+        return {"input": text} if isinstance(text, str) else {}
 
 
 def _split(prediction: Any) -> list[Any]:

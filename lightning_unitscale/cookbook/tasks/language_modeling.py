@@ -75,8 +75,15 @@ class LanguageModeling(TextGeneration):
         return list(self.sample(**settings["sample"])) if "sample" in settings else []
 
     def sample(self, prompt: str, count: int, temperature: float, seed: int = 1) -> list[str]:
-        """Texts that begin with the prompt and fill the context; what can't be shown is a replacement character."""
+        """Texts that begin with the prompt and fill the context; what can't be shown is a replacement character.
+
+        A model whose logits are no numbers, after a training that diverged, says so in place of a text.
+        """
         self.eval()
+        tokens = self.tokenizer(prompt, return_tensors="pt").input_ids.to(self.device)
+        with torch.inference_mode():
+            if not self.model(input_ids=tokens).logits.isfinite().all():
+                return [f"{prompt}… (no text: the model's logits are no numbers)"]
         settings = {"do_sample": True, "temperature": temperature, "top_k": 0}
         room = self.model.config.max_position_embeddings - len(self.tokenizer(prompt).input_ids)
         config = generation_config(self.model, self.tokenizer, {**settings, "max_new_tokens": room})

@@ -16,11 +16,16 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.site import Site
 
 _NUMBER = re.compile(r"(?<![^.:])\d+(?![^.:])")
-_WIDTH = 150
+_WIDTH = 1000  # as wide as it needs: names are never cut
+_REMARK = 60
 
 
 def summarize(plan: Plan, rows: int | None = None) -> str:
-    """The plan as text, at most 150 columns wide; `rows` limits the number of site rows."""
+    """The plan as text, names in full; `rows` limits the number of site rows.
+
+    Sites of layers that repeat are one row, `layers.*.mlp`; where rows of different rules would be called the same, the
+    numbers stand there, `layers.{0-2,5}.mlp`.
+    """
     groups: dict[tuple[str, ...], list[Site]] = {}
     for site in plan.sites:
         total = _multiplier(plan, site)
@@ -39,12 +44,17 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
     casts = any(site.format or site.format_reason for site in plan.sites)
     columns = ["site", "count", "role", "multiplier", "kept in", "format", "learning rate ×", "remark"]
     for column in columns if casts else [column for column in columns if column != "format"]:
-        table.add_column(column, justify="right" if column in ("count", "multiplier", "learning rate ×") else "left")
+        number = column in ("count", "multiplier", "learning rate ×")
+        table.add_column(
+            column, justify="right" if number else "left", max_width=_REMARK if column == "remark" else None
+        )
+    alike = Counter(name for name, *_ in groups)
     lr = plan.lr_multipliers
     for (name, role, multiplier, kept, format, remark), sites in list(groups.items())[:rows]:
         rates = sorted({lr[key] for site in sites for key in site.params[:1] if key in lr})
         rate = " … ".join(dict.fromkeys(f"{r:.3g}" for r in (rates[:1] + rates[-1:])))
-        table.add_row(name, str(len(sites)), role, multiplier, kept, *([format] if casts else []), rate, remark)
+        shown = _called([site.name for site in sites], starred=alike[name] == 1)
+        table.add_row(shown, str(len(sites)), role, multiplier, kept, *([format] if casts else []), rate, remark)
     placed = {name for site in plan.sites for key in site.params for name in key.names}
     for reason, names in _by_reason(plan, placed).items():
         table.add_row(
@@ -66,6 +76,29 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
     for note in plan.notes:
         console.print(f"note: {note}")
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _called(names: list[str], starred: bool) -> str:
+    """One name for sites that differ in their numbers alone: a star for each number that differs, or which they are."""
+    texts, *others = zip(*(_NUMBER.split(name) for name in names), strict=True)
+    words = [texts[0], *(other[0] for other in others)]
+    columns = list(zip(*([int(number) for number in _NUMBER.findall(name)] for name in names), strict=True))
+    name: str = words[0]
+    for numbers, word in zip(columns, words[1:], strict=True):
+        different = sorted(set(numbers))
+        name += (str(different[0]) if len(different) == 1 else "*" if starred else f"{{{_ranges(different)}}}") + word
+    return name
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0-2,5`"""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _multiplier(plan: Plan, site: Site) -> float:

@@ -1,0 +1,88 @@
+"""What a user types becomes what Hydra reads.
+
+pretrain experiment=transfer -m model.width=64,128    flags may stand anywhere
+data.path=~/notes, ckpt_path=a=b.ckpt, prompt=C#      a value that Hydra's grammar refuses is taken as it stands
+ckpt_path=outputs/…/last.ckpt                         the other settings are those that its run began with
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+_COMPOUND = re.compile(r"[\[({'\"$]")  # a value that begins so means something to Hydra, right or wrong
+
+
+def for_hydra(command: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments in Hydra's order and grammar, with those of the run that is continued.
+
+    Args:
+        command: of `unitscale`.
+        arguments: what was typed after it.
+    """
+    overrides = [readable(argument) for argument in arguments if _is_override(argument)]
+    flags = [argument for argument in arguments if not _is_override(argument)]
+    return [*flags, *began_with(command, overrides), *overrides]
+
+
+def _is_override(argument: str) -> bool:
+    return not argument.startswith("-") and ("=" in argument or argument.startswith("~"))
+
+
+def readable(override: str) -> str:
+    """`key=value` with the home folder in place of `~`, and quoted where Hydra could not read it."""
+    key, equals, value = override.partition("=")
+    if not equals or key.startswith("~"):
+        return override
+    if value == "~" or value.startswith("~/"):
+        value = str(Path(value).expanduser())
+    whole = f"{key}={value}"
+    if _COMPOUND.match(value) or _parsed([whole]) is not None:
+        return whole
+    value = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{value}'"
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override] | None:
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:
+        return None
+
+
+def began_with(command: str, overrides: Sequence[str]) -> list[str]:
+    """What the run of `ckpt_path` was started with, but for what is given anew and where it wrote.
+
+    A group that is chosen anew (`data=text`) takes the recorded settings of that group with it. Nothing where the
+    checkpoint has no record, or is of another command, which says so itself.
+    """
+    given = list(_keys(overrides))
+    path = next((value for key, value in given if key == "ckpt_path"), None)
+    if not isinstance(path, str) or not path:
+        return []
+    record = Path(path).expanduser().resolve().parent.parent / ".hydra"
+    if not (record / "overrides.yaml").is_file() or not (record / "hydra.yaml").is_file():
+        return []
+    if OmegaConf.select(OmegaConf.load(record / "hydra.yaml"), "hydra.job.config_name") != command:
+        return []
+    recorded = [str(override) for override in OmegaConf.load(record / "overrides.yaml")]
+    anew = {key for key, _ in given} | {"ckpt_path"}
+    kept = [
+        override
+        for override, (key, _) in zip(recorded, _keys(recorded), strict=True)
+        if key not in anew and not any(key.startswith(f"{other}.") for other in anew)
+    ]
+    if kept:
+        print(f"continuing with the settings of {record.parent}: {' '.join(kept)}")
+    return kept
+
+
+def _keys(overrides: Sequence[str]) -> Iterator[tuple[str, object]]:
+    for override in _parsed(overrides) or []:
+        yield override.key_or_group, override.value()

@@ -1,0 +1,132 @@
+"""Runs that end before their end: what is said, and what is left of them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from support.recipe_runs import run_recipe
+
+from lightning_unitscale import cli
+from lightning_unitscale.cookbook.checks import validate_before_the_end
+from lightning_unitscale.cookbook.config import register, shipped
+from lightning_unitscale.cookbook.tasks import LanguageModeling
+from lightning_unitscale.cookbook.whole_files import WholeFiles
+
+TINY = ["experiment=tiny", "trainer.enable_progress_bar=false", "logger=csv"]
+
+
+def press_ctrl_c_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """During the forward pass of that step."""
+    training_step = LanguageModeling.training_step
+
+    def pressed(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModeling, "training_step", pressed)
+
+
+def test_a_diverged_run_says_so_at_that_step_and_leaves_its_report(tmp_path: Path) -> None:
+    folder, printed = run_recipe("pretrain", tmp_path, *TINY, "optimizer.lr=1e9", "trainer.max_steps=20")
+    assert "training diverged: the loss of step 1 is nan" in printed
+    assert "optimizer.lr=0.001" in printed  # not a tenth of 1e9
+    assert "--- sample 1" in printed
+    assert json.loads((folder / "report" / "metrics.json").read_text())["steps"] == 1
+    assert "training diverged" in (folder / "report" / "index.html").read_text()
+    assert "train/loss" in (folder / "csv" / "metrics.csv").read_text()
+
+
+def test_an_interrupted_run_leaves_a_report_and_goes_on_with_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    settings = [*TINY, "trainer.max_steps=4", "optimizer.lr=2e-3"]
+    whole, _ = run_recipe("pretrain", tmp_path, *settings, "hydra.run.dir=whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        press_ctrl_c_at(2, patch)
+        run_recipe("pretrain", tmp_path, *settings)
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert f"stopped at step 3; go on with ckpt_path={last}" in page
+    _, printed = run_recipe("pretrain", tmp_path, f"ckpt_path={last}", "hydra.run.dir=again")  # and nothing else
+    assert "continuing with the settings" in printed and "optimizer.lr=2e-3" in printed
+    ends = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "again")
+    ]
+    assert whole.name == "run" and ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_an_interrupted_teacher_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = ["model.width=64", "model.depth=1", "trainer.max_steps=4", "task.sequence_length=16", "data.batch_size=2"]
+    teacher = [f"teacher.base={base}", "task.sequence_length=16", "trainer.enable_progress_bar=false"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        press_ctrl_c_at(1, patch)
+        run_recipe("distill", tmp_path, *teacher)
+    kept = tmp_path / "run" / "teacher_unfinished.ckpt"
+    assert torch.load(kept, weights_only=True)["global_step"] == 2
+    again = [*base, "trainer.enable_progress_bar=false", "task.sample.prompt=A", f"ckpt_path={kept}"]
+    run_recipe("pretrain", tmp_path, *again, "hydra.run.dir=teacher")
+    assert torch.load(tmp_path / "teacher" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+@pytest.mark.parametrize("where", ["hydra.run.dir=/proc/nothing/run", f"hydra.run.dir={__file__}/run"])
+def test_a_folder_that_cannot_be_made_is_named(where: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"error: the folder of the run, .* can't be made .*hydra\.run\.dir="):
+        run_recipe("pretrain", tmp_path, where)
+
+
+# --- a disk that is full ----------------------------------------------------------------------------------------------
+
+LIMITED = """
+import resource, signal, sys, torch
+from lightning_unitscale.cookbook.whole_files import WholeFiles
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the operating system refuses the rest
+WholeFiles().save_checkpoint({"weights": torch.zeros(100_000)}, sys.argv[1])
+"""
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    WholeFiles().save_checkpoint({"step": 1}, file)
+    run = subprocess.run([sys.executable, "-c", LIMITED, str(file)], capture_output=True, text=True)
+    assert "File too large" in run.stderr
+    assert torch.load(file, weights_only=True) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_lightning_writes_the_recipes_checkpoints_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: WholeFiles, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(WholeFiles, "save_checkpoint", full)
+    with pytest.raises(SystemExit, match=r"error: No space left on device \(.*last\.ckpt\).*go on with ckpt_path="):
+        run_recipe("pretrain", tmp_path, *TINY)
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "distill"])
+def test_one_setting_makes_a_run_short(recipe: str) -> None:
+    """`trainer.max_steps=20` alone: its only validation comes at its end."""
+    register()
+    with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+        cfg = compose(recipe, overrides=["trainer.max_steps=20", "trainer.accumulate_grad_batches=2"])
+    validate_before_the_end(cfg)
+    assert cfg.trainer.val_check_interval == 40
+
+
+def test_the_message_is_not_preceded_by_hydras(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", cli.__name__, "pretrain", "model.width=100"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "error: model.width=100" in run.stderr and "Error executing" not in run.stderr, run.stderr

@@ -1,0 +1,120 @@
+"""What is typed after `unitscale <command>`: flags anywhere, values as they stand, a run's own settings kept."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from lightning_unitscale.cookbook.arguments import for_hydra
+from lightning_unitscale.cookbook.help import SHELLS, completions, help_of, options
+
+
+def values(arguments: list[str]) -> dict[str, object]:
+    """As Hydra reads them."""
+    parsed = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("-")])
+    return {override.key_or_group: override.value() for override in parsed}
+
+
+def test_flags_may_stand_between_settings() -> None:
+    typed = ["experiment=transfer", "-m", "model.width=64,128", "--config-dir", "mine", "~debug"]
+    assert for_hydra("pretrain", typed) == [
+        "-m",
+        "--config-dir",
+        "mine",
+        "experiment=transfer",
+        "model.width=64,128",
+        "~debug",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("data.path=~/notes", "/home/me/notes"),
+        ("data.path=~", "/home/me"),
+        ("data.path=~/my notes (old)", "/home/me/my notes (old)"),
+        ("ckpt_path=epoch=3-step=10.ckpt", "epoch=3-step=10.ckpt"),
+        ("prompt=C# isn't C", "C# isn't C"),
+        ("prompt='a b'", "a b"),
+        ("path=a.b", "a.b"),
+        ("lr=1e-3", 1e-3),
+        ("widths=[1,2]", [1, 2]),
+    ],
+)
+def test_a_value_means_what_stands_there(typed: str, meant: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (value,) = values(for_hydra("pretrain", [typed])).values()
+    assert getattr(value, "text", value) == meant or value == meant
+
+
+def record(folder: Path, command: str, *overrides: str) -> Path:
+    """A checkpoint with what Hydra notes of its run."""
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(list(overrides), folder / ".hydra" / "overrides.yaml")
+    OmegaConf.save({"hydra": {"job": {"config_name": command}}}, folder / ".hydra" / "hydra.yaml")
+    return folder / "checkpoints" / "last.ckpt"
+
+
+def test_a_run_goes_on_with_its_own_settings_and_those_given_anew(tmp_path: Path) -> None:
+    began = ["experiment=tiny", "data=text", "data.path=a", "optimizer.lr=2", "ckpt_path=before.ckpt"]
+    path = record(tmp_path / "run", "pretrain", *began)
+    assert values(for_hydra("pretrain", [f"ckpt_path={path}"])) == {
+        "experiment": "tiny",
+        "data": "text",
+        "data.path": "a",
+        "optimizer.lr": 2,
+        "ckpt_path": str(path),
+    }
+    anew = values(for_hydra("pretrain", [f"ckpt_path={path}", "data=topics", "optimizer.lr=3"]))
+    assert anew == {"experiment": "tiny", "data": "topics", "optimizer.lr": 3, "ckpt_path": str(path)}
+    assert for_hydra("finetune", [f"ckpt_path={path}"]) == [f"ckpt_path={path}"]  # another command's run
+    assert for_hydra("pretrain", ["ckpt_path=elsewhere/last.ckpt"]) == ["ckpt_path=elsewhere/last.ckpt"]
+
+
+# --- help and the Tab key ---------------------------------------------------------------------------------------------
+
+
+def test_help_lists_what_the_command_can_run() -> None:
+    shown = help_of("pretrain")
+    assert "[llama]" in shown and "\n  lr: 0.001" in shown and "unitscale pretrain data=text" in shown
+    assert options("pretrain")["experiment"] == ["baseline", "tiny", "transfer"]
+    assert {"topics", "text", "hf"} <= set(options("pretrain")["data"])
+    assert not {"digits", "paired_file"} & set(options("pretrain")["data"])
+    assert {"digits", "topics"} <= set(options("finetune")["data"])
+    assert "schema" not in options("pretrain")
+    assert options("formats") == options("pretrain")  # whose runs are runs of that recipe
+
+
+@pytest.mark.parametrize(
+    ("line", "among", "never"),
+    [
+        ("unitscale pre", {"pretrain"}, {"finetune"}),
+        ("unitscale pretrain opt", {"optimizer=", "optimizer."}, {"data="}),
+        ("unitscale pretrain optimizer.", {"optimizer.lr=", "optimizer.betas="}, set()),
+        ("unitscale pretrain model.width=64 data=t", {"data=text", "data=topics"}, {"data=hf"}),
+        ("unitscale completion f", {"fish"}, {"bash"}),
+        ("unitscale nonsense x", set(), {"x"}),
+    ],
+)
+def test_tab_offers_commands_groups_options_and_settings(line: str, among: set[str], never: set[str]) -> None:
+    found = set(completions(line))
+    assert among <= found and not never & found
+
+
+def test_bash_takes_the_words_that_are_offered(tmp_path: Path) -> None:
+    (tmp_path / "unitscale").write_text("#!/bin/sh\necho data=text\necho data=topics\n")
+    (tmp_path / "unitscale").chmod(0o755)
+    script = f"""
+PATH={tmp_path}:$PATH
+{SHELLS["bash"]}
+compopt() {{ :; }}
+COMP_LINE="unitscale pretrain data=t"; COMP_POINT=${{#COMP_LINE}}
+_unitscale
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+    shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert shown.stdout.split() == ["text", "topics"], shown.stderr  # bash has taken `data=` for a word of its own
