@@ -36,7 +36,8 @@ def rehearsed_losses(
     """
     with rehearsal(module, trainer) as run, torch.enable_grad():
         if not casts:
-            casts_in_force(module).clear()  # of the copies that the rehearsal works on
+            for cast in casts_in_force(module).values():  # copies, that the rehearsal works on
+                cast.scales = None
         with reentrant_checkpoints_opened(), observer or nullcontext():
             losses = {id(loss): loss for loss in loss_tensors(step(run), run.losses)}
             yield [loss.sum() for loss in losses.values() if loss.requires_grad]
