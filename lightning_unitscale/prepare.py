@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.checks.beside import warn_of_code_beside
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
-from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
+from lightning_unitscale.engine.checks.gradients import differentiable_losses, rehearsed_gradients
 from lightning_unitscale.engine.checks.sharded import refuse_sharded
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
 from lightning_unitscale.engine.checks.verify import verify
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
-from lightning_unitscale.engine.checks.verify_gradients import verify_gradients
+from lightning_unitscale.engine.checks.verify_gradients import GradientsTaken, verify_gradients
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
 from lightning_unitscale.engine.plan.rename import plan_around
@@ -33,6 +34,7 @@ from lightning_unitscale.engine.runtime.install import (
     install,
     rescale_parameters,
     restore_parameters,
+    rules_in_force,
     uninstall,
     untouched_factors,
 )
@@ -93,8 +95,9 @@ def prepare(
     put_in_force(module, plan)
     if options.verify:
         try:
-            verify(module, plan, trace, lambda: record(module, step, trainer))
-            verify_gradients(module, plan, trace, step, trainer)
+            taken = GradientsTaken(module)
+            verify(module, plan, trace, lambda: record(module, step, trainer, taken=taken))
+            verify_gradients(module, plan, trace, taken, step, trainer)
         except UnitScalingError:
             _bring_back(module, plan, zeroed, kept)
             raise
@@ -158,22 +161,34 @@ def _unheard_of(trace: Trace) -> set[str]:
     }
 
 
-def record(module: nn.Module, step: Step, trainer: pl.Trainer | None = None, draw: int = 0) -> Trace:
+def record(
+    module: nn.Module,
+    step: Step,
+    trainer: pl.Trainer | None = None,
+    draw: int = 0,
+    taken: GradientsTaken | None = None,
+) -> Trace:
     """Run the step without leaving a trace in the model, and return what it did.
 
     Args:
         draw: 0 for the random numbers that are next, other numbers for others.
+        taken: takes the gradients of its losses too, if factors are in force.
 
     Raises:
         NoLossError: there is none.
         UnitScalingError: the loss is not one number, or not finite.
     """
-    with rehearsal(module, trainer) as rehearsed, recording(module) as recorder, torch.enable_grad():
-        if draw:
-            draw_anew(draw)
-        before = random_state()
-        output = step(rehearsed)
-        trace = recorder.finish(output, rehearsed.losses)
+    if taken is not None and rules_in_force(module) is None:
+        taken = None
+    with rehearsal(module, trainer) as rehearsed, torch.enable_grad(), taken or nullcontext():
+        with recording(module) as recorder:
+            if draw:
+                draw_anew(draw)
+            before = random_state()
+            output = step(rehearsed)
+            trace = recorder.finish(output, rehearsed.losses)
+        if taken is not None:
+            taken.take(differentiable_losses(output, rehearsed))
         trace.drew = random_state() != before
         trace.copies = [(value, rehearsed.original(tensor)) for value, tensor in trace.copies]
         backwards = bool(rehearsed.losses)
