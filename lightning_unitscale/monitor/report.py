@@ -12,37 +12,22 @@ PNG files.
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import log2
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor.charts import HEADINGS, Curve, drift_chart, exponent_chart, loss_chart, short_names
+from lightning_unitscale.monitor.page import image, section, table, write_page
 from lightning_unitscale.monitor.snapshot import FILE, Measurement, Snapshot
 
 WORST = 15  # rows
 BAD_SNR = 20.0  # dB; healthy casts to e4m3 have 31, to e5m2 25
 
-PAGE = """\
-<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>
-  body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-  img {{ max-width: 100% }} pre {{ overflow-x: auto; background: #f5f5f5; padding: 1rem; font-size: 13px }}
-  td, th {{ padding-right: 1.5rem; text-align: right; font-variant-numeric: tabular-nums; font-weight: normal }}
-  td:first-child, th:first-child {{ text-align: left }} th {{ border-bottom: 1px solid #999 }}
-</style>
-<h1>{title}</h1>
-{sections}
-</html>
-"""
 HOW_TO_READ = """\
 Each bar is one operand of one matmul: from the smallest 1 % of its elements to the largest; the dot is its RMS. \
 Dark red: flushed to zero (below) or saturated (above) in {format}; light red: held with less precision. The grey bars \
@@ -98,22 +83,16 @@ def render_report(folder: Path) -> Path:
         *_samples(run.get("samples", [])),
         *_plan(report / "plan.txt"),
     ]
-    page = PAGE.format(title=html.escape(run.get("title", folder.name)), sections="\n".join(sections))
-    (report / "index.html").write_text(page, encoding="utf-8")
-    return report / "index.html"
+    return write_page(report / "index.html", run.get("title", folder.name), sections)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sections
 
 
-def _section(heading: str, *content: str) -> str:
-    return "\n".join((f"<h2>{heading}</h2>", *content))
-
-
 def _metrics(metrics: Mapping[str, Any]) -> Iterator[str]:
     if metrics:
-        yield _table([], ([html.escape(name), _readable(value)] for name, value in metrics.items()))
+        yield table([], ([html.escape(name), _readable(value)] for name, value in metrics.items()))
 
 
 def _operands(report: Path, snapshots: Sequence[Snapshot]) -> Iterator[str]:
@@ -123,15 +102,15 @@ def _operands(report: Path, snapshots: Sequence[Snapshot]) -> Iterator[str]:
         return
     plain = [snapshot for snapshot in snapshots if snapshot.label != "run"]
     shown = list(dict.fromkeys((*plain, run[0], run[-1])))
-    yield _section(
+    yield section(
         "Exponents of matmul operands",
         f"<p>{_verdict(run[-1])}</p>",
-        _image(report / "exponents.png", exponent_chart(shown), "Range of every operand beside the formats' ranges"),
+        image(report / "exponents.png", exponent_chart(shown), "Range of every operand beside the formats' ranges"),
         f"<p>{HOW_TO_READ.format(format=run[-1].format)} {CAST if _is_cast(run[-1]) else NOT_CAST}</p>",
     )
-    yield _section(f"Worst sites at step {run[-1].step}", _worst(run[-1], plain[0] if plain else None))
+    yield section(f"Worst sites at step {run[-1].step}", _worst(run[-1], plain[0] if plain else None))
     if len(run) > 1:
-        yield _section("Drift over training", _image(report / "drift.png", drift_chart(run), "RMS of operands by step"))
+        yield section("Drift over training", image(report / "drift.png", drift_chart(run), "RMS of operands by step"))
 
 
 def _verdict(snapshot: Snapshot) -> str:
@@ -171,7 +150,7 @@ def _worst(snapshot: Snapshot, plain: Snapshot | None) -> str:
         ]
         for m in worst
     ]
-    return _table([*header, *([f"{html.escape(plain.label)}: SNR dB"] if plain else [])], rows)
+    return table([*header, *([f"{html.escape(plain.label)}: SNR dB"] if plain else [])], rows)
 
 
 def _snr(measurement: Measurement | None) -> str:
@@ -180,32 +159,21 @@ def _snr(measurement: Measurement | None) -> str:
 
 def _loss(report: Path, curves: Mapping[str, Curve]) -> Iterator[str]:
     if curves:
-        yield _section("Loss", _image(report / "loss.png", loss_chart(curves), "Training and held-out loss by step"))
+        yield section("Loss", image(report / "loss.png", loss_chart(curves), "Training and held-out loss by step"))
 
 
 def _samples(samples: Sequence[str]) -> Iterator[str]:
     if samples:
-        yield _section("Samples", *(f"<pre>{html.escape(sample)}</pre>" for sample in samples))
+        yield section("Samples", *(f"<pre>{html.escape(sample)}</pre>" for sample in samples))
 
 
 def _plan(file: Path) -> Iterator[str]:
     if file.exists():
-        yield _section("Plan", f"<pre>{html.escape(file.read_text(encoding='utf-8'))}</pre>")
+        yield section("Plan", f"<pre>{html.escape(file.read_text(encoding='utf-8'))}</pre>")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pieces of HTML, and files
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "<tr>" + "".join(f"<th>{cell}" for cell in header) if header else ""
-    return "<table>" + head + "".join("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in rows) + "</table>"
-
-
-def _image(file: Path, figure: Figure, description: str) -> str:
-    figure.savefig(file, dpi=110)
-    data = base64.b64encode(file.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(description)}">'
+# Numbers, and files
 
 
 def _readable(value: Any) -> str:
