@@ -13,8 +13,8 @@ from support.recipe_runs import run_recipe
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_unitscale.cookbook.coordinates.measure import Coordinate, Place
-from lightning_unitscale.cookbook.coordinates.slopes import Slopes, by_module, exponent, failing, slopes
+from lightning_unitscale.cookbook.coordinates.measure import Coordinate, CoordinateRun
+from lightning_unitscale.cookbook.coordinates.slopes import CoordinateSlopes, by_module, exponent, failing, slopes
 
 
 class Wide(pl.LightningModule):
@@ -47,17 +47,17 @@ def test_the_exponent_of_a_power_is_found() -> None:
 
 
 def test_what_passes() -> None:
-    assert Slopes(-0.5, 0.0).passes(0.3)
-    assert not Slopes(0.5, 0.0).passes(0.3)
-    assert not Slopes(0.0, -0.5).passes(0.3)
-    assert Slopes(0.0, -0.5).passes(0.3, may_fall=True)
-    assert not Slopes(0.0, math.inf).passes(0.3, may_fall=True)
-    assert Slopes(0.0, math.nan).passes(0.3)
+    assert CoordinateSlopes(-0.5, 0.0).passes(0.3)
+    assert not CoordinateSlopes(0.5, 0.0).passes(0.3)
+    assert not CoordinateSlopes(0.0, -0.5).passes(0.3)
+    assert CoordinateSlopes(0.0, -0.5).passes(0.3, may_fall=True)
+    assert not CoordinateSlopes(0.0, math.inf).passes(0.3, may_fall=True)
+    assert CoordinateSlopes(0.0, math.nan).passes(0.3)
 
 
 def test_layers_of_one_kind_and_seeds_are_averaged() -> None:
     made = [
-        Coordinate(Place("standard", "depth", depth, "normal", seed), name, depth * (1 + seed), 1.0)
+        Coordinate(CoordinateRun("standard", "depth", depth, "normal", seed), name, depth * (1 + seed), 1.0)
         for depth in (2, 4)
         for seed in (0, 1)
         for name in ("layers.0.mlp", "layers.1.mlp", "head")
@@ -66,13 +66,13 @@ def test_layers_of_one_kind_and_seeds_are_averaged() -> None:
     assert set(found) == {("standard", "depth", "normal", name) for name in ("layers.*.mlp", "head")}
     sizes = found["standard", "depth", "normal", "layers.*.mlp"]
     assert sizes == {2: (3.0, 1.0), 4: (6.0, 1.0)}
-    assert slopes(sizes) == Slopes(1.0, 0.0)
+    assert slopes(sizes) == CoordinateSlopes(1.0, 0.0)
     assert len(failing(found, 0.3)) == 2
 
 
 def test_a_users_module_is_checked_along_its_own_knob(tmp_path: Path) -> None:
     folder, printed = run_recipe(
-        *("coord_check", tmp_path, f"model={{_target_: {__name__}.Wide, units: 16}}", "arguments={}"),
+        *("coord_check", tmp_path, f"model={{_target_: {__name__}.Wide, units: 16}}"),
         *("knobs.width=model.units", "widths=[16,64,256]", "depths=[]", "seeds=[1]", "schemes=[standard,umup]"),
     )
     assert "12/12" in printed
@@ -91,8 +91,8 @@ def test_a_users_module_is_checked_along_its_own_knob(tmp_path: Path) -> None:
         (["widths=[32]", "depths=[]"], "a slope needs two sizes"),
         (["knobs.width=model.hidden"], r"knobs\.width=model\.hidden: the model has no such setting"),
         (["schemes=[mup]"], "'mup' is not known"),
-        ([f"model={{_target_: {__name__}.Manual, units: 4}}", "arguments={}", "knobs.width=model.units"], "by hand"),
-        (["model={_target_: torch.nn.Linear, in_features: 4, out_features: 4}", "arguments={}",
+        ([f"model={{_target_: {__name__}.Manual, units: 4}}", "knobs.width=model.units"], "by hand"),
+        (["model={_target_: torch.nn.Linear, in_features: 4, out_features: 4}",
           "knobs.width=model.in_features"], "makes a Linear, not a LightningModule"),
     ],
 )  # fmt: skip

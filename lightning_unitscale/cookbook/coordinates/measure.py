@@ -21,14 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lightning_unitscale import scale_learning_rates, unit_scale
-from lightning_unitscale.cookbook.runs import plain
 from lightning_unitscale.errors import InputError
 
 UNTOUCHED = "standard"  # in place of a scheme
 
 
 @dataclass(frozen=True)
-class Place:
+class CoordinateRun:
     """Which model is looked at.
 
     Attributes:
@@ -54,13 +53,13 @@ class Coordinate:
         change: mean |x - x at the start| after the last; not finite where training diverged.
     """
 
-    place: Place
+    place: CoordinateRun
     module: str
     start: float
     change: float
 
 
-def coordinates(cfg: DictConfig, place: Place) -> list[Coordinate]:
+def coordinates(cfg: DictConfig, place: CoordinateRun) -> list[Coordinate]:
     """Trains one model for `cfg.steps` steps on one batch, and compares its outputs before and after.
 
     Raises:
@@ -102,7 +101,7 @@ def new_model(cfg: DictConfig) -> pl.LightningModule:
     Raises:
         InputError: it is no LightningModule with data of its own and automatic optimization.
     """
-    module = instantiate(cfg.model, _recursive_=False, _convert_="all", **plain(cfg.arguments))
+    module = instantiate(cfg.model, _recursive_=False, _convert_="all")
     if not isinstance(module, pl.LightningModule):
         raise InputError(f"model._target_={cfg.model._target_} makes a {type(module).__name__}, not a LightningModule")
     if not module.automatic_optimization:

@@ -21,7 +21,7 @@ Sizes = Mapping[int, tuple[float, float]]  # mean start and change, by size
 
 
 @dataclass(frozen=True)
-class Slopes:
+class CoordinateSlopes:
     """Of one module.
 
     Attributes:
@@ -61,10 +61,10 @@ def failing(found: Mapping[Series, Sizes], tolerance: float) -> set[Series]:
     }
 
 
-def slopes(sizes: Sizes) -> Slopes:
+def slopes(sizes: Sizes) -> CoordinateSlopes:
     """The two exponents of one module."""
     at = sorted(sizes)
-    return Slopes(*(exponent(at, [sizes[size][which] for size in at]) for which in (0, 1)))
+    return CoordinateSlopes(*(exponent(at, [sizes[size][which] for size in at]) for which in (0, 1)))
 
 
 def exponent(sizes: Sequence[int], values: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ from lightning_unitscale.cookbook.learning_rates.findings import best_of, losses
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun
 from lightning_unitscale.cookbook.runs import plain
 from lightning_unitscale.cookbook.sweeps.results import Result
-from lightning_unitscale.cookbook.sweeps.sweep import LossCurve, Measured
+from lightning_unitscale.cookbook.sweeps.sweep import LossCurve, Outcome
 from lightning_unitscale.errors import InputError, UnitScalingError
 
 
@@ -113,7 +113,7 @@ def check_jobs(cfg: DictConfig) -> None:
         new_job(configuration(cfg, RateRun(first, "job", name, 1.0, 0))).examples()
 
 
-def measure_job(cfg: DictConfig) -> Measured:
+def measure_job(cfg: DictConfig) -> Outcome:
     """Trains a job, and scores it before and after; a refusal by unit scaling is a result, and its reason is kept."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     job, curve = new_job(cfg), LossCurve()
@@ -130,8 +130,8 @@ def measure_job(cfg: DictConfig) -> Measured:
     try:
         trainer.fit(job)
     except UnitScalingError as refusal:
-        return Measured(math.inf, before["val/score"], error=str(refusal))
+        return Outcome(math.inf, before["val/score"], error=str(refusal))
     after = float(trainer.callback_metrics["val/score"])
-    return Measured(
+    return Outcome(
         after if math.isfinite(after) else math.inf, before["val/score"], first_loss=curve.first, curve=curve.points()
     )

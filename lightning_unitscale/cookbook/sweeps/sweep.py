@@ -30,7 +30,7 @@ DECIDING = ("seed", "model", "data", "task", "job", "initial", "optimizer", "sch
 
 
 @dataclass(frozen=True)
-class Measured:
+class Outcome:
     """What a run leaves; see `Result` for each."""
 
     held_out: float
@@ -40,7 +40,7 @@ class Measured:
     error: str = ""
 
 
-Measure = Callable[[DictConfig], Measured]
+Measure = Callable[[DictConfig], Outcome]
 
 
 class LossCurve(pl.Callback):
@@ -69,13 +69,13 @@ def _finite(loss: float) -> float | None:
     return round(loss, 4) if math.isfinite(loss) else None
 
 
-def measure_pretraining(cfg: DictConfig) -> Measured:
+def measure_pretraining(cfg: DictConfig) -> Outcome:
     """One run of the recipe `pretrain`."""
     curve = LossCurve()
     trainer = train(cfg, [curve])
     held_out = float(trainer.callback_metrics["val/loss"])
     held_out = held_out if math.isfinite(held_out) else math.inf
-    return Measured(held_out, first_loss=curve.first, curve=curve.points())
+    return Outcome(held_out, first_loss=curve.first, curve=curve.points())
 
 
 def finish_runs(
@@ -122,7 +122,7 @@ def finish_runs(
 
 def _measured(
     begin: Mapping[RunT, tuple[Measure, DictConfig, int | None]], processes: int
-) -> Iterator[tuple[RunT, tuple[Measured, float]]]:
+) -> Iterator[tuple[RunT, tuple[Outcome, float]]]:
     """Each run as it is finished, with the seconds that it took."""
     if processes == 1:
         for run, arguments in begin.items():
@@ -138,7 +138,7 @@ def _measured(
             pool.shutdown(wait=True, cancel_futures=True)  # after Ctrl-C, what runs comes to its end and no more begins
 
 
-def _measure_one(measure: Measure, cfg: DictConfig, threads: int | None) -> tuple[Measured, float]:
+def _measure_one(measure: Measure, cfg: DictConfig, threads: int | None) -> tuple[Outcome, float]:
     """One run, in this process."""
     register()
     _prepare_process(threads)
