@@ -41,6 +41,11 @@ storage keeps the constants of unit scaling inside the weights, and gradients ha
 format (<code>unitscale.format=fp8</code>) each operand gets one power of two that brings its dot near 0."""
 
 
+UPDATES = """\
+Alignment with the layer's input: ½ for unrelated, 1 for fully aligned. Kurtosis: 3 for normal activations, more with
+outliers. A learning rate is too high where updates of weights that are not small reach the size of the weights."""
+
+
 def write_report(
     folder: Path, *, title: str, metrics: Mapping[str, Any], plan: str, samples: Sequence[str] = ()
 ) -> Path:
@@ -109,6 +114,8 @@ def _operands(report: Path, snapshots: Sequence[Snapshot]) -> Iterator[str]:
         f"<p>{HOW_TO_READ.format(format=run[-1].format)} {CAST if _is_cast(run[-1]) else NOT_CAST}</p>",
     )
     yield section(f"Worst sites at step {run[-1].step}", _worst(run[-1], plain[0] if plain else None))
+    if run[-1].updates:
+        yield section(f"Largest updates at step {run[-1].step}", f"<p>{UPDATES}</p>", _updates(run[-1]))
     if len(run) > 1:
         yield section("Drift over training", image(report / "drift.png", drift_chart(run), "RMS of operands by step"))
 
@@ -151,6 +158,23 @@ def _worst(snapshot: Snapshot, plain: Snapshot | None) -> str:
         for m in worst
     ]
     return table([*header, *([f"{html.escape(plain.label)}: SNR dB"] if plain else [])], rows)
+
+
+def _updates(snapshot: Snapshot) -> str:
+    """The parameters that the step changed most, relative to what they were."""
+    largest = sorted(snapshot.updates, key=lambda update: update.relative or 0.0, reverse=True)[:WORST]
+    kurtosis = {m.parameter: m.unscaled.kurtosis for m in snapshot.of("x")}
+    rows = [
+        [
+            html.escape(update.parameter),
+            update.role,
+            "" if update.relative is None else f"{update.relative:.2g}",
+            "" if update.alignment is None else f"{update.alignment:.2f}",
+            f"{tails:.1f}" if (tails := kurtosis.get(update.parameter)) is not None else "",
+        ]
+        for update in largest
+    ]
+    return table(["parameter", "role", "RMS of update / weight", "alignment", "kurtosis of input"], rows)
 
 
 def _snr(measurement: Measurement | None) -> str:
