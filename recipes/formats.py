@@ -56,7 +56,7 @@ def main(cfg: DictConfig) -> None:
     configurations = {run: configuration(cfg, run) for run in runs}
     for run_cfg in configurations.values():
         check(run_cfg)
-    results = finish_runs(configurations, folder / "runs.jsonl", cfg.threads)
+    results = finish_runs(configurations, folder / "runs.jsonl", threads=cfg.threads)
     losses = {name: [results[VariantRun(name, seed)].held_out for seed in cfg.seeds] for name in variants}
     print_and_keep(folder / "formats.txt", loss_table(cfg, losses))
 

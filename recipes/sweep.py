@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> float:
         configurations = {
             run: with_point(run_configuration(cfg, run.seed), point) for point in points for run in runs[point]
         }
-        results = finish_runs(configurations, folder / "runs.jsonl", cfg.threads)
+        results = finish_runs(configurations, folder / "runs.jsonl", threads=cfg.threads)
         return {point: fmean(results[run].held_out for run in runs[point]) for point in points}
 
     default = {name: OmegaConf.select(cfg, name) for name in space}

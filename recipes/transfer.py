@@ -1,17 +1,20 @@
-"""Compare how learning rates carry over between widths, with and without unit scaling.
+"""Compare how learning rates carry over along an axis, with and without unit scaling.
 
-    unitscale transfer                                      # = python recipes/transfer.py; hours on one core
+    unitscale transfer                                      # = python recipes/transfer.py; widths; hours on one core
+    unitscale transfer sweep=depth                          # or batch, steps, sequence: one varies, the rest stays
+    unitscale transfer optimizer=adamw_independent          # with weight decay, the same at every learning rate
     unitscale transfer sweep=quick                          # seconds: does everything work here?
-    unitscale transfer sweep.widths=[64,128] sweep.seeds=[1]
+    unitscale transfer sweep.points=[64,128] sweep.seeds=[1]
+    unitscale transfer sweep.axis=heads sweep.key=model.head_width sweep.points=[16,32,64]    # any other setting
     unitscale transfer only_report=true                     # table and plot of what is finished
 
 Three parametrizations of one model, on the same text, steps and batches:
 
     standard    the untouched model
-    umup        UnitScaling(lr_units="umup"): learning rates in u-muP's units, to carry over to other widths
+    umup        UnitScaling(lr_units="umup"): learning rates in u-muP's units, to carry over to other sizes
     drop-in     UnitScaling(lr_units="standard"): the untouched model's learning rates, to keep its settings
 
-Every run is the recipe `pretrain` with another width, learning rate and seed. A finished run is one line in
+Every run is the recipe `pretrain` with another size, learning rate and seed. A finished run is one line in
 `runs.jsonl`; runs that are there with the same settings are not run again, so an interrupted sweep goes on where it
 stopped. After a change of the package itself, delete that file. At the end: the tables, `transfer.png` and
 `transfer.json` with all curves.
@@ -45,7 +48,9 @@ def main(cfg: DictConfig) -> None:
     runs = planned_runs(cfg.sweep)
     check_sweep(cfg, runs)
     configurations = {run: configuration(cfg, run) for run in runs}
-    results = finish_runs(configurations, folder / "runs.jsonl", cfg.threads, cfg.only_report)
+    results = finish_runs(
+        configurations, folder / "runs.jsonl", threads=cfg.threads, processes=cfg.processes, only_report=cfg.only_report
+    )
     report(cfg, list(results.values()), folder, len(runs))
 
 
@@ -54,7 +59,9 @@ def check_sweep(cfg: DictConfig, runs: Collection[RateRun]) -> None:
     if not cfg.unitscale or cfg.unitscale.scheme != "umup":
         raise InputError("the comparison needs unitscale=umup; it trains the untouched model anyway")
     if not runs:
-        raise InputError("the sweep is empty: give sweep.widths, sweep.seeds, and learning rates")
+        raise InputError("the sweep is empty: give sweep.points, sweep.seeds, and learning rates")
+    if OmegaConf.select(cfg, cfg.sweep.key, throw_on_missing=False) is None:
+        raise InputError(f"sweep.key={cfg.sweep.key}: there is no such setting; see unitscale pretrain --cfg job")
     for run in runs:
         check(configuration(cfg, run))
 

@@ -54,7 +54,8 @@ UnitScalingNode = make_dataclass(
 
 
 def register() -> None:
-    """Makes the schema and the two resolvers known to Hydra; safe to call twice."""
+    """Makes the schema and the three resolvers known to Hydra; safe to call twice."""
     ConfigStore.instance().store(group="schema", name="unitscale", node=UnitScalingNode)
     OmegaConf.register_new_resolver("product", lambda a, b: int(a * b), replace=True)
     OmegaConf.register_new_resolver("quotient", lambda a, b: int(a // b), replace=True)
+    OmegaConf.register_new_resolver("ratio", lambda a, b: float(a) / float(b), replace=True)

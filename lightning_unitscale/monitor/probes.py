@@ -17,6 +17,7 @@ from lightning_unitscale.errors import InputError
 from lightning_unitscale.formats import FORMATS
 from lightning_unitscale.monitor.exponent_histogram import ExponentHistogram, count_exponents
 from lightning_unitscale.monitor.snapshot import Measurement, Snapshot
+from lightning_unitscale.monitor.updates import ROWS, WeightUpdate
 
 Scales = Mapping[tuple[UseId, str], float]  # by use and operand
 
@@ -29,12 +30,15 @@ class Probe(Accumulator):
         self.scaled = None if scale is None else Accumulator(dtype, scale)
         self.operand_scale = scale
         self.exponents: Tensor | None = None
+        self.last: Tensor | None = None  # rows of the latest tensor, for alignments
 
     def add(self, tensor: Tensor) -> None:
         """Count one tensor in."""
         super().add(tensor)
         if self.scaled is not None:
             self.scaled.add(tensor)
+        if tensor.dim() > 1:
+            self.last = tensor.detach().flatten(0, -2)[:ROWS].clone()
         counts = count_exponents(tensor)
         self.exponents = counts if self.exponents is None else self.exponents + counts
 
@@ -55,9 +59,18 @@ class Probes:
     def _probe(self, use: UseId, operand: str) -> Probe:
         return Probe(FORMATS[self.format].dtype(operand), self._scales.get((use, operand)))
 
-    def snapshot(self, label: str, step: int) -> Snapshot:
+    def snapshot(self, label: str, step: int, updates: tuple[WeightUpdate, ...] = ()) -> Snapshot:
         """What was seen so far."""
-        return Snapshot(label, step, self.format, tuple(self._measurements()))
+        return Snapshot(label, step, self.format, tuple(self._measurements()), updates)
+
+    def linear_inputs(self) -> dict[str, Tensor]:
+        """Rows of the latest input of every linear layer, by the name of its weight."""
+        found = {}
+        for use, probes in self.observer.found.items():
+            probe = probes.get("x")
+            if use.op == "linear" and isinstance(probe, Probe) and probe.last is not None:
+                found[str(use.key)] = probe.last
+        return found
 
     def _measurements(self) -> Iterator[Measurement]:
         for use, probes in self.observer.found.items():

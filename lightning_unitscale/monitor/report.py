@@ -12,19 +12,27 @@ images and sounds lie beside the page as files too.
 
 from __future__ import annotations
 
-import base64
 import csv
 import html
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite, log2
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor.charts import HEADINGS, Curve, drift_chart, exponent_chart, loss_chart, short_names
+from lightning_unitscale.monitor.page import (
+    chart,
+    definitions,
+    image,
+    in_base64,
+    inline_image,
+    line,
+    section,
+    table,
+    write_page,
+)
 from lightning_unitscale.monitor.readable import readable
 from lightning_unitscale.monitor.snapshot import FILE, Snapshot
 
@@ -32,20 +40,7 @@ WORST = 15  # rows
 BAD_SNR = 20.0  # dB; healthy casts to e4m3 have 31, to e5m2 25
 NEAR = 4.0  # times or a part of 1: an RMS that is near it
 LOSSES = {"train/loss": "training", "val/loss": "held out"}  # columns of the log
-ASSETS = Path(__file__).parent / "page"
 
-PAGE = """\
-<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}</style>
-<h1>{title}</h1>
-{sections}
-<script>
-{script}</script>
-</html>
-"""
 HOW_TO_READ = """\
 Each bar is one operand of one matmul: from the smallest 1 % of its elements to the largest; the dot is its RMS. \
 Dark red: flushed to zero (below) or saturated (above) in {format}; light red: held with less precision. The grey bars \
@@ -57,6 +52,11 @@ NOT_CAST = """\
 Nothing was cast in this run, so nothing of this was lost: this is what a cast with no constants would meet. Folded \
 storage keeps the constants of unit scaling inside the weights, and gradients have the scale of the loss. With a \
 format (<code>unitscale.format=fp8</code>) each operand gets one power of two that brings its dot near 0."""
+
+
+UPDATES = """\
+Alignment with the layer's input: ½ for unrelated, 1 for fully aligned. Kurtosis: 3 for normal activations, more with
+outliers. A learning rate is too high where updates of weights that are not small reach the size of the weights."""
 
 
 def write_report(
@@ -120,7 +120,7 @@ def render_report(folder: Path) -> Path:
         *_scaling(run, report / "plan.txt"),
         *_operands(report, run.snapshots),
     ]
-    return _write_page(report / "index.html", run.title, sections)
+    return write_page(report / "index.html", run.title, sections)
 
 
 def compare_runs(folders: Sequence[Path], page: Path) -> Path:
@@ -139,20 +139,20 @@ def compare_runs(folders: Sequence[Path], page: Path) -> Path:
     head = ["", *map(html.escape, names)]
     endings = ["how it ended", *(html.escape(run.about.get("ending", "")) for run in runs)]
     charts = [
-        _section(f"Loss: {label}", _chart([_line(n, run.curves[column]) for n, run in _having(names, runs, column)]))
+        section(f"Loss: {label}", chart([line(n, run.curves[column]) for n, run in _having(names, runs, column)]))
         for column, label in LOSSES.items()
         if any(column in run.curves for run in runs)
     ]
     rates = [(name, run.rate) for name, run in zip(names, runs, strict=True) if run.rate]
     if rates:
-        charts.append(_section("Learning rate", _chart([_line(name, rate) for name, rate in rates])))
+        charts.append(section("Learning rate", chart([line(name, rate) for name, rate in rates])))
     sections = [
-        _table(head, [endings, *numbers]),
+        table(head, [endings, *numbers]),
         *charts,
-        *([_section("What differs", _table(head, differing))] if differing else []),
+        *([section("What differs", table(head, differing))] if differing else []),
     ]
     page.parent.mkdir(parents=True, exist_ok=True)
-    return _write_page(page, f"{len(runs)} runs", sections)
+    return write_page(page, f"{len(runs)} runs", sections)
 
 
 class RunFolder:
@@ -212,10 +212,6 @@ class RunFolder:
 # Sections, from the top of the page to its end
 
 
-def _section(heading: str, *content: str) -> str:
-    return "\n".join((f"<h2>{heading}</h2>", *content))
-
-
 def _top(run: RunFolder, beside: RunFolder | None) -> Iterator[str]:
     """How it ended and what came out; then what was run, and all numbers."""
     if ending := run.about.get("ending"):
@@ -224,9 +220,9 @@ def _top(run: RunFolder, beside: RunFolder | None) -> Iterator[str]:
     if run.score is not None:
         yield f'<p class="verdict">{_outcome(run, beside)}</p>'
     if facts := run.about.get("facts"):
-        yield _section("What was run", _definitions({name: html.escape(value) for name, value in facts.items()}))
+        yield section("What was run", definitions({name: html.escape(value) for name, value in facts.items()}))
     if run.metrics:
-        yield _section("Numbers", _table([], ([html.escape(n), _number(v)] for n, v in run.metrics.items())))
+        yield section("Numbers", table([], ([html.escape(n), _number(v)] for n, v in run.metrics.items())))
 
 
 def _outcome(run: RunFolder, beside: RunFolder | None) -> str:
@@ -245,18 +241,18 @@ def _outcome(run: RunFolder, beside: RunFolder | None) -> str:
 def _curves(report: Path, run: RunFolder, beside: RunFolder | None) -> Iterator[str]:
     losses = {column: run.curves[column] for column in LOSSES if column in run.curves}
     if losses:
-        lines = [_line(LOSSES[column], curve, thin=column == "train/loss") for column, curve in losses.items()]
+        lines = [line(LOSSES[column], curve, thin=column == "train/loss") for column, curve in losses.items()]
         if beside is not None and "val/loss" in beside.curves:
-            lines.append(_line("held out, without unit scaling", beside.curves["val/loss"], dashed=True))
-        image = _image(report / "loss.png", loss_chart(losses), "Training and held-out loss by step")
-        yield _section("Loss", _chart(lines), f"<noscript>{image}</noscript>")
+            lines.append(line("held out, without unit scaling", beside.curves["val/loss"], dashed=True))
+        picture = image(report / "loss.png", loss_chart(losses), "Training and held-out loss by step")
+        yield section("Loss", chart(lines), f"<noscript>{picture}</noscript>")
     if run.rate:
-        yield _section("Learning rate", _chart([_line("learning rate", run.rate)]))
+        yield section("Learning rate", chart([line("learning rate", run.rate)]))
 
 
 def _samples(report: Path, samples: Sequence[str | dict[str, str]]) -> Iterator[str]:
     if samples:
-        yield _section("Samples", *(_sample(report, sample) for sample in samples))
+        yield section("Samples", *(_sample(report, sample) for sample in samples))
 
 
 def _sample(report: Path, sample: str | dict[str, str]) -> str:
@@ -265,18 +261,18 @@ def _sample(report: Path, sample: str | dict[str, str]) -> str:
         return f'<pre class="sample">{html.escape(sample)}</pre>'
     file, name = report / sample["file"], html.escape(sample["file"])
     if file.suffix == ".png":
-        return f"<p>{_inline_image(file, name)}"
+        return f"<p>{inline_image(file, name)}"
     if file.suffix == ".wav":
-        return f'<p>{name}<br><audio controls src="data:audio/wav;base64,{_base64(file)}"></audio>'
+        return f'<p>{name}<br><audio controls src="data:audio/wav;base64,{in_base64(file)}"></audio>'
     return f'<p><a href="{name}">{name}</a>'
 
 
 def _scaling(run: RunFolder, plan: Path) -> Iterator[str]:
     words = run.about.get("scaling", "")
-    table = html.escape(plan.read_text(encoding="utf-8")) if plan.exists() else ""
-    if words or table:
-        folded = f"<details><summary>The plan, site by site</summary><pre>{table}</pre></details>" if table else ""
-        yield _section("What unit scaling did", f"<p>{html.escape(words)}</p>", folded)
+    sites = html.escape(plan.read_text(encoding="utf-8")) if plan.exists() else ""
+    if words or sites:
+        folded = f"<details><summary>The plan, site by site</summary><pre>{sites}</pre></details>" if sites else ""
+        yield section("What unit scaling did", f"<p>{html.escape(words)}</p>", folded)
 
 
 def _operands(report: Path, snapshots: Sequence[Snapshot]) -> Iterator[str]:
@@ -286,16 +282,18 @@ def _operands(report: Path, snapshots: Sequence[Snapshot]) -> Iterator[str]:
         return
     plain = [snapshot for snapshot in snapshots if snapshot.label != "run"]
     shown = list(dict.fromkeys((*plain, run[0], run[-1])))
-    yield _section(
+    yield section(
         "Exponents of matmul operands",
         f"<p>{_verdict(run[-1])} {_near_1(run[0], plain)}</p>",
-        _image(report / "exponents.png", exponent_chart(shown), "Range of every operand beside the formats' ranges"),
+        image(report / "exponents.png", exponent_chart(shown), "Range of every operand beside the formats' ranges"),
         f'<p class="soft">{HOW_TO_READ.format(format=run[-1].format)} {CAST if _is_cast(run[-1]) else NOT_CAST}</p>',
     )
     if _is_cast(run[-1]):
-        yield _section(f"Worst casts at step {run[-1].step}", _worst(run[-1]))
+        yield section(f"Worst casts at step {run[-1].step}", _worst(run[-1]))
+    if run[-1].updates:
+        yield section(f"Largest updates at step {run[-1].step}", f"<p>{UPDATES}</p>", _updates(run[-1]))
     if len(run) > 1:
-        yield _section("Drift over training", _image(report / "drift.png", drift_chart(run), "RMS of operands by step"))
+        yield section("Drift over training", image(report / "drift.png", drift_chart(run), "RMS of operands by step"))
 
 
 def _verdict(snapshot: Snapshot) -> str:
@@ -349,37 +347,28 @@ def _worst(snapshot: Snapshot) -> str:
         ]
         for m in sorted(casts, key=lambda m: m.cast.snr_db)[:WORST]
     ]
-    return _table(header, rows)
+    return table(header, rows)
+
+
+def _updates(snapshot: Snapshot) -> str:
+    """The parameters that the step changed most, relative to what they were."""
+    largest = sorted(snapshot.updates, key=lambda update: update.relative or 0.0, reverse=True)[:WORST]
+    kurtosis = {m.parameter: m.unscaled.kurtosis for m in snapshot.of("x")}
+    rows = [
+        [
+            html.escape(update.parameter),
+            update.role,
+            "" if update.relative is None else f"{update.relative:.2g}",
+            "" if update.alignment is None else f"{update.alignment:.2f}",
+            f"{tails:.1f}" if (tails := kurtosis.get(update.parameter)) is not None else "",
+        ]
+        for update in largest
+    ]
+    return table(["parameter", "role", "RMS of update / weight", "alignment", "kurtosis of input"], rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pieces of HTML, and files
-
-
-def _write_page(file: Path, title: str, sections: Iterable[str]) -> Path:
-    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("page.css", "chart.js"))
-    page = PAGE.format(title=html.escape(title), style=style, script=script, sections="\n".join(sections))
-    file.write_text(page, encoding="utf-8")
-    return file
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "<tr>" + "".join(f"<th>{cell}" for cell in header) if header else ""
-    body = "".join("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in rows)
-    return f'<div class="wide"><table>{head}{body}</table></div>'
-
-
-def _definitions(entries: Mapping[str, str]) -> str:
-    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in entries.items()) + "</dl>"
-
-
-def _line(name: str, curve: Curve, *, dashed: bool = False, thin: bool = False) -> dict[str, Any]:
-    points = [[step, value] for step, value in curve if isfinite(value)]
-    return {"name": name, "points": points, "dashed": dashed, "thin": thin}
-
-
-def _chart(lines: Sequence[Mapping[str, Any]]) -> str:
-    return f'<div class="chart" data-chart="{html.escape(json.dumps(lines))}"></div>'
 
 
 def _having(names: Sequence[str], runs: Sequence[RunFolder], column: str) -> list[tuple[str, RunFolder]]:
@@ -395,19 +384,6 @@ def _distinct(folders: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [str(folder) for folder in folders]
-
-
-def _image(file: Path, figure: Figure, description: str) -> str:
-    figure.savefig(file, dpi=110)
-    return _inline_image(file, html.escape(description))
-
-
-def _inline_image(file: Path, description: str) -> str:
-    return f'<img src="data:image/png;base64,{_base64(file)}" alt="{description}">'
-
-
-def _base64(file: Path) -> str:
-    return base64.b64encode(file.read_bytes()).decode()
 
 
 def _number(value: Any) -> str:

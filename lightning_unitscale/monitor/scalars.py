@@ -29,10 +29,25 @@ def summary(snapshot: Snapshot) -> dict[str, float]:
             "flushed_max": max(cast.flushed for cast in casts),
             "saturated_max": max(cast.saturated for cast in casts),
             "non_finite": float(sum(cast.non_finite for cast in casts)),
+            "kurtosis_max": max((m.unscaled.kurtosis or 0.0 for m in found), default=0.0),
             **_snr("snr_db", casts),
             **(_snr("unscaled_snr_db", [m.unscaled for m in found]) if any(m.scaled for m in found) else {}),
         }
         scalars |= {f"unitscale/{operand}/{name}": value for name, value in values.items()}
+    return scalars | _updates_by_role(snapshot)
+
+
+def _updates_by_role(snapshot: Snapshot) -> dict[str, float]:
+    """Extremes and medians of the updates of each role: their sizes, and their alignments with the input."""
+    scalars: dict[str, float] = {}
+    for role in dict.fromkeys(update.role for update in snapshot.updates):
+        own = [update for update in snapshot.updates if update.role == role]
+        sizes = [update.relative for update in own if update.relative is not None]
+        alignments = [update.alignment for update in own if update.alignment is not None]
+        for name, values in (("relative", sizes), ("alignment", alignments)):
+            if values:
+                extremes = {"min": min(values), "median": median(values), "max": max(values)}
+                scalars |= {f"unitscale/update/{role or 'all'}/{name}_{end}": v for end, v in extremes.items()}
     return scalars
 
 
@@ -45,10 +60,14 @@ def every_site(snapshot: Snapshot) -> dict[str, float]:
             "largest": m.unscaled.largest,
             "flushed": m.cast.flushed,
             "saturated": m.cast.saturated,
+            **({} if m.unscaled.kurtosis is None else {"kurtosis": m.unscaled.kurtosis}),
             **({"snr_db": m.cast.snr_db} if m.cast.error else {}),
             **({} if m.scale is None else {"scale": m.scale}),
         }
         scalars |= {f"unitscale/{m.operand}/{m.site}/{name}": value for name, value in values.items()}
+    for update in snapshot.updates:
+        of_step = {"relative": update.relative, "alignment": update.alignment}
+        scalars |= {f"unitscale/update/{update.parameter}/{n}": v for n, v in of_step.items() if v is not None}
     return scalars
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.errors import InputError
@@ -14,6 +15,7 @@ from lightning_unitscale.monitor.loggers import log_figure, log_to
 from lightning_unitscale.monitor.probes import Probes, check_format, plan_scales
 from lightning_unitscale.monitor.scalars import for_progress_bar
 from lightning_unitscale.monitor.snapshot import FILE, Snapshot
+from lightning_unitscale.monitor.updates import copies_of, updates_since
 from lightning_unitscale.namespaces import Callback
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ class ScaleMonitor(Callback):
     The progress bar shows the lowest signal-to-noise ratio of a cast (`snr_db`) and the largest share of an operand
     that one loses (`lost_%`); where nothing is cast, the share of activations with an RMS within a factor 4 of 1
     (`x_near_1_%`).
+
+    Of every parameter, the size of the step's update relative to it, and of linear layers how far the update is aligned
+    with their input (`monitor.updates`): for this the measured step keeps a copy of the weights.
 
     The measured step runs uncompiled; all micro-batches of an accumulated step count. Between measured steps nothing is
     installed anywhere. Under several processes rank 0 alone measures, on its own share of the batch, and communicates
@@ -71,6 +76,7 @@ class ScaleMonitor(Callback):
         self._next = 0  # the optimizer step that is measured next
         self._begun: int | None = None  # the one that is being measured
         self._probes: Probes | None = None  # its sums
+        self._before: dict[str, Tensor] = {}  # the parameters before it
         self._watched: Strategy | None = None
         if figures:
             _check_matplotlib()
@@ -143,6 +149,7 @@ class ScaleMonitor(Callback):
     def _new_probes(self, module: Any) -> Probes:
         plan = plan_of(module)
         casts = [site.format for site in plan.cast_sites if site.format] if plan is not None else []
+        self._before = copies_of(module)
         return Probes(module, self.format or (casts[0] if casts else "fp8"), plan_scales(plan))
 
     def _release(self) -> None:
@@ -159,12 +166,14 @@ class ScaleMonitor(Callback):
 
     def _finish(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert self._begun is not None
-        step, probes = self._begun, self._probes
+        step, probes, before = self._begun, self._probes, self._before
         self._next = (step // self.every_n_steps + 1) * self.every_n_steps
-        self._begun, self._probes = None, None
+        self._begun, self._probes, self._before = None, None, {}
         if probes is None:
             return
-        self.last = probes.snapshot("run", step)
+        plan = plan_of(module)
+        updates = updates_since(before, module, probes.linear_inputs(), plan.roles if plan is not None else {})
+        self.last = probes.snapshot("run", step, updates)
         if not self.last.measurements:
             return
         self.last.append_to(self.file)

@@ -12,6 +12,7 @@ from lightning_unitscale.engine.runtime.operand_statistics import Statistics
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.formats import OPERANDS, kind
 from lightning_unitscale.monitor.exponent_histogram import ExponentHistogram
+from lightning_unitscale.monitor.updates import WeightUpdate
 
 FILE = "monitor.jsonl"
 
@@ -63,12 +64,14 @@ class Snapshot:
         label: whose numbers these are: "run" for the model that trains.
         step: optimizer steps taken before.
         format: a name in `FORMATS`.
+        updates: what the step did to each parameter; none where no step was taken.
     """
 
     label: str
     step: int
     format: str
     measurements: tuple[Measurement, ...]
+    updates: tuple[WeightUpdate, ...] = ()
 
     def of(self, kind: str) -> list[Measurement]:
         """The measurements of activations ("x"), weights or gradients, in the order of the sites' first calls."""
@@ -118,4 +121,5 @@ class Snapshot:
             )
             for entry in data["measurements"]
         ]
-        return cls(data["label"], data["step"], data["format"], tuple(measurements))
+        updates = tuple(WeightUpdate(**entry) for entry in data.get("updates", ()))
+        return cls(data["label"], data["step"], data["format"], tuple(measurements), updates)

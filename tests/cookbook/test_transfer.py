@@ -19,9 +19,9 @@ from lightning_unitscale.cookbook.learning_rates.findings import best_of, findin
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun, configuration, planned_runs
 from lightning_unitscale.cookbook.learning_rates.tables import drop_in_table, transfer_table
 from lightning_unitscale.cookbook.sweeps.results import Result, append_result, read_results
-from lightning_unitscale.cookbook.sweeps.sweep import measure, settings_hash
+from lightning_unitscale.cookbook.sweeps.sweep import measure_pretraining, settings_hash
 
-FEW = ["sweep.widths=[32]", "sweep.umup=[0]", "sweep.standard=[-8]", "trainer.max_steps=2"]
+FEW = ["sweep.points=[32]", "sweep.umup=[0]", "sweep.standard=[-8]", "trainer.max_steps=2"]
 
 
 def composed(name: str, *overrides: str) -> DictConfig:
@@ -45,8 +45,8 @@ def test_plan_of_the_full_sweep() -> None:
     sweep = composed("transfer").sweep
     runs = planned_runs(sweep)
     assert len(runs) == len(set(runs))
-    count = len(sweep.widths) * (len(sweep.standard) + len(sweep.umup))
-    count += 2 * len(sweep.drop_in.widths) * len(sweep.drop_in.learning_rates)
+    count = len(sweep.points) * (len(sweep.standard) + len(sweep.umup))
+    count += 2 * len(sweep.drop_in.points) * len(sweep.drop_in.learning_rates)
     assert len(runs) == len(sweep.seeds) * count
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
 
@@ -54,7 +54,7 @@ def test_plan_of_the_full_sweep() -> None:
 def test_parametrizations_differ_in_what_they_should() -> None:
     cfg = composed("transfer")
     standard, umup, drop_in = (
-        configuration(cfg, RateRun(name, 128, 0.5, 2)) for name in ("standard", "umup", "drop-in")
+        configuration(cfg, RateRun(name, "width", 128, 0.5, 2)) for name in ("standard", "umup", "drop-in")
     )
     assert standard.unitscale is None
     assert (umup.unitscale.lr_units, drop_in.unitscale.lr_units) == ("umup", "standard")
@@ -67,14 +67,14 @@ def test_parametrizations_differ_in_what_they_should() -> None:
 
 
 def test_hash_covers_what_decides_the_result_and_nothing_else() -> None:
-    cfg, run = composed("transfer"), RateRun("umup", 64, 1.0, 1)
+    cfg, run = composed("transfer"), RateRun("umup", "width", 64, 1.0, 1)
 
     def key(name: str = "threads", value: object = 1) -> str:
         changed = cfg.copy()
         OmegaConf.update(changed, name, value)
         return settings_hash(configuration(changed, run))
 
-    assert key() == key("sweep.widths", [64]) == key("trainer.default_root_dir", "elsewhere")
+    assert key() == key("sweep.points", [64]) == key("trainer.default_root_dir", "elsewhere")
     deciding = {"model.depth": 2, "unitscale.storage": "unit", "data.batch_size": 4, "schedule.final": 0}
     assert len({key(), *(key(*item) for item in deciding.items())}) == 1 + len(deciding)
 
@@ -83,16 +83,16 @@ def test_a_run_is_that_of_the_pretrain_recipe(tmp_path: Path, monkeypatch: pytes
     overrides = ["experiment=tiny", "unitscale.lr_units=umup", "optimizer.lr=0.5", "seed=3"]
     command(tmp_path, monkeypatch, "pretrain", *overrides)
     (metrics,) = tmp_path.glob("outputs/pretrain/*/report/metrics.json")
-    held_out, curve = measure(composed("pretrain", *overrides))
-    assert held_out == json.loads(metrics.read_text())["val/loss"]
-    assert len(curve) == 1
+    measured = measure_pretraining(composed("pretrain", *overrides))
+    assert measured.held_out == json.loads(metrics.read_text())["val/loss"]
+    assert len(measured.curve) == 1
 
 
 def test_a_stopped_sweep_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     command(tmp_path, monkeypatch, "transfer", "sweep=quick", *FEW)
-    folder = tmp_path / "outputs" / "transfer" / "quick"
+    folder = tmp_path / "outputs" / "transfer" / "quick_adamw_no_decay"
     lines = (folder / "runs.jsonl").read_text().splitlines()
     assert len(lines) == 4
     assert capsys.readouterr().out.count("[4/4] drop-in") == 1
@@ -116,8 +116,8 @@ def test_a_stopped_sweep_goes_on(
     [
         ("unitscale=none", "needs unitscale=umup"),
         ("sweep.seeds=[]", "the sweep is empty"),
-        ("sweep.widths=[48]", r"model\.width=48 is not a multiple of model\.head_width=32"),
-        ("sweep=fast", "sweep=fast is not known; choose one of full, quick"),
+        ("sweep.points=[48]", r"model\.width=48 is not a multiple of model\.head_width=32"),
+        ("sweep=fast", "sweep=fast is not known; choose one of batch, depth, quick, sequence, steps, width"),
     ],
 )
 def test_wrong_settings_are_named(override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_wrong_settings_are_named(override: str, message: str, tmp_path: Path, m
 
 def results(losses: dict[tuple[str, int, float], list[float]]) -> list:
     return [
-        Result(RateRun(name, width, rate, seed), "", loss)
+        Result(RateRun(name, "width", width, rate, seed), "", loss)
         for (name, width, rate), all_ in losses.items()
         for seed, loss in enumerate(all_)
     ]
@@ -155,7 +155,7 @@ def test_best_is_that_of_the_mean_over_whole_sets_of_seeds() -> None:
 
 
 def test_findings() -> None:
-    cfg = composed("transfer", "sweep.widths=[64,128]", "sweep.drop_in.widths=[64]")
+    cfg = composed("transfer", "sweep.points=[64,128]", "sweep.drop_in.points=[64]")
     good = {
         ("standard", 64, 2**-8): [1.9],
         ("standard", 64, 2**-9): [2.0],
@@ -177,9 +177,9 @@ def test_findings() -> None:
 
 
 def test_a_result_survives_its_line(tmp_path: Path) -> None:
-    file, run = tmp_path / "runs.jsonl", RateRun("umup", 64, 2.0, 1)
+    file, run = tmp_path / "runs.jsonl", RateRun("umup", "width", 64, 2.0, 1)
     for loss in (1.25, math.inf):
-        result = Result(run, "abc", loss, [2.0, 1.5], 3.0)
+        result = Result(run, "abc", loss, curve=[2.0, None], seconds=3.0)
         append_result(file, result)
         assert read_results(file, {run: "abc"}) == {run: result}
         assert "Infinity" not in file.read_text()

@@ -1,4 +1,4 @@
-"""The plot of a sweep of learning rates: held-out loss by learning rate, a colour for each width."""
+"""The plot of a sweep of learning rates: held-out loss by learning rate, a colour for each value of the axis."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def transfer_chart(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Figur
     """Standard, `umup` and drop-in beside each other; bands go from the best to the worst seed."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    shown = sorted({*cfg.sweep.widths, *cfg.sweep.drop_in.widths})
-    colours = {width: f"C{number}" for number, width in enumerate(shown)}
+    shown = sorted({*cfg.sweep.points, *cfg.sweep.drop_in.points})
+    colours = {value: f"C{number}" for number, value in enumerate(shown)}
     _draw_grid(left, cfg, results, "standard", colours)
     left.set(title="Standard parametrization", ylabel="held-out loss, nats per byte")
     _draw_grid(middle, cfg, results, "umup", colours)
@@ -42,12 +42,12 @@ def _draw_grid(
     axes: Axes, cfg: DictConfig, results: Sequence[Result[RateRun]], name: str, colours: Mapping[int, str]
 ) -> None:
     """The powers of two of one parametrization, in the same frame for each."""
-    widths = cfg.sweep.widths
-    for width in widths:
-        losses = {rate: all_ for rate, all_ in losses_of(results, name, width).items() if is_power_of_two(rate)}
-        _draw_line(axes, losses, f"width {width}", color=colours[width])
+    axis, values = cfg.sweep.axis, cfg.sweep.points
+    for value in values:
+        losses = {rate: all_ for rate, all_ in losses_of(results, name, value).items() if is_power_of_two(rate)}
+        _draw_line(axes, losses, f"{axis} {value}", color=colours[value])
     axes.set_xscale("log", base=2)
-    bests = [best.loss for width in widths for name in ("standard", "umup") if (best := best_of(results, name, width))]
+    bests = [best.loss for value in values for name in ("standard", "umup") if (best := best_of(results, name, value))]
     if bests and math.isfinite(max(bests)):  # diverged runs leave the frame
         axes.set_ylim(min(bests) - 0.05, max(bests) + 0.6)
 
@@ -55,10 +55,11 @@ def _draw_grid(
 def _draw_drop_in(axes: Axes, cfg: DictConfig, results: Sequence[Result[RateRun]], colours: Mapping[int, str]) -> None:
     """The untouched model dashed, the scaled one at the same learning rates."""
     kept = list(cfg.sweep.drop_in.learning_rates)
-    for width in cfg.sweep.drop_in.widths:
-        plain = {rate: all_ for rate, all_ in losses_of(results, "standard", width).items() if rate in kept}
-        _draw_line(axes, plain, f"width {width}, untouched", color=colours[width], linestyle="--")
-        _draw_line(axes, losses_of(results, "drop-in", width), f"width {width}", color=colours[width])
+    axis = cfg.sweep.axis
+    for value in cfg.sweep.drop_in.points:
+        plain = {rate: all_ for rate, all_ in losses_of(results, "standard", value).items() if rate in kept}
+        _draw_line(axes, plain, f"{axis} {value}, untouched", color=colours[value], linestyle="--")
+        _draw_line(axes, losses_of(results, "drop-in", value), f"{axis} {value}", color=colours[value])
     axes.set_xscale("log")
     axes.set_xticks(kept, [f"{rate:g}" for rate in kept])
     axes.minorticks_off()

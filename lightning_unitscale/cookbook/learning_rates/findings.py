@@ -1,4 +1,4 @@
-"""What a sweep of learning rates says: the best of each width, and which claims about unit scaling hold."""
+"""What a sweep of learning rates says: the best of each value, and which claims about unit scaling hold."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean
 
 from omegaconf import DictConfig
 
-from lightning_unitscale.cookbook.learning_rates.grid import RateRun, is_power_of_two
+from lightning_unitscale.cookbook.learning_rates.grid import RateRun, is_power_of_two, readable_rate
 from lightning_unitscale.cookbook.sweeps.results import Result
 
 DROP_IN_TOLERANCE = 0.1  # nats
@@ -18,7 +18,7 @@ DROP_IN_TOLERANCE = 0.1  # nats
 
 @dataclass(frozen=True)
 class Best:
-    """The best learning rate of one parametrization at one width, by the mean held-out loss of the seeds.
+    """The best learning rate of one parametrization at one value of the axis, by the mean held-out loss of the seeds.
 
     Attributes:
         losses: of each seed at this learning rate.
@@ -34,20 +34,27 @@ class Best:
         """The mean over the seeds."""
         return fmean(self.losses)
 
+    @property
+    def noise(self) -> float:
+        """Half the range over the seeds; 0 with one seed."""
+        return (max(self.losses) - min(self.losses)) / 2 if math.isfinite(self.loss) else 0.0
 
-def losses_of(results: Sequence[Result[RateRun]], parametrization: str, width: int) -> dict[float, tuple[float, ...]]:
+
+def losses_of(
+    results: Sequence[Result[RateRun]], parametrization: str, value: int | str
+) -> dict[float, tuple[float, ...]]:
     """Held-out losses of all seeds, by learning rate."""
     losses: dict[float, tuple[float, ...]] = {}
     for result in sorted(results, key=lambda result: (result.run.learning_rate, result.run.seed)):
-        if (result.run.parametrization, result.run.width) == (parametrization, width):
+        if (result.run.parametrization, result.run.value) == (parametrization, value):
             rate = result.run.learning_rate
             losses[rate] = (*losses.get(rate, ()), result.held_out)
     return losses
 
 
-def best_of(results: Sequence[Result[RateRun]], parametrization: str, width: int) -> Best | None:
+def best_of(results: Sequence[Result[RateRun]], parametrization: str, value: int | str) -> Best | None:
     """The best on the grid of powers of two; learning rates with fewer seeds than others don't take part."""
-    losses = {rate: all_ for rate, all_ in losses_of(results, parametrization, width).items() if is_power_of_two(rate)}
+    losses = {rate: all_ for rate, all_ in losses_of(results, parametrization, value).items() if is_power_of_two(rate)}
     if not losses:
         return None
     seeds = max(map(len, losses.values()))
@@ -57,24 +64,53 @@ def best_of(results: Sequence[Result[RateRun]], parametrization: str, width: int
 
 def findings(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Iterator[tuple[bool, str]]:
     """(whether it holds, the claim with its numbers), for each claim that the results can decide."""
+    axis = cfg.sweep.axis
     ours, theirs = (
-        {width: best for width in cfg.sweep.widths if (best := best_of(results, name, width))}
+        {value: best for value in cfg.sweep.points if (best := best_of(results, name, value))}
         for name in ("umup", "standard")
     )
-    if both := [width for width in ours if width in theirs]:
-        gains = {width: theirs[width].loss - ours[width].loss for width in both}
-        text = ", ".join(f"{width}: {gain:+.3f}" for width, gain in gains.items())
-        yield min(gains.values()) > 0, f"umup's best beats standard's best at every width (gain in nats {text})"
+    if both := [value for value in ours if value in theirs]:
+        gains = {value: theirs[value].loss - ours[value].loss for value in both}
+        text = ", ".join(f"{value}: {gain:+.3f}" for value, gain in gains.items())
+        yield min(gains.values()) > 0, f"umup's best beats standard's best at every {axis} (gain in nats {text})"
     if len(ours) > 1:
         for name, bests in (("umup", ours), ("standard", theirs)):
             factor = _spread_of_rates(bests)
-            yield factor <= 1, f"{name}'s best learning rate stays within a factor 2 over the widths (2^{factor:g})"
-        losses = [ours[width].loss for width in sorted(ours)]
+            yield factor <= 1, f"{name}'s best learning rate stays within a factor 2 over the {axis}s (2^{factor:g})"
+        losses = [ours[value].loss for value in sorted(ours)]
         worst = max(after - before for before, after in pairwise(losses))
-        yield worst <= 0, f"wider is not worse at umup's best learning rate (worst change {worst:+.3f} nats)"
+        yield worst <= 0, f"larger {axis} is not worse at umup's best learning rate (worst change {worst:+.3f} nats)"
+        yield from _all_along(axis, results, ours)
     if excesses := list(_drop_in_excesses(cfg, results)):
         claim = f"drop-in is never more than {DROP_IN_TOLERANCE} nats above the untouched model"
         yield max(excesses) <= DROP_IN_TOLERANCE, f"{claim} (worst {max(excesses):+.3f})"
+
+
+def _all_along(axis: str, results: Sequence[Result[RateRun]], bests: Mapping[int, Best]) -> Iterator[tuple[bool, str]]:
+    """Whether the larger model's training loss is below the smaller one's at every point, at one rate for all."""
+    if axis not in ("width", "depth"):
+        return  # other axes change what a point of the curve is
+    rate = bests[min(bests)].learning_rate
+    curves = [mean_curve(results, "umup", value, rate) for value in sorted(bests)]
+    points = [
+        (larger, smaller)
+        for before, after in pairwise(curves)
+        for smaller, larger in list(zip(before, after, strict=False))[len(before) // 10 :]
+    ]
+    if points:
+        share = fmean(larger <= smaller for larger, smaller in points)
+        claim = f"larger {axis} is better all along umup's training at {readable_rate(rate)}"
+        yield share == 1, f"{claim} ({share:.0%} of the points after the first tenth)"
+
+
+def mean_curve(results: Sequence[Result[RateRun]], name: str, value: int | str, rate: float) -> list[float]:
+    """Training loss over the steps, of the mean of the seeds; as long as the shortest, infinite where one diverged."""
+    curves = [
+        result.curve
+        for result in results
+        if (result.run.parametrization, result.run.value, result.run.learning_rate) == (name, value, rate)
+    ]
+    return [fmean(math.inf if loss is None else loss for loss in point) for point in zip(*curves, strict=False)]
 
 
 def _spread_of_rates(bests: Mapping[int, Best]) -> float:
@@ -85,6 +121,6 @@ def _spread_of_rates(bests: Mapping[int, Best]) -> float:
 
 def _drop_in_excesses(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Iterator[float]:
     """Loss of the scaled model above that of the untouched one at the same learning rate."""
-    for width in cfg.sweep.drop_in.widths:
-        plain, scaled = losses_of(results, "standard", width), losses_of(results, "drop-in", width)
+    for value in cfg.sweep.drop_in.points:
+        plain, scaled = losses_of(results, "standard", value), losses_of(results, "drop-in", value)
         yield from (fmean(scaled[rate]) - fmean(plain[rate]) for rate in scaled if rate in plain)

@@ -1,4 +1,4 @@
-"""The runs that show whether a best learning rate carries over: parametrization × width × learning rate × seed."""
+"""The runs of a sweep of learning rates: parametrization × a setting's value × learning rate × seed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_unitscale.cookbook.sweeps.sweep import run_configuration
 
@@ -16,17 +16,20 @@ class RateRun:
     """One training run.
 
     Attributes:
-        parametrization: "standard" (the untouched model), "umup" or "drop-in" (`lr_units="standard"`).
+        parametrization: "standard" (the untouched model), "umup", "drop-in" (`lr_units="standard"`), ….
+        axis: what else is varied: "width", "depth", "job", ….
+        value: of that.
     """
 
     parametrization: str
-    width: int
+    axis: str
+    value: int | str
     learning_rate: float
     seed: int
 
     def __str__(self) -> str:
         rate = readable_rate(self.learning_rate)
-        return f"{self.parametrization:8} width {self.width:4}, learning rate {rate:>5}, seed {self.seed}"
+        return f"{self.parametrization:8} {self.axis} {self.value:>4}, learning rate {rate:>5}, seed {self.seed}"
 
     def to_row(self) -> dict[str, Any]:
         """Its part of the line in `runs.jsonl`."""
@@ -34,22 +37,24 @@ class RateRun:
 
 
 def planned_runs(sweep: DictConfig) -> list[RateRun]:
-    """All runs, one seed after the other, small widths first, so that an early stop leaves whole tables."""
+    """All runs, one seed after the other, small values first, so that an early stop leaves whole tables."""
     runs = []
     for seed in sweep.seeds:
-        for width in sweep.widths:
-            runs += [RateRun("standard", width, 2.0**k, seed) for k in sweep.standard]
-            runs += [RateRun("umup", width, 2.0**k, seed) for k in sweep.umup]
-        for width in sweep.drop_in.widths:
+        for value in sweep.points:
+            runs += [RateRun("standard", sweep.axis, value, 2.0**k, seed) for k in sweep.standard]
+            runs += [RateRun("umup", sweep.axis, value, 2.0**k, seed) for k in sweep.umup]
+        for value in sweep.drop_in.points:
             for rate in sweep.drop_in.learning_rates:
-                runs += [RateRun("standard", width, rate, seed), RateRun("drop-in", width, rate, seed)]
+                runs += [RateRun(name, sweep.axis, value, rate, seed) for name in ("standard", "drop-in")]
     return list(dict.fromkeys(runs))
 
 
 def configuration(cfg: DictConfig, run: RateRun) -> DictConfig:
     """The settings of `unitscale pretrain` for one run."""
+    cfg = cfg.copy()
+    OmegaConf.update(cfg, cfg.sweep.key, run.value)
+    cfg.optimizer.lr = run.learning_rate
     cfg = run_configuration(cfg, run.seed)
-    cfg.model.width, cfg.optimizer.lr = run.width, run.learning_rate
     if run.parametrization == "standard":
         cfg.unitscale = None
     elif run.parametrization == "drop-in":

@@ -1,4 +1,4 @@
-"""The two tables of a sweep of learning rates: the best of each width, and the untouched model's rates kept."""
+"""The two tables of a sweep of learning rates: the best of each value, and the untouched model's rates kept."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_unitscale.cookbook.tables import new_table
 
 
 def transfer_table(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Table:
-    """The best of each parametrization at each width."""
-    title = f"Best held-out loss, nats per byte, after {cfg.trainer.max_steps} steps"
+    """The best of each parametrization at each value of the axis."""
+    title = "Best held-out loss, nats per byte"
     columns = ("standard", "learning rate", "umup", "learning rate", "gain", "seeds")
-    table = new_table(title, ["width"], columns)
-    for width in cfg.sweep.widths:
-        bests = [best_of(results, name, width) for name in ("standard", "umup")]
+    table = new_table(title, [cfg.sweep.axis], columns)
+    for value in cfg.sweep.points:
+        bests = [best_of(results, name, value) for name in ("standard", "umup")]
         cells = []
         for best in bests:
             rate = readable_rate(best.learning_rate) + (" *" if best.at_edge else "") if best else ""
@@ -30,21 +30,21 @@ def transfer_table(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Table
         theirs, ours = bests
         gain = f"{theirs.loss - ours.loss:+.3f}" if ours and theirs else ""
         seeds = ", ".join(dict.fromkeys(str(len(best.losses)) for best in bests if best))
-        table.add_row(str(width), *cells, gain, seeds)
+        table.add_row(str(value), *cells, gain, seeds)
     return table
 
 
 def drop_in_table(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Table:
     """The scaled model beside the untouched one at the same learning rates."""
     title, numbers = "The untouched model's learning rates kept", ("untouched", "drop-in", "gain")
-    table = new_table(title, ("width", "learning rate"), numbers)
-    for width in cfg.sweep.drop_in.widths:
-        plain, scaled = losses_of(results, "standard", width), losses_of(results, "drop-in", width)
+    table = new_table(title, (cfg.sweep.axis, "learning rate"), numbers)
+    for value in cfg.sweep.drop_in.points:
+        plain, scaled = losses_of(results, "standard", value), losses_of(results, "drop-in", value)
         for rate in cfg.sweep.drop_in.learning_rates:
             if rate in plain and rate in scaled:
                 gain = fmean(plain[rate]) - fmean(scaled[rate])
                 losses = mean_and_spread(plain[rate]), mean_and_spread(scaled[rate])
-                table.add_row(str(width), f"{rate:g}", *losses, f"{gain:+.3f}")
+                table.add_row(str(value), f"{rate:g}", *losses, f"{gain:+.3f}")
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -26,22 +26,28 @@ class Result(Generic[RunT]):
 
     Attributes:
         settings: hash of everything that decides the result, see `settings_hash`.
-        held_out: loss in nats per byte after the last step; infinite where training diverged.
-        curve: training loss, averaged over 10 steps.
+        held_out: score on held-out data after the last step, the lower the better (of language models the loss in nats
+            per byte); infinite where training diverged.
+        untrained: the same score before training, of the model as it is built; None where it was not asked for.
+        first_loss: training loss of the first step, with a plan in force; None where there was none.
+        curve: training loss, averaged over 10 steps; None where it was not finite.
+        error: why the run was refused; empty for a run that came to its end.
         seconds: that the run took.
     """
 
     run: RunT
     settings: str
     held_out: float
-    curve: list[float] = field(default_factory=list)
+    untrained: float | None = None
+    first_loss: float | None = None
+    curve: list[float | None] = field(default_factory=list)
+    error: str = ""
     seconds: float = 0.0
 
     def to_row(self) -> dict[str, Any]:
         """Plain values; infinity, which JSON doesn't know, as None."""
-        held_out = self.held_out if math.isfinite(self.held_out) else None
-        row = {"settings": self.settings, "held_out": held_out, "curve": self.curve, "seconds": self.seconds}
-        return {**self.run.to_row(), **row}
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "run"}
+        return {**self.run.to_row(), **own, "held_out": self.held_out if math.isfinite(self.held_out) else None}
 
 
 def append_result(file: Path, result: Result[Any]) -> None:
@@ -72,4 +78,5 @@ def read_results(file: Path, runs: Mapping[RunT, str]) -> dict[RunT, Result[RunT
 
 def _result(run: RunT, row: Mapping[str, Any]) -> Result[RunT]:
     held_out = math.inf if row["held_out"] is None else row["held_out"]
-    return Result(run, row["settings"], held_out, row.get("curve", []), row["seconds"])
+    own = {item.name: row[item.name] for item in fields(Result) if item.name in row and item.name != "run"}
+    return Result(run, **{**own, "held_out": held_out})

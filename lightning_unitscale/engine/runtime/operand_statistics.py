@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_unitscale.formats import cast, range_of
 
-_SUMS = 7  # elements, squares, non-zero, flushed, saturated, squares of errors, non-finite
+_SUMS = 8  # elements, squares, non-zero, flushed, saturated, squares of errors, non-finite, fourth powers
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Statistics:
         saturated: share of the elements that lie beyond the largest number of the format.
         error: RMS of what the cast changed, relative to `rms`.
         non_finite: number of NaN and infinite elements.
+        kurtosis: mean fourth power over the squared mean square of the finite ones: 3 for normal numbers, more with
+            outliers, at most the number of elements; None in a file of an earlier version, and of zeros.
     """
 
     elements: int
@@ -36,6 +38,7 @@ class Statistics:
     saturated: float
     error: float
     non_finite: int
+    kurtosis: float | None = None
 
     @property
     def snr_db(self) -> float:
@@ -53,9 +56,7 @@ class Accumulator:
 
     def __init__(self, dtype: torch.dtype, scale: float | None = 1.0) -> None:
         self.dtype, self.scale = dtype, scale
-        self.sums: Tensor | None = (
-            None  # elements, squares, non-zero, flushed, saturated, squares of errors, non-finite
-        )
+        self.sums: Tensor | None = None  # see _SUMS
         self.largest: Tensor | None = None
 
     @torch.no_grad()
@@ -70,6 +71,8 @@ class Accumulator:
         if self.scale is None:
             scale = torch.where(squares > 0, scale, 1.0)
         kept = cast(values, self.dtype, scale).float() / scale
+        mean_square = (squares / values.numel()).double()
+        relative = torch.where(squares > 0, values / mean_square.sqrt().float(), 0.0)  # no under- or overflow
         sums = torch.stack([
             torch.full_like(squares, values.numel()),
             squares,
@@ -78,6 +81,7 @@ class Accumulator:
             ((values * scale).abs() > range_of(self.dtype).largest).sum(),
             (kept - values).square().sum(),
             (~finite).sum(),
+            relative.square().square().sum().double() * mean_square.square(),
         ])  # fmt: skip
         largest = values.abs().max()
         self.sums = sums.double() if self.sums is None else self.sums + sums
@@ -87,7 +91,7 @@ class Accumulator:
         """What was seen; None if nothing was."""
         if self.sums is None or self.largest is None:
             return None
-        elements, squares, non_zero, flushed, saturated, errors, non_finite = self.sums.tolist()
+        elements, squares, non_zero, flushed, saturated, errors, non_finite, fourth = self.sums.tolist()
         return Statistics(
             elements=int(elements),
             rms=sqrt(squares / elements),
@@ -96,6 +100,7 @@ class Accumulator:
             saturated=saturated / elements,
             error=sqrt(errors / squares) if squares else 0.0,
             non_finite=int(non_finite),
+            kurtosis=elements * fourth / squares**2 if squares else None,
         )
 
 

@@ -1,0 +1,1 @@
+"""Small learnable problems of many kinds, each a LightningModule with its own data: what `unitscale quality` trains."""
