@@ -251,8 +251,10 @@ class Planner:
         """Weights that start at zero by design, or so close to it that it is the same.
 
         Near zero is below a thousandth of the usual size, N(0, 1/fan_in), and of the model's other weights (a class
-        token drawn with std 1e-6, the weight of a gate beside a bias of 1). They stay so: RMS 1 would make another
-        model, and a learning rate relative to them would have no bounds.
+        token drawn with std 1e-6, the weight of a gate beside a bias of 1); for matrices below a sixty-fourth, as a
+        gain of 0.01 or 0.001 is chosen so that a branch or head begins at almost nothing (the coordinate updates of
+        an equivariant graph net, the policy head of an agent). They stay so: RMS 1 would make another model, and a
+        learning rate relative to them would have no bounds.
         """
         uses = [use for use in self.draft.uses.values() if use.role in WEIGHT_ROLES]
         sizes = {

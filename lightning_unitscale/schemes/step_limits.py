@@ -7,7 +7,7 @@ first order, and c the share of that which curvature takes away from a trial ste
     r = M(plan) / M(untouched)                    what a step does
     k = r · c(plan) / c(untouched)                what of it is lost again: 1/k is how much larger a rate may be
 
-    r and k at most 8, r at least 1, unless that takes more than 4 times the rate
+    r and k at most 8, r at least 1, unless that takes more than 4 times the rates
 
 If r is too large, the roles that do most are reduced, to one common level: max Σ_role min(M_role, level). If it is too
 small, all rates rise alike. Where the untouched model's trial step raises the loss, its gradients say nothing about a
@@ -19,7 +19,7 @@ share a learning rate, and so that the rounding of either storage makes no other
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import log2
 
 from lightning_unitscale.engine.checks.first_step import FirstStep
@@ -30,45 +30,49 @@ from lightning_unitscale.engine.plan.plan import Plan
 LARGEST = 8.0  # r and k: language models, which gain by it, have 7 to 8
 MOST_RAISED = 4.0
 _LEAST_LOST = 0.02  # a share that is smaller is not told from rounding and higher orders
+_ROLES = ("hidden", "readout", "embedding")
+LIMITS = {"adam": "step_limit", "sgd": "sgd_step_limit"}
 SOURCE = "the first batch, see schemes/step_limits.py"
 
 
-def limited_roles() -> tuple[str, ...]:
-    """The roles whose rates are limited: those of weights that gradients of a batch reach as a whole."""
-    return ("hidden", "readout", "embedding")
-
-
 def limited(plan: Plan) -> dict[str, ParameterPlan]:
-    """The weights whose rates are limited."""
-    return {p.name: p for p in plan.parameters.values() if p.role in limited_roles() and not p.reason}
+    """The weights whose rates are limited: those that gradients of a batch reach as a whole, with no rate set."""
+    return {p.name: p for p in plan.parameters.values() if p.role in _ROLES and not p.reason and p.lr_override is None}
 
 
 def limit_steps(plan: Plan, untouched: FirstStep, scaled: FirstStep) -> None:
     """Put the limits into a plan whose `step_limit`s are 1."""
-    weights = limited(plan)
-    adam = plan.step_scales("adam", decoupled_decay=True)
-    sgd = plan.step_scales("sgd", decoupled_decay=True)
-    largest = LARGEST
     if untouched.lost > 1:
         plan.notes.append(
             "no rate was limited: a trial step raises the loss of the untouched model, so there is no step to keep to"
         )
         return
-    largest = LARGEST / max(1.0, max(scaled.lost, _LEAST_LOST) / max(untouched.lost, _LEAST_LOST))
-    _set(
-        "step_limit",
-        weights,
-        _by_role(weights.values(), {name: adam[name].lr * move for name, move in scaled.moves.items()}),
-        sum(untouched.moves.values()),
-        largest,
-    )
-    _set(
-        "sgd_step_limit",
-        weights,
-        _by_role(weights.values(), {name: sgd[name].lr * move for name, move in scaled.squares.items()}),
-        sum(untouched.squares.values()),
-        LARGEST,
-    )
+    more_curved = max(scaled.lost, _LEAST_LOST) / max(untouched.lost, _LEAST_LOST)
+    _limit(plan, "adam", untouched.moves, scaled.moves, LARGEST / max(1.0, more_curved))
+    _limit(plan, "sgd", untouched.squares, scaled.squares, LARGEST)
+
+
+def _limit(
+    plan: Plan, family: str, untouched: Mapping[str, float], scaled: Mapping[str, float], largest: float
+) -> None:
+    weights = limited(plan)
+    scales = plan.step_scales(family, decoupled_decay=True)
+    moves: dict[str, float] = {}
+    for name, weight in weights.items():
+        moves[weight.role] = moves.get(weight.role, 0.0) + scales[name].lr * scaled.get(name, 0.0)
+    before = sum(untouched.values())
+    for role, factor in role_factors(moves, before, largest).items():
+        rounded = float(2 ** (round(16 * log2(factor)) / 16))
+        if rounded == 1.0:
+            continue
+        cause = (
+            f"a step of {role} weights would change the loss by {moves[role] / before:.3g} times, all weights "
+            f"by {sum(moves.values()) / before:.3g} times what one of the untouched model does: "
+            + (f"limited to {largest:.3g}" if factor < 1 else f"raised to 1, at most {MOST_RAISED:g} times")
+        )
+        for weight in weights.values():
+            if weight.role == role:
+                weight.set_constant(LIMITS[family], [Factor(rounded, cause, SOURCE)])
 
 
 def role_factors(plan: Mapping[str, float], untouched: float, largest: float) -> dict[str, float]:
@@ -98,28 +102,3 @@ def _level(shares: list[float], total: float) -> float:
             return level
         total -= share
     return shares[-1]
-
-
-def _by_role(weights: Iterable[ParameterPlan], moves: Mapping[str, float]) -> dict[str, float]:
-    sums: dict[str, float] = {}
-    for weight in weights:
-        sums[weight.role] = sums.get(weight.role, 0.0) + moves.get(weight.name, 0.0)
-    return sums
-
-
-def _set(
-    constant: str, weights: Mapping[str, ParameterPlan], plan: Mapping[str, float], untouched: float, largest: float
-) -> None:
-    for role, factor in role_factors(plan, untouched, largest).items():
-        rounded = float(2 ** (round(16 * log2(factor)) / 16))
-        if rounded == 1.0:
-            continue
-        total = sum(plan.values()) / untouched
-        cause = (
-            f"a step by {role}s would change the loss {plan[role] / untouched:.3g} times as much as one of the whole "
-            f"untouched model does, all weights {total:.3g} times: "
-            + (f"limited to {largest:.3g} in sum" if factor < 1 else f"raised, at most {MOST_RAISED:g} times")
-        )
-        for weight in weights.values():
-            if weight.role == role:
-                weight.set_constant(constant, [Factor(rounded, cause, SOURCE)])
