@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.checks.beside import warn_of_code_beside
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
+from lightning_unitscale.engine.checks.first_loss import is_far_above, loudest_sites
+from lightning_unitscale.engine.checks.first_step import FirstStep, measure_first_step
 from lightning_unitscale.engine.checks.gradients import differentiable_losses, rehearsed_gradients
 from lightning_unitscale.engine.checks.sharded import refuse_sharded
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
@@ -45,6 +48,7 @@ from lightning_unitscale.optim.unscaled_steps import watch_steps
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes import scheme_of
 from lightning_unitscale.schemes.planner import make_plan
+from lightning_unitscale.schemes.step_limits import limit_steps, limited
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -89,6 +93,7 @@ def prepare(
     check_device(module, plan)
     kept = kept_copies(module, plan, trace, trainer)
     warn_of_code_beside(module, plan, trace)
+    untouched = _first_step(module, plan, step, trainer, agree)
     zeroed = _about_to_be_zero(module, plan)
     rescale_parameters(module, plan)
     rescale_kept(plan, kept)
@@ -96,12 +101,80 @@ def prepare(
     if options.verify:
         try:
             taken = GradientsTaken(module)
-            verify(module, plan, trace, lambda: record(module, step, trainer, taken=taken))
-            verify_gradients(module, plan, trace, taken, step, trainer)
+            after = verify(module, plan, trace, lambda: record(module, step, trainer, taken=taken, may_overflow=True))
+            losses = agree({"before": trace.loss_numbers, "after": after.loss_numbers, "sites": loudest_sites(plan)})
+            is_another_function = plan.changes_training and is_far_above(losses["before"], losses["after"])
+            less = _with_less(module, plan, options, losses) if is_another_function else None
+            if less is None:
+                verify_gradients(module, plan, trace, taken, step, trainer)
         except UnitScalingError:
             _bring_back(module, plan, zeroed, kept)
             raise
+        if less is not None:
+            _bring_back(module, plan, zeroed, kept)
+            return prepare(module, step, less, trainer, agree)
+    if untouched is not None:
+        scaled = _first_step(module, plan, step, trainer, agree)
+        if scaled is not None:
+            limit_steps(plan, untouched, scaled)
     return plan
+
+
+def _first_step(
+    module: nn.Module,
+    plan: Plan,
+    step: Step,
+    trainer: pl.Trainer | None,
+    agree: Callable[[dict[str, Any]], dict[str, Any]],
+) -> FirstStep | None:
+    """What a step of the model does as it is now, where the plan's rates depend on that; one process's measurement."""
+    if not plan.changes_training or plan.keeps_function or plan.lr_units != "standard":
+        return None
+    measured: dict[str, Any] = {}
+    is_prepared = plan_of(module) is not None
+    scales = plan.step_scales("adam", decoupled_decay=True)
+    rates = {name: scales[name].lr if is_prepared else 1.0 for name in limited(plan)}
+    try:
+        measured = asdict(measure_first_step(module, step, rates, trainer))
+    except Exception as error:  # a model's own code may object to anything: a backward pass of its own, other values
+        measured = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+    measured = agree(measured)
+    if "failed" in measured:
+        plan.notes.append(f"what the first step does was not measured, and no rate limited: {measured['failed']}")
+        return None
+    return FirstStep(**measured)
+
+
+def _with_less(module: nn.Module, plan: Plan, options: Options, losses: dict[str, Any]) -> Options:
+    """Options for a plan that leaves alone what made the first loss too large.
+
+    Raises:
+        UnitScalingError: with lr_units="umup" a model that is left alone has no learning rate.
+
+    Warns:
+        of what is left alone.
+    """
+    found = (
+        f"under scheme={plan.scheme!r} the first loss of {type(module).__name__} is {_numbers(losses['after'])}, that "
+        f"of the untouched model {_numbers(losses['before'])}"
+    )
+    sites = [name for name in losses["sites"] if name]
+    named = f"{', '.join(sites[:5])}{' …' if len(sites) > 5 else ''}" or "no single matmul"
+    if plan.lr_units != "standard":
+        raise UnitScalingError(
+            f"{found}; outputs far above RMS 1: {named}. List those in skip, or use scheme='preserve' with an ordinary "
+            "learning rate."
+        )
+    if sites and not set(sites) <= set(options.skip):
+        less, left = replace(options, skip=(*options.skip, *sites)), named
+    else:
+        less, left = replace(options, scheme="preserve"), "the whole model, which trains as if untouched"
+    warnings.warn(f"unit scaling: {found}; outputs far above RMS 1: {named}. Left alone: {left}.", stacklevel=4)
+    return less
+
+
+def _numbers(losses: list[float]) -> str:
+    return ", ".join(f"{loss:.4g}" for loss in losses)
 
 
 def measure_operands(module: nn.Module, step: Step, options: Options, trainer: pl.Trainer | None = None) -> None:
@@ -166,13 +239,16 @@ def record(
     step: Step,
     trainer: pl.Trainer | None = None,
     draw: int = 0,
+    *,
     taken: GradientsTaken | None = None,
+    may_overflow: bool = False,
 ) -> Trace:
     """Run the step without leaving a trace in the model, and return what it did.
 
     Args:
         draw: 0 for the random numbers that are next, other numbers for others.
         taken: takes the gradients of its losses too, if factors are in force.
+        may_overflow: whether a loss that is not finite is none of this function's business.
 
     Raises:
         NoLossError: there is none.
@@ -203,7 +279,7 @@ def record(
             f"the rehearsed step of {type(module).__name__} returned a tensor of shape {shapes[0]} where its loss, one "
             "number, is wanted."
         )
-    if not all(isfinite(number) for number in trace.loss_numbers):
+    if not may_overflow and not all(isfinite(number) for number in trace.loss_numbers):
         raise UnitScalingError(
             f"the loss of the rehearsed step of {type(module).__name__} is {trace.loss_numbers[0]}: the first batch or "
             "the initial weights hold NaN or infinity, or the loss overflows. Mend that first; nothing was changed."

@@ -1,8 +1,8 @@
 """The families of optimizers: one class each, with its rule; see `engine.plan.step_scales` for what they share.
 
 In the formulas F = multiplier · U is what the function sees, S = stored · U what is kept, r = multiplier/stored.
-`lr(F)` is the scheme's learning rate of F, which under `lr_units="standard"` is relative_lr · |multiplier|, and under
-"umup" follows from that of U.
+`lr(F)` is the scheme's learning rate of F, which under `lr_units="standard"` is relative_lr · |multiplier| times the
+limit that the first batch sets (`schemes.step_limits`), and under "umup" follows from that of U.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Adam(Family):
     @override
     def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
         if lr_units == "standard":
-            return parameter.relative_lr * abs(parameter.multiplier) / gradient_ratio(parameter)
+            return parameter.step_limit * parameter.relative_lr * abs(parameter.multiplier) / gradient_ratio(parameter)
         return parameter.unit_lr * parameter.stored
 
     @override
@@ -73,7 +73,7 @@ class SGD(Family):
             return parameter.sgd_lr * parameter.stored
         if lr_units == "standard":
             function_lr = 1.0 if parameter.role == "readout" else parameter.relative_lr * abs(parameter.multiplier)
-            return function_lr / gradient_ratio(parameter) ** 2
+            return parameter.sgd_step_limit * function_lr / gradient_ratio(parameter) ** 2
         return parameter.sgd_lr * parameter.stored**2
 
 

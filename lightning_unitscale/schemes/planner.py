@@ -51,6 +51,7 @@ from lightning_unitscale.schemes.scheme import EarlierBranch, Rates, ResidualBra
 from lightning_unitscale.schemes.seen_activations import SeenActivations, taken_back
 
 NEAR_ZERO = 1e-3  # of the usual size of a weight
+SMALL_GAIN = 1 / 64  # of the same, a matrix drawn with a gain of 0.01 or less: meant to begin at almost nothing
 MODEL = "the model's own code, absorbed"
 STANDARD = 'lr_units="standard"'
 
@@ -252,25 +253,28 @@ class Planner:
         """Weights that start at zero by design, or so close to it that it is the same.
 
         Near zero is below a thousandth of the usual size, N(0, 1/fan_in), and of the model's other weights (a class
-        token drawn with std 1e-6, the weight of a gate beside a bias of 1). They stay so: RMS 1 would make another
-        model, and a learning rate relative to them would have no bounds.
+        token drawn with std 1e-6, the weight of a gate beside a bias of 1); for matrices below a sixty-fourth, as a
+        gain of 0.01 or 0.001 is chosen so that a branch or head begins at almost nothing (the coordinate updates of
+        an equivariant graph net, the policy head of an agent). They stay so: RMS 1 would make another model, and a
+        learning rate relative to them would have no bounds.
         """
+        uses = [use for use in self.draft.uses.values() if use.role in WEIGHT_ROLES]
         sizes = {
-            name: self.trace.facts[name].rms * sqrt(use.fan_in)
-            for use in self.draft.uses.values()
-            if use.role in WEIGHT_ROLES
-            for name in use.parameters
+            (name, use.role): self.trace.facts[name].rms * sqrt(use.fan_in) for use in uses for name in use.parameters
         }
         drawn = [size for size in sizes.values() if size]
-        limit = NEAR_ZERO * min(1.0, median(drawn)) if drawn else 0.0
-        return {name for name, size in sizes.items() if size <= limit}
+        usual = min(1.0, median(drawn)) if drawn else 0.0
+        limits = {role: usual * (SMALL_GAIN if role in ("hidden", "readout") else NEAR_ZERO) for role in WEIGHT_ROLES}
+        return {name for (name, role), size in sizes.items() if size <= limits[role]}
 
     def _readout_rates(self, plan: Plan) -> None:
-        """With lr_units="standard": the scheme's step at the η of the hidden weights, or, without any, its own."""
-        scaled = [p for p in plan.parameters.values() if p.name not in self.zeros and p.initial_rms and not p.reason]
-        etas = [p.relative_lr / p.unit_lr for p in scaled if p.role == "hidden"]
-        for parameter in (p for p in scaled if p.role == "readout"):
-            if etas:
+        """With lr_units="standard": the scheme's step at the hidden weights' η; without any, or from zero, its own."""
+        scaled = [p for p in plan.parameters.values() if p.initial_rms and not p.reason]
+        etas = [p.relative_lr / p.unit_lr for p in scaled if p.role == "hidden" and p.name not in self.zeros]
+        for parameter in plan.parameters.values():
+            if parameter.role != "readout" or parameter.reason:
+                continue
+            if etas and parameter.name not in self.zeros:
                 eta = Factor(geometric_mean(etas), f"mean η of {len(etas)} hidden weights for a rate of 1", STANDARD)
                 parameter.set_constant("relative_lr", [eta, *parameter.causes.get("unit_lr", [])])
             else:

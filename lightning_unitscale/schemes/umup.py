@@ -36,7 +36,8 @@ model: η = (lr / its initial RMS) · √(fan_in · L). The readout has the step
 η. Keeping the readout's own step instead falls behind the untouched model as the width grows: there most of the first
 change of the logits comes from the hidden weights, through a readout whose initial RMS is that of any weight, and the
 readout of u-μP starts √fan_in smaller. Measured (width 256, 3e-4, one seed): untouched 1.785; readout's own step 1.996,
-5 times that 1.897, the table's (27 times) 1.618.
+5 times that 1.897, the table's (27 times) 1.618. A matrix that starts at zero has the user's own step. What a step of
+these rates does to the loss of the first batch is then limited: see `schemes.step_limits`.
 
 The model's own constants (1/√d on logits, √d on embeddings, fixed residual multipliers) are absorbed: the rules above
 give the total. Under SGD, learning rates are fan_in (hidden) and width (others), the gradient's own scale taken out

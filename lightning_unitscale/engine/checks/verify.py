@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from math import isclose, log2
+from math import isclose, isfinite, log2
 
 from torch import nn
 
@@ -33,8 +33,8 @@ KEPT = 0.02  # of the loss; a narrow dtype rounds scaled weights to other number
 OPERANDS = ("x", "weight")
 
 
-def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], Trace]) -> None:
-    """Check a plan just put in force; fills `rms_after` of its sites.
+def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], Trace]) -> Trace:
+    """Check a plan just put in force; fills `rms_after` of its sites, and returns the step as it is now.
 
     Args:
         before: the step as the untouched model took it.
@@ -59,11 +59,13 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
                 f"{after.loss_numbers}, though scheme={plan.scheme!r} changes nothing. The step depends on something "
                 "the rehearsal cannot put back (a file, a global, a data iterator); pass verify=False if that is meant."
             )
-        return
+        return after
     _measure(plan, after)
     if plan.keeps_function:
         _check_kept(module, plan, before, after)
-        return
+        return after
+    if not all(map(isfinite, after.loss_numbers)):
+        return after
     share = operand_share(plan, 4.0)
     if share < LOW_SHARE:
         worst = ", ".join(f"{name} {operand}: RMS {rms:.2g}" for rms, name, operand in worst_operands(plan)[:3])
@@ -72,6 +74,7 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
             f"factor 4 of 1 under the plan; the furthest off: {worst}.",
             stacklevel=2,
         )
+    return after
 
 
 def _check_kept(module: nn.Module, plan: Plan, before: Trace, after: Trace) -> None:

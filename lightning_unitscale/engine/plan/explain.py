@@ -145,7 +145,12 @@ def _rate_factors(plan: Plan, parameter: ParameterPlan) -> list[Factor]:
         return []
     name = "relative_lr" if plan.lr_units == "standard" else "unit_lr"
     stored = abs(parameter.stored) if plan.lr_units == "standard" else parameter.stored
-    return [*parameter.causes.get(name, []), *_unless_one(stored, "stored: a step of U, said of what is stored")]
+    limit = parameter.causes.get("step_limit", [])  # set under "standard" alone
+    return [
+        *parameter.causes.get(name, []),
+        *limit,
+        *_unless_one(stored, "stored: a step of U, said of what is stored"),
+    ]
 
 
 def _unless_one(value: float, cause: str) -> list[Factor]:

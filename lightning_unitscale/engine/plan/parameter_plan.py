@@ -27,6 +27,8 @@ class ParameterPlan:
         unit_lr: learning rate of U under an Adam-like optimizer, in units of η.
         sgd_lr: the same under SGD with true gradients.
         relative_lr: learning rate of F in units of the user's own ("standard") is this times |multiplier|.
+        step_limit: factor on that, from what one step of an Adam-like optimizer does to the loss of the first batch.
+        sgd_step_limit: the same for SGD.
         divided_gradient: the optimizer sees its gradient divided by γ = max|gradient| / √d, d its number of elements.
         depth_lr: the part of `unit_lr` that comes from depth (L^-½ inside a residual branch).
         unit_eps: Adam's eps for the gradient of U, in units of the user's; None: the user's is for that of F.
@@ -49,6 +51,8 @@ class ParameterPlan:
     unit_lr: float = 1.0
     sgd_lr: float = 1.0
     relative_lr: float = 1.0
+    step_limit: float = 1.0
+    sgd_step_limit: float = 1.0
     depth_lr: float = 1.0
     unit_eps: float | None = None
     decay: float = 1.0
