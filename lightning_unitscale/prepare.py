@@ -125,7 +125,7 @@ def _first_step(
     agree: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> FirstStep | None:
     """What a step of the model does as it is now, where the plan's rates depend on that; one process's measurement."""
-    if not plan.changes_training or plan.lr_units != "standard":
+    if not plan.changes_training or plan.keeps_function or plan.lr_units != "standard":
         return None
     measured: dict[str, Any] = {}
     is_prepared = plan_of(module) is not None
