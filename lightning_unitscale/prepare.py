@@ -165,10 +165,14 @@ def _with_less(module: nn.Module, plan: Plan, options: Options, losses: dict[str
             f"{found}; outputs far above RMS 1: {named}. List those in skip, or use scheme='preserve' with an ordinary "
             "learning rate."
         )
-    if sites and not set(sites) <= set(options.skip):
+    scaled = {site.module for site in plan.sites if site.params and not site.reason}
+    if sites and not scaled <= set(sites):
         less, left = replace(options, skip=(*options.skip, *sites)), named
     else:
-        less, left = replace(options, scheme="preserve"), "the whole model, which trains as if untouched"
+        less, left = (
+            replace(options, scheme="preserve", hyperparameters={}),
+            "the whole model, which trains as if untouched",
+        )
     warnings.warn(f"unit scaling: {found}; outputs far above RMS 1: {named}. Left alone: {left}.", stacklevel=4)
     return less
 

@@ -52,3 +52,11 @@ def test_a_loss_that_is_far_above_or_not_finite_is_found() -> None:
     assert is_far_above([4.0], [6.2])
     assert is_far_above([4.0, 1.0], [4.0, float("inf")])
     assert not is_far_above([4.0, -0.01], [5.9, 0.09])
+
+
+def test_a_fallback_takes_no_hyperparameters_along() -> None:
+    model = nn.Linear(8, 4)
+    with pytest.warns(UserWarning, match="Left alone: the whole model"):
+        plan = unit_scale(model, squares, hyperparameters={"alpha_out": 1e4})
+    assert plan.scheme == "preserve"
+    assert set(plan.lr_multipliers.values()) == {1.0}
