@@ -195,7 +195,9 @@ class Lifecycle:
             _refuse_pruning(module.trainer)
         try:
             plan = prepare(
-                module, step, self.options, module.trainer, agree=lambda plan: strategy.broadcast(plan, src=0)
+                *(module, step, self.options, module.trainer),
+                agree=lambda plan: strategy.broadcast(plan, src=0),
+                average=lambda tensor: strategy.reduce(tensor, reduce_op="mean"),
             )
         except NoLossError as error:
             self._wait_for_a_loss(error, module.trainer, batch_idx)

@@ -16,7 +16,7 @@ from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.checks.beside import warn_of_code_beside
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
 from lightning_unitscale.engine.checks.first_loss import is_far_above, loudest_sites
-from lightning_unitscale.engine.checks.first_step import FirstStep, measure_first_step
+from lightning_unitscale.engine.checks.first_step import Average, FirstStep, measure_first_step
 from lightning_unitscale.engine.checks.gradients import differentiable_losses, rehearsed_gradients
 from lightning_unitscale.engine.checks.sharded import refuse_sharded
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
@@ -63,6 +63,7 @@ def prepare(
     options: Options,
     trainer: pl.Trainer | None = None,
     agree: Callable[[dict[str, Any]], dict[str, Any]] = lambda plan: plan,
+    average: Average = lambda tensor: tensor,
 ) -> Plan:
     """Record one step of the model and put its plan in force, in place.
 
@@ -71,6 +72,7 @@ def prepare(
         step: runs one step's forward pass on real data and returns the loss.
         trainer: the Lightning trainer, if there is one, whose loggers and optimizers the step must not reach.
         agree: makes all processes use one process's plan (data-dependent routing may show each another model).
+        average: over all processes; the first step is measured on the global batch.
 
     Raises:
         UnitScalingError: see `unit_scale`.
@@ -93,7 +95,7 @@ def prepare(
     check_device(module, plan)
     kept = kept_copies(module, plan, trace, trainer)
     warn_of_code_beside(module, plan, trace)
-    untouched = _first_step(module, plan, step, trainer, agree)
+    untouched = _first_step(module, plan, step, trainer, agree, average)
     zeroed = _about_to_be_zero(module, plan)
     rescale_parameters(module, plan)
     rescale_kept(plan, kept)
@@ -112,9 +114,9 @@ def prepare(
             raise
         if less is not None:
             _bring_back(module, plan, zeroed, kept)
-            return prepare(module, step, less, trainer, agree)
+            return prepare(module, step, less, trainer, agree, average)
     if untouched is not None:
-        scaled = _first_step(module, plan, step, trainer, agree)
+        scaled = _first_step(module, plan, step, trainer, agree, average)
         if scaled is not None:
             limit_steps(plan, untouched, scaled)
     return plan
@@ -126,8 +128,9 @@ def _first_step(
     step: Step,
     trainer: pl.Trainer | None,
     agree: Callable[[dict[str, Any]], dict[str, Any]],
+    average: Average,
 ) -> FirstStep | None:
-    """What a step of the model does as it is now, where the plan's rates depend on that; one process's measurement."""
+    """What a step of the model does as it is now, where the plan's rates depend on that."""
     if not plan.changes_training or plan.keeps_function or plan.lr_units != "standard":
         return None
     measured: dict[str, Any] = {}
@@ -135,9 +138,9 @@ def _first_step(
     scales = plan.step_scales("adam", decoupled_decay=True)
     rates = {name: scales[name].lr if is_prepared else 1.0 for name in limited(plan)}
     try:
-        measured = asdict(measure_first_step(module, step, rates, trainer))
-    except Exception as error:  # a model's own code may object to anything: a backward pass of its own, other values
-        measured = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+        measured = asdict(measure_first_step(module, step, rates, trainer, average))
+    except RuntimeError as error:
+        measured = {"failed": str(error)}
     measured = agree(measured)
     if "failed" in measured:
         plan.notes.append(f"what the first step does was not measured, and no rate limited: {measured['failed']}")

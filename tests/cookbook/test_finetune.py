@@ -189,7 +189,8 @@ def test_exported_folder_is_the_best_checkpoint(full: tuple[Path, str]) -> None:
 
 
 WITHOUT_THE_PACKAGE = """
-import sys
+import os, sys
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # as the package is installed here, torch itself would import it
 sys.modules["lightning_unitscale"] = None  # importing it fails
 import torch, pytorch_lightning as pl
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -131,7 +131,8 @@ def save(path: Path, *callbacks: pl.Callback, weights_only: bool = False, **opti
 
 
 WITHOUT_PACKAGE = """
-import json, sys
+import json, os, sys
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # as the package is installed here, torch itself would import it
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "lightning_unitscale":

@@ -372,7 +372,7 @@ def test_preserve_does_not_take_the_place_of_explicit_factors(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("storage", "strategy"), [("folded", "ddp_spawn"), ("unit", "ddp_fork"), ("folded", "unitscale_ddp_spawn")]
+    ("storage", "strategy"), [("folded", "ddp_spawn"), ("unit", "ddp_spawn"), ("folded", "unitscale_ddp_spawn")]
 )
 def test_weights_and_plan_come_back_from_processes_that_were_started(
     tmp_path: Path, storage: str, strategy: str

@@ -20,15 +20,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, isfinite
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from lightning_unitscale.engine.checks.gradients import as_real, rehearsed_losses
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
 
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+Average = Callable[[Tensor], Tensor]  # over all processes
+Result = TypeVar("Result")
 TRIAL = 0.3  # of the loss: far enough to feel the curvature that a run meets, near enough for it to be one number
 
 
@@ -53,34 +57,62 @@ def measure_first_step(
     step: Callable[[Rehearsal], Any],
     rates: Mapping[str, float],
     trainer: pl.Trainer | None = None,
+    average: Average = lambda tensor: tensor,
 ) -> FirstStep:
     """Measure one step of the model as it is now.
 
     Args:
         step: runs the step's forward pass and returns its loss; with several losses their sum is looked at.
         rates: by name of the weights to move, factor on the learning rate of each.
+        average: over all processes, each of which takes the step on its own rows: gradients are those of the global
+            batch, as the optimizer will have them.
+
+    Raises:
+        RuntimeError: the step failed, on this process or another.
     """
     named = {name: p for name, p in module.named_parameters() if name in rates and p.requires_grad}
-    with rehearsed_losses(module, step, trainer, casts=False) as losses:
-        loss = _total(losses)
-        found = torch.autograd.grad(losses, list(named.values()), allow_unused=True) if losses and named else ()
-    gradients = {name: g for name, g in zip(named, found, strict=True) if g is not None and g.numel()} if found else {}
+    if not named:
+        return FirstStep({}, {}, 0.0)
+    device = next(iter(named.values())).device
+
+    def taken() -> tuple[Tensor, list[Tensor]]:
+        with rehearsed_losses(module, step, trainer, casts=False) as losses:
+            found = torch.autograd.grad(losses, list(named.values()), allow_unused=True) if losses else ()
+            gradients = zip(named.values(), found, strict=True) if found else ()
+            return _total(losses), [torch.zeros_like(p) if g is None else g for p, g in gradients]
+
+    def tried() -> Tensor:
+        with _moved(moved), rehearsed_losses(module, step, trainer, casts=False) as losses:
+            return _total(losses)
+
+    mean_loss, local = _on_all_processes(taken, average, device)
+    loss = float(average(mean_loss))
+    gradients = {name: average(g) for name, g in zip(named, local, strict=False)}
     moves = {name: float(as_real(g).float().abs().sum()) for name, g in gradients.items()}
     squares = {name: float(as_real(g).float().square().sum()) for name, g in gradients.items()}
     predicted = sum(rates[name] * move for name, move in moves.items())
     if not predicted or not isfinite(predicted) or not loss:
         return FirstStep(moves, squares, 0.0)
     length = TRIAL * abs(loss) / predicted
-    with (
-        _moved({named[name]: (g, length * rates[name]) for name, g in gradients.items()}),
-        rehearsed_losses(module, step, trainer, casts=False) as losses,
-    ):
-        fall = loss - _total(losses)
+    moved = {named[name]: (g, length * rates[name]) for name, g in gradients.items()}
+    fall = loss - float(average(_on_all_processes(tried, average, device)))
     return FirstStep(moves, squares, 1 - fall / (length * predicted) if isfinite(fall) else inf)
 
 
-def _total(losses: list[Tensor]) -> float:
-    return sum(float(loss.detach()) for loss in losses)
+def _on_all_processes(run: Callable[[], Result], average: Average, device: torch.device) -> Result:
+    """Its result; where it fails on one process it fails on all, so that none waits for another."""
+    results, problem = [], ""
+    try:
+        results.append(run())
+    except Exception as error:  # a model's own code may object to anything: a backward pass of its own, other values
+        problem = f"{type(error).__name__}: {str(error)[:200]}"
+    if float(average(torch.tensor(float(bool(problem)), device=device))):
+        raise RuntimeError(problem or "it failed in another process")
+    return results[0]
+
+
+def _total(losses: list[Tensor]) -> Tensor:
+    return torch.stack([loss.detach().double().reshape(()) for loss in losses] or [torch.zeros(())]).sum()
 
 
 @contextmanager

@@ -2,11 +2,15 @@
 
 import functools
 import gc
+import os
 import random
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -639,6 +643,16 @@ class AcrossProcesses(RandomNumbers):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_two_processes():
+    # In a fresh interpreter: the fork of one in which other tests have left threads may wait for them for ever.
+    script = "import test_rehearsal; test_rehearsal.two_processes()"
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+
+
+def two_processes() -> None:
+    torch.set_num_threads(1)
     options = {"strategy": "ddp_fork", "devices": 2}
     plain, rehearsed = (fit(AcrossProcesses, rehearse, **options) for rehearse in (False, True))
     same(plain.module.state_dict(), rehearsed.module.state_dict())
