@@ -105,7 +105,9 @@ def test_the_teacher_is_no_part_of_the_plan(teacher: str) -> None:
         plans.append(unit_scale(module, lambda m: m.training_step(batch, 0), scheme="umup"))
         assert set(dict(module.named_parameters())) == set(plans[-1].parameters)
     alone, taught = plans
-    assert alone.lr_multipliers == taught.lr_multipliers
+    # but for what the first step does, which the teacher's part of the loss changes
+    rates = [{n: rate / plan.parameters[n].step_limit for n, rate in plan.lr_multipliers.items()} for plan in plans]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-12)
     assert {p.name: p.multiplier for p in alone.parameters.values()} == {
         p.name: p.multiplier for p in taught.parameters.values()
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def composed(*overrides: str) -> DictConfig:
 
 
 JOBS = [str(name) for name in composed().jobs]
+QUICK = JOBS[::4]
+
+
+def of_jobs(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Every fourth job, and the others in the nightly run."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in names]
+    )
 
 
 def built(name: str, variant: str = "standard", rate: float = 2.0**-7) -> DictConfig:
@@ -37,7 +46,7 @@ def built(name: str, variant: str = "standard", rate: float = 2.0**-7) -> DictCo
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in JOBS if name != "gan"])  # a game's loss need not fall
+@of_jobs(name for name in JOBS if name != "gan")  # a game's loss need not fall
 def test_a_job_learns_the_batch_that_it_is_shown(name: str) -> None:
     torch.manual_seed(0)
     job = new_job(built(name))
@@ -56,7 +65,7 @@ def test_a_job_learns_the_batch_that_it_is_shown(name: str) -> None:
     assert float(loss().detach()) < first
 
 
-@pytest.mark.parametrize("name", JOBS)
+@of_jobs(JOBS)
 def test_held_out_examples_are_not_trained_on(name: str) -> None:
     job = new_job(built(name))
     training, held_out = (loader.dataset.tensors for loader in (job.train_dataloader(), job.val_dataloader()))

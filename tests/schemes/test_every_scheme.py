@@ -25,8 +25,19 @@ from lightning_unitscale.schemes import SCHEMES
 
 NAMES = tuple(SCHEMES)
 # Attention that folds and that does not, tied and computed weights, norms before and after, branches that are drawn
-QUICK = ("llama-sdpa", "tied-embedding", "resnet", "experts-loop")
-MODELS = (*QUICK, "gpt2-eager", "bert-sdpa", "t5-sdpa", "weight-norm", "dit", "lstm", "sequential")
+QUICK = ("llama-sdpa", "tied-embedding")
+MODELS = (
+    *QUICK,
+    "resnet",
+    "experts-loop",
+    "gpt2-eager",
+    "bert-sdpa",
+    "t5-sdpa",
+    "weight-norm",
+    "dit",
+    "lstm",
+    "sequential",
+)
 
 
 def each(names: Iterable[str]) -> pytest.MarkDecorator:
