@@ -119,7 +119,12 @@ QUICK = [
 ]
 
 
-@pytest.fixture(scope="module", params=TASKS)
+BY_DAY = ("segmentation", "music")  # the others in the nightly run
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[] if name in BY_DAY else [pytest.mark.slow]) for name in TASKS]
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The name of a task, and the folder in which four steps of its pre-training lie under `run`."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)

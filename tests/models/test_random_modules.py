@@ -111,6 +111,14 @@ def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(programs)
+def test_a_few_random_modules_keep_every_property(program: Program) -> None:
+    check(program)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @settings(max_examples=COUNT or 100, derandomize=not COUNT, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs)
 def test_random_modules_keep_every_property(program: Program) -> None:
