@@ -226,7 +226,7 @@ class Interceptor(TorchFunctionMode):
 
     def _run(self, name: str, call: FunctionCall) -> Any:
         """The call with the factors of its parameters, unless it makes another weight of them."""
-        if name not in self.rules.ops or self._makes_weight(name, call):
+        if name not in self.rules.ops or (name in MATMULS and self._makes_weight(name, call)):
             return call.run()
         op = MATMULS.get(name)
         if op is None:
