@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from support.random_functions import (
+from support.functions import (
     Alias,
     Gelu,
     GradientScale,

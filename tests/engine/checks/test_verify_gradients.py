@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from support import zoo
+from support.functions import Reversal
 from support.prepared import build
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,18 +71,6 @@ class Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
-
-
-class Reversed(torch.autograd.Function):
-    """Gradient reversal."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return -gradient
 
 
 class Stack(nn.Module):
@@ -244,7 +233,7 @@ CHECKED: dict[str, Net] = {
 }
 BY_DESIGN: dict[str, Net] = {
     "straight through": lambda: Stack(Through.apply),
-    "gradient reversal": lambda: Stack(Reversed.apply),
+    "gradient reversal": lambda: Stack(Reversal.apply),
     "stopped gradients": lambda: Stack(lambda x: x + x.detach().tanh()),
 }
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.functions import Alias, View
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -69,26 +70,6 @@ class LinearCrossEntropy(torch.autograd.Function):
         x, weight, probabilities, target = ctx.saved_tensors
         d = gradient * (probabilities - F.one_hot(target, CLASSES)) / len(target)
         return d @ weight, d.T @ x, None
-
-
-class Alias(torch.autograd.Function):
-    """Gives back what it was given."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-class View(Alias):
-    """Gives back a view of what it was given."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
 
 
 class Rerun(torch.autograd.Function):
