@@ -161,6 +161,7 @@ def test_distillation_moves_towards_the_teacher(teacher: str, tmp_path: Path) ->
     assert distances[0] < distances[1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(
     teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

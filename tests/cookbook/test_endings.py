@@ -68,6 +68,7 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on_with_its_settings(
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.slow
 def test_an_interrupted_teacher_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = ["model.width=64", "model.depth=1", "trainer.max_steps=4", "task.sequence_length=16", "data.batch_size=2"]
     teacher = [f"teacher.base={base}", "task.sequence_length=16", "trainer.enable_progress_bar=false"]

@@ -454,6 +454,7 @@ def test_what_does_not_go_on(
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_hub_name_goes_to_the_hub(llama: str, tmp_path: Path) -> None:
     """The cache as huggingface_hub lays it out after a download; there is no network in a test."""
     revision = "0123456789abcdef0123456789abcdef01234567"

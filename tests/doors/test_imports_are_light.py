@@ -57,6 +57,7 @@ print(torch.nn.Module.load_state_dict.__wrapped__.__name__)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [

@@ -290,6 +290,7 @@ def test_bad_output_is_an_error_before_work(tmp_path: Path) -> None:
         export(model, tmp_path / "new", "gguf")
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True)
     unitscale = [sys.executable, "-m", "lightning_unitscale.cli"]
