@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +99,20 @@ def test_the_callback_trains_as_a_plain_loop_does(pl: Any, storage: str, tmp_pat
     assert callback.plan is not None
 
 
+@pytest.fixture
+def no_process_group_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lightning leaves it, with threads that a later fork would wait for, and its address in the environment."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+        monkeypatch.delenv(name)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @both
 @pytest.mark.parametrize("strategy", ["unitscale", "unitscale_ddp"])
+@pytest.mark.usefixtures("no_process_group_is_left")
 def test_strategies_are_known_by_name(pl: Any, strategy: str, tmp_path: Path) -> None:
     trained = losses(pl, tmp_path, strategy=strategy, devices=1, use_distributed_sampler=False)
     torch.testing.assert_close(trained, losses_of_a_plain_loop("folded"))

@@ -517,7 +517,8 @@ def _current(rules: Rules) -> Interceptor | None:
     return None
 
 
+# `call` too: by its code the frames are known in the stack of an eager call.
 only_inside_others(
-    ScopedForward.__call__.__code__,
+    ScopedForward.call.__code__,
     *(method.__code__ for method in vars(Interceptor).values() if isinstance(method, FunctionType)),
 )

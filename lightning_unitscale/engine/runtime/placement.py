@@ -57,7 +57,7 @@ class Placement:
             UnitScalingError: a module with a factor was replaced.
         """
         for owner, attribute, module in self._links:
-            if (owner or root)._modules.get(attribute) is not module:
+            if (root if owner is None else owner)._modules.get(attribute) is not module:
                 break
         else:
             return

@@ -91,7 +91,7 @@ def test_a_step_that_draws_nothing_is_recorded_once() -> None:
             self.calls, self.spare = [0], nn.Linear(3, 3)
 
     model, calls = Unused(), []
-    unit_scale(model, lambda m: (calls.append(1), loss_of(m))[1], verify=False)
+    unit_scale(model, lambda m: (calls.append(1), loss_of(m))[1], lr_units="umup", verify=False)
     assert len(calls) == 1
 
 

@@ -299,7 +299,7 @@ def test_the_function_under_the_plan_is_that_of_plain_calls(calls: int, storage:
     found = []
     for own in (False, True):
         model = Between(own)
-        plan = unit_scale(model, lambda m: m(*batch(), calls), storage=storage)
+        plan = unit_scale(model, lambda m: m(*batch(), calls), storage=storage, lr_units="umup", verify=calls == 1)
         found.append((model(*batch(1), calls).item(), plan))
     (expected, _), (ours, plan) = found
     if calls == 1:
