@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,12 @@ from lightning_unitscale.engine.checks.beside import warn_of_code_beside
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
 from lightning_unitscale.engine.checks.first_loss import is_far_above, loudest_sites
 from lightning_unitscale.engine.checks.first_step import Average, FirstStep, measure_first_step
-from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
+from lightning_unitscale.engine.checks.gradients import differentiable_losses, rehearsed_gradients
 from lightning_unitscale.engine.checks.sharded import refuse_sharded
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
 from lightning_unitscale.engine.checks.verify import verify
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
-from lightning_unitscale.engine.checks.verify_gradients import verify_gradients
+from lightning_unitscale.engine.checks.verify_gradients import GradientsTaken, verify_gradients
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
 from lightning_unitscale.engine.plan.rename import plan_around
@@ -36,6 +37,7 @@ from lightning_unitscale.engine.runtime.install import (
     install,
     rescale_parameters,
     restore_parameters,
+    rules_in_force,
     uninstall,
     untouched_factors,
 )
@@ -100,12 +102,13 @@ def prepare(
     put_in_force(module, plan)
     if options.verify:
         try:
-            after = verify(module, plan, trace, lambda: record(module, step, trainer, may_overflow=True))
+            taken = GradientsTaken(module)
+            after = verify(module, plan, trace, lambda: record(module, step, trainer, taken=taken, may_overflow=True))
             losses = agree({"before": trace.loss_numbers, "after": after.loss_numbers, "sites": loudest_sites(plan)})
             is_another_function = plan.changes_training and is_far_above(losses["before"], losses["after"])
             less = _with_less(module, plan, options, losses) if is_another_function else None
             if less is None:
-                verify_gradients(module, plan, trace, step, trainer)
+                verify_gradients(module, plan, trace, taken, step, trainer)
         except UnitScalingError:
             _bring_back(module, plan, zeroed, kept)
             raise
@@ -244,24 +247,31 @@ def record(
     trainer: pl.Trainer | None = None,
     draw: int = 0,
     *,
+    taken: GradientsTaken | None = None,
     may_overflow: bool = False,
 ) -> Trace:
     """Run the step without leaving a trace in the model, and return what it did.
 
     Args:
         draw: 0 for the random numbers that are next, other numbers for others.
+        taken: takes the gradients of its losses too, if factors are in force.
         may_overflow: whether a loss that is not finite is none of this function's business.
 
     Raises:
         NoLossError: there is none.
         UnitScalingError: the loss is not one number, or not finite.
     """
-    with rehearsal(module, trainer) as rehearsed, recording(module) as recorder, torch.enable_grad():
-        if draw:
-            draw_anew(draw)
-        before = random_state()
-        output = step(rehearsed)
-        trace = recorder.finish(output, rehearsed.losses)
+    if taken is not None and rules_in_force(module) is None:
+        taken = None
+    with rehearsal(module, trainer) as rehearsed, torch.enable_grad(), taken or nullcontext():
+        with recording(module) as recorder:
+            if draw:
+                draw_anew(draw)
+            before = random_state()
+            output = step(rehearsed)
+            trace = recorder.finish(output, rehearsed.losses)
+        if taken is not None:
+            taken.take(differentiable_losses(output, rehearsed))
         trace.drew = random_state() != before
         trace.copies = [(value, rehearsed.original(tensor)) for value, tensor in trace.copies]
         backwards = bool(rehearsed.losses)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from lightning_unitscale.ops.attention import DotProductAttention
 from lightning_unitscale.ops.call import FunctionCall
 from lightning_unitscale.ops.chain import Chain
@@ -60,10 +62,16 @@ def is_attention(name: str) -> bool:
     return name in MATMULS and MATMULS[name].is_attention
 
 
+# Operators that libraries call in compiled code where their eager code calls torch's function, by its short name.
+COMPILED_FOR = {"_grouped_mm": ("transformers", "grouped_mm_fallback")}
+
+
 def functions_named(name: str) -> tuple[Callable[..., Any], ...]:
     """Every function of this short name that a function mode can see."""
     own = MATMULS[name].functions if name in MATMULS else ()
-    return (*functions_by_name().get(name, ()), *own)
+    library, operator = COMPILED_FOR.get(name, ("", ""))
+    registered = getattr(getattr(torch.ops, library), operator, None) if library else None
+    return (*functions_by_name().get(name, ()), *own, *([registered] if registered is not None else []))
 
 
 __all__ = ["MATMULS", "FunctionCall", "Matmul", "functions_named", "is_attention", "is_lookup"]

@@ -158,7 +158,7 @@ def fall_back(module: nn.Module, plan: Plan, use: UseId, reason: str) -> None:
         if site.use == use:
             site.format, site.format_reason = None, reason
             site.operand_scales = {}
-    del casts[use]
+    casts.pop(use).scales = None
 
 
 def check_device(module: nn.Module, plan: Plan) -> None:

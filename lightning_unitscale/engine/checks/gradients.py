@@ -38,10 +38,16 @@ def rehearsed_losses(
     """
     with rehearsal(module, trainer) as run, torch.enable_grad():
         if not casts:
-            casts_in_force(module).clear()  # of the copies that the rehearsal works on
+            for cast in casts_in_force(module).values():  # copies, that the rehearsal works on
+                cast.scales = None
         with reentrant_checkpoints_opened(), observer or nullcontext():
-            losses = {id(loss): loss for loss in loss_tensors(step(run), run.losses)}
-            yield [loss.sum() for loss in losses.values() if loss.requires_grad]
+            yield differentiable_losses(step(run), run)
+
+
+def differentiable_losses(output: Any, run: Rehearsal) -> list[Tensor]:
+    """The sum of each loss that can be differentiated, of a step that gave this output in a rehearsal."""
+    losses = {id(loss): loss for loss in loss_tensors(output, run.losses)}
+    return [loss.sum() for loss in losses.values() if loss.requires_grad]
 
 
 def rehearsed_gradients(

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import nan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,22 +130,22 @@ class Slopes:
     @contextmanager
     def _moved(self, names: Sequence[str], length: float) -> Iterator[float]:
         """Inside, the parameters are moved along their gradients; yields what these say the loss changes by."""
-        before: list[tuple[Tensor, Tensor]] = []
+        before: list[tuple[Tensor, Any, Tensor]] = []
         promised = 0.0
         try:
             for name in names:
                 if self._norms[name]:
-                    gradient, values = self.gradients[name], as_real(self._parameters[name].data)
-                    where = _sampled(values)
-                    old = values[where]
-                    before.append((values, old))
+                    gradient = self.gradients[name]
+                    values, where = _sampled(as_real(self._parameters[name].data))
+                    old = values[where].clone()
+                    before.append((values, where, old))
                     new = (old + gradient * (length * self._sizes[name] / self._norms[name])).to(old.dtype)
                     values[where] = new
                     promised += float(gradient @ (new.double() - old.double()))
             yield promised
         finally:
-            for values, old in before:
-                values[_sampled(values)] = old
+            for values, where, old in before:
+                values[where] = old
 
     def _size_zeros(self) -> None:
         """A parameter that is 0 has no size: it is moved until it does what the others do on average, within reason."""
@@ -163,7 +163,9 @@ def _size(parameter: Tensor, gradient: Tensor) -> float:
     return float(rms * gradient.numel() ** 0.5)
 
 
-def _sampled(values: Tensor) -> tuple[Tensor, ...]:
-    """Where the elements are that `sampled_gradients` keeps, whatever the layout in memory."""
+def _sampled(values: Tensor) -> tuple[Tensor, Any]:
+    """The elements that `sampled_gradients` keeps, whatever the layout in memory: a tensor and where in it they are."""
+    if values.is_contiguous():
+        return values.view(-1), slice(None, None, spacing(values))
     places = torch.arange(0, values.numel(), spacing(values), device=values.device)
-    return torch.unravel_index(places, values.shape) if values.dim() else (torch.zeros_like(places),)
+    return values, torch.unravel_index(places, values.shape)

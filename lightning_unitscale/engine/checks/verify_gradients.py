@@ -45,13 +45,59 @@ _NAMED = 8
 Step = Callable[[Rehearsal], Any]
 
 
+class GradientsTaken(TorchDispatchMode):
+    """Gradients of each loss of a step; entered around it, notes the coarsest dtype and talk to other processes.
+
+    Attributes:
+        eps: of the coarsest dtype.
+        losses: their values and roundings.
+        gradients: sampled, by parameter, for each loss.
+        problem: why there are none.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.module, self.eps, self.problem = module, 0.0, ""
+        self.losses: list[tuple[float, float]] = []
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def take(self, losses: list[Tensor]) -> None:
+        """Take the gradients of these losses, by one backward pass each."""
+        if self.problem:
+            return
+        self.losses = [(_number(loss), torch.finfo(loss.dtype).eps) for loss in losses]
+        try:
+            self.gradients = [
+                sampled_gradients(self.module, [loss], keep_graph=index + 1 < len(losses))
+                for index, loss in enumerate(losses)
+            ]
+        except Exception as error:  # a model's own code may object to anything, a second backward for one
+            self.problem = _said(error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "namespace", "") in ("c10d", "_c10d_functional") and distributed.get_world_size() > 1:
+            self.problem = "the step talks to other processes"
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
+        return result
+
+
 def verify_gradients(
-    module: nn.Module, plan: Plan, before: Trace, step: Step, trainer: pl.Trainer | None = None
+    module: nn.Module,
+    plan: Plan,
+    before: Trace,
+    taken: GradientsTaken,
+    step: Step,
+    trainer: pl.Trainer | None = None,
 ) -> None:
     """Check the gradients of a plan just put in force; a note in the plan says what could not be checked.
 
     Args:
         before: the step as the untouched model took it.
+        taken: the gradients of the same step under the plan.
         step: the same step.
 
     Raises:
@@ -60,9 +106,11 @@ def verify_gradients(
     if rules_in_force(module) is None:
         return
     try:
-        wrong = _Gate(module, plan, step, trainer).wrong_gradients()
-    except Exception as error:  # a model's own code may object to anything: a second backward, another value
-        plan.notes.append(f"gradients were not checked: {type(error).__name__}: {str(error)[:200]}")
+        wrong = {} if taken.problem else _Gate(module, plan, step, trainer).wrong_gradients(taken)
+    except Exception as error:  # of the model's own code, where it meets another value
+        taken.problem = _said(error)
+    if taken.problem:
+        plan.notes.append(f"gradients were not checked: {taken.problem}")
         return
     if wrong:
         raise UnitScalingError(_message(module, plan, before, wrong))
@@ -74,9 +122,9 @@ class _Gate:
     def __init__(self, module: nn.Module, plan: Plan, step: Step, trainer: pl.Trainer | None) -> None:
         self.module, self.plan, self.step, self.trainer = module, plan, step, trainer
 
-    def wrong_gradients(self) -> dict[str, float]:
+    def wrong_gradients(self, taken: GradientsTaken) -> dict[str, float]:
         """By parameter, how many times too large its gradient is."""
-        ours = self._slopes()
+        ours = self._slopes(taken)
         wrong: dict[str, float] = {}
         unknown: list[str] = []
         level = [
@@ -98,24 +146,13 @@ class _Gate:
             self._note(unknown, [name for _, names in level for name in names])
         return wrong
 
-    def _slopes(self) -> list[Slopes]:
+    def _slopes(self, taken: GradientsTaken) -> list[Slopes]:
         """One for each loss of the step as the model is now."""
-        with _Watch() as watch, rehearsed_losses(self.module, self.step, self.trainer) as losses:
-            gradients = [
-                sampled_gradients(self.module, [loss], keep_graph=index + 1 < len(losses))
-                for index, loss in enumerate(losses)
-            ]
-            return [
-                Slopes(
-                    self.module,
-                    partial(self._loss, index),
-                    _number(loss),
-                    torch.finfo(loss.dtype).eps,
-                    gradients[index],
-                    Reach.of(watch.eps),
-                )
-                for index, loss in enumerate(losses)
-            ]
+        reach = Reach.of(taken.eps)
+        return [
+            Slopes(self.module, partial(self._loss, index), value, eps, gradients, reach)
+            for index, ((value, eps), gradients) in enumerate(zip(taken.losses, taken.gradients, strict=True))
+        ]
 
     def _loss(self, index: int) -> float:
         with rehearsed_losses(self.module, self.step, self.trainer) as losses:
@@ -126,7 +163,12 @@ class _Gate:
         if not sets:
             return []
         with _untouched(self.module, self.plan):
-            theirs = self._slopes()
+            taken = GradientsTaken(self.module)
+            with taken, rehearsed_losses(self.module, self.step, self.trainer) as losses:
+                taken.take(losses)
+            if taken.problem:
+                raise RuntimeError(taken.problem)
+            theirs = self._slopes(taken)
             return [(loss, names) for loss, names in sets if theirs[loss].measure(names).agrees]
 
     def _narrowed(self, ours: list[Slopes], loss: int, names: list[str]) -> dict[str, float]:
@@ -173,24 +215,6 @@ def _untouched(module: nn.Module, plan: Plan) -> Iterator[None]:
         install(module, plan)
 
 
-class _Watch(TorchDispatchMode):
-    """Notes the coarsest dtype of a step, and objects to one that talks to other processes."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.eps = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "namespace", "") in ("c10d", "_c10d_functional") and distributed.get_world_size() > 1:
-            raise RuntimeError("the step talks to other processes")
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
-        return result
-
-
 def _message(module: nn.Module, plan: Plan, before: Trace, wrong: dict[str, float]) -> str:
     functions = sorted(before.functions)
     sites = [
@@ -218,6 +242,10 @@ def _split(names: Sequence[str], parts: int) -> list[list[str]]:
 
 def _number(loss: Tensor) -> float:
     return float(loss.detach().double())
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import types
 import weakref
 from collections import defaultdict
 from enum import Enum
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -242,7 +243,12 @@ def _two_levels(state: Any) -> Any:
 
 def is_shared(value: object) -> bool:
     """Whether it is a part of the world outside the model: of the Trainer's machinery, of the process, a class."""
-    cls = type(value)
+    cls: Any = type(value)  # to mypy a class is not Hashable
+    return _is_shared_class(cls)
+
+
+@cache
+def _is_shared_class(cls: type) -> bool:
     return issubclass(cls, (type, Enum, *_SHARED)) or _is_of(cls.__module__, _SHARED_PACKAGES)
 
 

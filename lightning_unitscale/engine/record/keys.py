@@ -1,7 +1,7 @@
 """Which parameters a tensor is made of, and how that is called.
 
 A weight often reaches its matmul as something else than the parameter: a view, a cast, an expert's slice, an expression
-such as weight norm. The rule by which the parameters' names go along is `parameters_of_result`. Three must agree on it:
+such as weight norm. The rule by which the parameters' names go along is `is_made_of_parameters`. Three have to agree:
 
     engine.record.recorder       writes the names into the trace, of which the plan is made
     engine.runtime.observer      measures operands under the names that the plan has
@@ -15,7 +15,7 @@ passed a name on in the recorded step. So it does not see which other tensors ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -73,8 +73,8 @@ class Input(Protocol):
     """A tensor that goes into a call."""
 
     @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of those it is made of, if of nothing else but constants."""
+    def parameters(self) -> tuple[Any, ...]:
+        """Those it is made of, if of nothing else but constants: their names, or what else its holder has for them."""
 
     @property
     def constant(self) -> bool:
@@ -92,13 +92,13 @@ class Input(Protocol):
 class TensorInput(NamedTuple):
     """What is known of a tensor that goes into a call; see `Input`."""
 
-    parameters: tuple[str, ...]
+    parameters: tuple[Any, ...]
     constant: bool
     is_float: bool
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: Tensor, parameters: tuple[str, ...], constant: bool) -> TensorInput:
+    def of(cls, tensor: Tensor, parameters: tuple[Any, ...], constant: bool) -> TensorInput:
         """The tensor, with what its holder knows of it."""
         return cls(parameters, constant, tensor.is_floating_point() or tensor.is_complex(), tensor.shape)
 
@@ -118,10 +118,19 @@ def is_constant_result(op: str, inputs: Sequence[Input]) -> bool:
 def parameters_of_result(
     op: str, call: FunctionCall, inputs: Sequence[Input], in_parametrization: Callable[[], bool]
 ) -> tuple[str, ...]:
-    """The names of the parameters that the output of a call is made of, in order; none for anything else.
+    """The names of the parameters that the output of a call is made of, in order; none for anything else."""
+    if not is_made_of_parameters(op, call, inputs, in_parametrization):
+        return ()
+    return tuple(sorted({name for value in inputs for name in value.parameters}))
 
-    It is made of those of its inputs, if all of them are made of parameters or constant. A slice at a place that the
-    data choose is one too: an expert's part of a 3-D weight. Names end where weights make an activation.
+
+def is_made_of_parameters(
+    op: str, call: FunctionCall, inputs: Sequence[Input], in_parametrization: Callable[[], bool]
+) -> bool:
+    """Whether the output of a call is made of those parameters that its inputs are made of, and of nothing else.
+
+    It is, if all inputs are made of parameters or constant. A slice at a place that the data choose is one too: an
+    expert's part of a 3-D weight. It ends where weights make an activation.
 
     Args:
         op: short name of the function.
@@ -129,15 +138,12 @@ def parameters_of_result(
         inputs: the tensors in them, in order.
         in_parametrization: whether the code of a parametrization makes the call.
     """
-    names = {name for value in inputs for name in value.parameters}
-    if not names or op == "grad":
-        return ()
+    if op == "grad" or not any(value.parameters for value in inputs):
+        return False
     made_of = inputs[:1] if op == "getitem" and all(map(_is_index, inputs[1:])) else inputs
     if not all(value.constant or value.parameters for value in made_of):
-        return ()
-    if _makes_activation(op, call, inputs, in_parametrization):
-        return ()
-    return tuple(sorted(names))
+        return False
+    return not _makes_activation(op, call, inputs, in_parametrization)
 
 
 def _is_index(value: Input) -> bool:

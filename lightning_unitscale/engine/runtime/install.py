@@ -16,8 +16,8 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId, is_parametrization
 from lightning_unitscale.engine.record.places import EVERY_CALL, HOOK, Frame
-from lightning_unitscale.engine.runtime.casts import CastSite, WeightCast, cast_sites
-from lightning_unitscale.engine.runtime.interceptor import AppliedFactors, Rules, ScopedForward
+from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast, cast_sites
+from lightning_unitscale.engine.runtime.interceptor import AppliedFactors, FreeSite, Rules, ScopedForward
 from lightning_unitscale.engine.runtime.placement import look_after, look_away
 
 _KeysByFrame = dict[Frame, list[ParameterKey]]
@@ -74,19 +74,22 @@ def install(module: nn.Module, plan: Plan) -> None:
         in_use = touched or sites or keys_in_use.intersection(keys)
         if in_use or free or frame in enclosing:
             scoped = modules[frame.module]
-            scope = scoped.__dict__.get(frame.method)
-            if not isinstance(scope, ScopedForward):
+            scope = ScopedForward.behind(scoped.__dict__.get(frame.method))
+            if scope is None:
                 scope = ScopedForward(scoped, frame.method, rules, is_parametrization(frame.module))
-                setattr(scoped, frame.method, scope)
+                setattr(scoped, frame.method, scope.bound)
             for key in map(str, touched):
                 owner, _, attribute = key.rpartition(".")
-                scope.touched.append((modules[owner], attribute, key))
+                scope.touched.append((modules[owner], attribute, rules.made_of[key]))
             for site in sites:
                 if site.op == "output":
                     scope.output_site = site
                 else:
                     assert site.ordinal is not None
-                    scope.sites[site.op, site.ordinal] = site
+                    cast = casts.get(site.use)
+                    scope.sites[site.op, site.ordinal] = FreeSite(
+                        site, cast if isinstance(cast, AttentionCast) else None
+                    )
                     if site.ordinal != EVERY_CALL:
                         scope.most_calls[site.op] = site.calls_in_frame
     look_after(module)
@@ -95,8 +98,8 @@ def install(module: nn.Module, plan: Plan) -> None:
 def rules_in_force(module: nn.Module) -> Rules | None:
     """The rules that the scopes of a prepared module share, if it has any."""
     for child in module.modules():
-        for scope in child.__dict__.values():
-            if isinstance(scope, ScopedForward):
+        for value in child.__dict__.values():
+            if scope := ScopedForward.behind(value):
                 return scope.rules
     return None
 
@@ -168,8 +171,8 @@ def uninstall(module: nn.Module) -> None:
     """Take every scope off again."""
     look_away(module)
     for child in module.modules():
-        for method, scope in list(child.__dict__.items()):
-            if isinstance(scope, ScopedForward):
+        for method, value in list(child.__dict__.items()):
+            if scope := ScopedForward.behind(value):
                 if scope.replaced is None:
                     delattr(child, method)
                 else:

@@ -57,7 +57,7 @@ class Placement:
             UnitScalingError: a module with a factor was replaced.
         """
         for owner, attribute, module in self._links:
-            if (owner or root)._modules.get(attribute) is not module:
+            if (root if owner is None else owner)._modules.get(attribute) is not module:
                 break
         else:
             return
@@ -112,7 +112,7 @@ def check_placement(root: nn.Module, *_: Any) -> None:
 
 
 def _scopes(module: nn.Module) -> list[ScopedForward]:
-    return [value for value in module.__dict__.values() if isinstance(value, ScopedForward)]
+    return [scope for value in module.__dict__.values() if (scope := ScopedForward.behind(value))]
 
 
 def _ends(name: str) -> list[int]:

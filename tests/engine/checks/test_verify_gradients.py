@@ -295,7 +295,7 @@ def test_a_small_llama_takes_two_moves() -> None:
 
     unit_scale(build(case), step, storage="unit")
     steps_measured = 2 * (1 + 1)  # untouched and prepared: for its gradients, moved by a trial step
-    assert passes == 1 + 1 + 1 + 2 + steps_measured  # recorded, recorded again, for its gradients, moved
+    assert passes == 1 + 1 + 2 + steps_measured  # recorded, recorded again for its gradients, moved
 
 
 def test_folded_models_without_factors_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_pickle(name: str, storage: str) -> None:
 
 
 def scopes(model: nn.Module) -> list[ScopedForward]:
-    return [v for module in model.modules() for v in vars(module).values() if isinstance(v, ScopedForward)]
+    return [s for module in model.modules() for value in vars(module).values() if (s := ScopedForward.behind(value))]
 
 
 def test_nothing_is_installed_where_all_is_folded() -> None:

@@ -1,0 +1,35 @@
+"""What `torch.compile` has to be told so that compiled code applies a plan as eager code does.
+
+Eager code and compiled code may alternate in one pass: a block is compiled inside an eager model, or a graph breaks
+inside a compiled one. Two things would differ between them:
+
+    which calls a function mode sees     the compiler shows it those alone that torch lists as overridable, and not
+                                         `torch._weight_norm` or `torch._grouped_mm`, which eager code shows it
+    what is compiled on its own          where the compiler gives up a frame it goes on with the frames below, those of
+                                         the interceptor too: half of its state would be eager, half traced
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.variables.torch import get_overridable_functions
+
+
+def show_to_modes(functions: Iterable[Callable[..., Any]]) -> None:
+    """Have compiled code show function modes these functions, as eager code does."""
+    get_overridable_functions().update(function for function in functions if _shows_itself(function))
+
+
+def _shows_itself(function: Callable[..., Any]) -> bool:
+    """Whether it is the function that eager code shows a mode, not one that it calls: it is written in C, or asks."""
+    return not isinstance(function, FunctionType) or "handle_torch_function" in function.__code__.co_names
+
+
+def only_inside_others(*codes: CodeType) -> None:
+    """Have these compiled as a part of what calls them alone; called by eager code they are eager."""
+    for code in codes:
+        skip_code(code)
