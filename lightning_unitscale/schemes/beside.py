@@ -2,7 +2,8 @@
 
 A method that only acts may spell out the layers that `forward` has: its activations and attentions are other places in
 the code, in front of (or behind) the same weights. Each gets the factor that these weights meet on the loss's path, so
-that both compute the same function wherever the constants are kept.
+that both compute the same function wherever the constants are kept. A weight that is used in another way there has the
+factor that it has on the loss's path.
 """
 
 from __future__ import annotations
@@ -14,39 +15,52 @@ from math import isclose
 from lightning_unitscale.engine.analysis.activations import Activation
 from lightning_unitscale.engine.analysis.attention import Attention
 from lightning_unitscale.engine.analysis.structure import Structure
-from lightning_unitscale.engine.plan.factors import Factor
+from lightning_unitscale.engine.plan.factors import Factor, averaged
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.places import Place
 from lightning_unitscale.engine.record.trace import Call
-from lightning_unitscale.schemes.draft import Draft
 from lightning_unitscale.schemes.free_sites import FreeSites
+from lightning_unitscale.schemes.placed_factors import PlacedFactors
 from lightning_unitscale.schemes.pushing import takers
+
+
+def follow(placed: PlacedFactors, sites: list[Site]) -> None:
+    """Give uses that a call beside the loss alone makes of a weight the factors that it has on the loss's path."""
+    for use in placed.draft.uses.values():
+        main = use.follows
+        if main is None:
+            continue
+        factors = averaged([placed.at_uses[call.index, main.key] for call in main.calls])
+        for call in use.calls:
+            placed.at_uses[call.index, use.key] = factors
+        for site in sites:
+            if main.id in site.fold_into:
+                site.fold_into.append(use.id)
 
 
 class BesideSites:
     """Finds the places beside the loss that need a factor.
 
     Args:
-        free: the parameter-free sites on the loss's path.
-        sites: what became of them.
+        placed: the factors on the loss's path.
+        sites: what became of the parameter-free ones.
         activation_site, attention_site: the scheme's factor at such a place; None if there can be none.
         as_met: the scheme's factors come from what was seen, and so from the loss's path.
     """
 
     def __init__(
         self,
-        draft: Draft,
-        free: FreeSites,
+        placed: PlacedFactors,
         sites: list[Site],
         activation_site: Callable[[Activation], Site | None],
         attention_site: Callable[[Attention], Site | None],
         as_met: bool,
     ) -> None:
-        self.draft, self.sites, self.as_met = draft, sites, as_met
+        self.draft, self.sites, self.as_met = placed.draft, sites, as_met
         self.activation_site, self.attention_site = activation_site, attention_site
-        self.whole = Structure(draft.trace, whole=True)
-        self.met = _factors_met(free)
+        self.whole = Structure(placed.draft.trace, whole=True)
+        self.met = _factors_met(placed.free)
 
     def find(self) -> list[Site]:
         """One site for each such place whose calls agree."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TypeVar
 
+from lightning_unitscale.engine.record.trace import Call
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes.overrides import matches
@@ -50,6 +51,10 @@ class LocalSchemes:
             if is_meant and question(replace(self.scheme, **{name: value})) != question(self.scheme):
                 del self.unheard[glob, name]
         return question(self.at(names))
+
+    def ask_at(self, call: Call, question: Callable[[Scheme], Answer]) -> Answer:
+        """What it answers at a call, which goes by the name of the module whose code makes it."""
+        return self.ask([call.frame.module] if call.frame is not None else [], question)
 
     def check_all_heard(self) -> None:
         """

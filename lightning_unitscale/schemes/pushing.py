@@ -10,12 +10,11 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from lightning_unitscale.engine.analysis.graph import Source
-from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import MATMULS, is_lookup
 from lightning_unitscale.schemes.draft import Draft
 
-CallUse = tuple[int, ParameterKey]  # index of a call, and the key of a parameter that it uses
+CallUse = tuple[int, str]  # index of a call, and the key of a parameter that it uses
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _uses_at(draft: Draft, value: Value, consumers: set[int]) -> list[CallUse]:
     if call.name in MATMULS:
         return takers(draft, call)
     made_of = draft.structure.norms[call].x if call in draft.structure.norms else None
-    uses = [(call.index, v.key) for v in dict.fromkeys(call.inputs) if v.parameters and v is not made_of]
+    uses: list[CallUse] = [(call.index, v.key) for v in dict.fromkeys(call.inputs) if v.parameters and v is not made_of]
     if call in draft.structure.gains and call.name == "add":  # a norm's bias comes after its gain
         above = next((v for v in call.inputs if not v.parameters), None)
         uses += _uses_at(draft, above, consumers) if above is not None else []

@@ -11,10 +11,11 @@ from collections import defaultdict
 from lightning_unitscale.engine.analysis.activations import Activation
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.factors import Factor
+from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.site import Site
-from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.places import EVERY_CALL, Place
 from lightning_unitscale.engine.record.trace import Trace
+from lightning_unitscale.schemes.placed_factors import PlacedFactors
 from lightning_unitscale.schemes.scheme import Scheme
 
 
@@ -46,17 +47,26 @@ class SeenActivations:
             site.divides_along = dimension
 
 
-def taken_back(sites: list[Site]) -> dict[UseId, list[Factor]]:
-    """What the weights that take the factors of activations have to undo them, by use; others are left alone."""
-    found: dict[UseId, list[Factor]] = defaultdict(list)
+def take_back(placed: PlacedFactors, sites: list[Site]) -> None:
+    """Undo the factors of activations in the weights that take them; where none does, the activation is left alone."""
     for site in sites:
         if site.role != "activation" or site.multiplier == 1.0:
             continue
         if not site.fold_into:
             site.leave_alone(site.reason or "no weight would undo it, and the function is to be kept")
+        back = [
+            Factor(1 / factor.value, f"undoes {factor.value:.4g} of the activation {site.name}", factor.source)
+            for factor in site.causes[""]
+        ]
         for use in site.fold_into:
-            found[use] += [
-                Factor(1 / factor.value, f"undoes {factor.value:.4g} of the activation {site.name}", factor.source)
-                for factor in site.causes[""]
-            ]
-    return found
+            placed.put(((call.index, use.key) for call in placed.draft.uses[use].calls), back)
+
+
+def note_divided(plan: Plan) -> None:
+    """Say which activations are divided by what each call's own output is."""
+    sites = [site.name for site in plan.sites if site.divides_along is not None]
+    if sites:
+        plan.notes.append(
+            f"{len(sites)} activations are divided by max|f| / √n of each call's own output ({sites[0]}"
+            f"{' …' if len(sites) > 1 else ''})"
+        )

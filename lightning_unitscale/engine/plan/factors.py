@@ -32,6 +32,11 @@ def to_unit_scale(rms: float) -> Factor:
     return Factor(1 / rms, f"1 / initial RMS {rms:.4g}: U has RMS 1")
 
 
+def inverse(constant: float, cause: str, source: str = "") -> list[Factor]:
+    """The factor that takes a constant out; none for 1."""
+    return [] if constant == 1.0 else [Factor(1 / constant, f"1 / {constant:.4g}: {cause}", source)]
+
+
 def product(factors: Iterable[Factor]) -> float:
     """The number that the factors make."""
     return prod((factor.value for factor in factors), start=1.0)

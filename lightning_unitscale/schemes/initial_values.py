@@ -1,0 +1,53 @@
+"""What each parameter starts at: weights at RMS 1, biases at 0, and what is left as the model draws it."""
+
+from __future__ import annotations
+
+from lightning_unitscale.engine.analysis.roles import WEIGHT_ROLES, Use
+from lightning_unitscale.engine.plan.factors import Factor, to_unit_scale
+from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.schemes.weights import Weights
+
+
+def set_initial_values(plan: Plan, weights: Weights) -> None:
+    """Give each parameter its factor on the initial value, and say what of its scale is kept stored."""
+    for parameter in plan.parameters.values():
+        use = weights.main_use(parameter)
+        if use is None:
+            continue
+        parameter.fixed = use.is_expression
+        parameter.stored_whole = any(other.in_function for other in weights.uses_of(parameter.name))
+        if weights.rules.scheme.on_top:
+            _start_on_top(parameter, use, weights)
+        elif use.role in WEIGHT_ROLES:
+            _bring_to_unit_scale(parameter, starts_at_zero=parameter.name in weights.zeros)
+        elif use.role == "bias":
+            _start_at_zero(parameter, weights)
+    _note_zeros(plan, weights)
+
+
+def _start_on_top(parameter: ParameterPlan, use: Use, weights: Weights) -> None:
+    if not weights.stay_as_they_are([parameter.name]):
+        weight = weights.asked(use)
+        initial = weights.rules.ask(use.parameters, lambda scheme: scheme.initial(weight))
+        parameter.set_constant("initial_factor", initial)
+
+
+def _bring_to_unit_scale(parameter: ParameterPlan, *, starts_at_zero: bool) -> None:
+    if parameter.fixed:
+        parameter.multiplier = parameter.stored = parameter.initial_rms or 1.0
+    elif not starts_at_zero:
+        parameter.set_constant("initial_factor", [to_unit_scale(parameter.initial_rms)])
+
+
+def _start_at_zero(bias: ParameterPlan, weights: Weights) -> None:
+    """A constant bias means something (an LSTM's forget gate), and so does one whose value the step reads."""
+    if not weights.facts[bias.name].is_constant and not weights.draft.is_read(bias.name):
+        bias.set_constant("initial_factor", [Factor(0.0, "biases start at 0")])
+
+
+def _note_zeros(plan: Plan, weights: Weights) -> None:
+    zero = [p.name for p in plan.parameters.values() if not p.reason and not weights.facts[p.name].largest]
+    if weights.rules.scheme.on_top and weights.draft.options.weights and zero:
+        names = ", ".join(zero[:3]) + (" …" if len(zero) > 3 else "")
+        plan.notes.append(f"left as they are, for they are all zero and have no scale to divide by: {names}")

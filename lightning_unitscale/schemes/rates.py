@@ -1,0 +1,117 @@
+"""Learning rates: the scheme's own, and the step relative to itself that each weight had in the untouched model.
+
+With `lr_units="standard"` a weight keeps its relative step, whatever the scheme's rate: a step of η changes a weight of
+RMS r by η / r of itself. Readouts have the scheme's step at the η that this is for the hidden weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import log2, sqrt
+
+from lightning_unitscale.engine.analysis.roles import WEIGHT_ROLES, Use
+from lightning_unitscale.engine.plan.factors import Factor, geometric_mean
+from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.schemes.scheme import Rates
+from lightning_unitscale.schemes.weights import NEAR_ZERO, Weights
+
+STANDARD = 'lr_units="standard"'
+
+
+class LearningRates:
+    """Of the parameters of a plan in the making."""
+
+    def __init__(self, plan: Plan, weights: Weights) -> None:
+        self.plan, self.weights, self.rules = plan, weights, weights.rules
+
+    def set_all(self) -> None:
+        """Give each parameter the scheme's rates, and its relative step; initial values are set before."""
+        for parameter in self.plan.parameters.values():
+            use, rms = self.weights.main_use(parameter), parameter.initial_rms
+            if use is not None:
+                self._set(parameter, use)
+            elif parameter.role in ("scale", "other") and rms:
+                parameter.set_constant("unit_lr", [Factor(rms, "its initial RMS, at which it is left")])
+
+    def _set(self, parameter: ParameterPlan, use: Use) -> None:
+        weight = self.weights.asked(use)
+        rates = self.rules.ask([parameter.name], lambda scheme: scheme.rates(weight))
+        parameter.set_constant("unit_lr", rates.adam)
+        parameter.set_constant("sgd_lr", rates.sgd)
+        parameter.set_constant("depth_lr", rates.depth)
+        parameter.set_constant("decay", rates.decay)
+        if rates.eps is not None:
+            parameter.set_constant("unit_eps", rates.eps)
+        if self.rules.scheme.on_top:
+            self._set_step_on_top(parameter)
+        elif use.role in WEIGHT_ROLES:
+            self._set_relative_step(parameter, use, rates)
+
+    def _set_step_on_top(self, parameter: ParameterPlan) -> None:
+        """The relative step that it had: exactly, where the function is kept, so that folded steps are plain."""
+        if "initial_factor" not in parameter.causes:
+            return
+        exact = parameter.initial_factor
+        rate = exact if self.rules.scheme.keeps_function else _rounded(exact)
+        cause = "as its initial value was multiplied: the relative step that it had"
+        parameter.set_constant("relative_lr", [Factor(rate, cause, STANDARD)])
+
+    def _set_relative_step(self, parameter: ParameterPlan, use: Use, rates: Rates) -> None:
+        if parameter.name in self.weights.zeros:
+            cause = f"fan_in^½, fan_in = {use.fan_in}, of a weight that starts at zero"
+            rate = Factor(use.fan_in**0.5, cause, STANDARD)
+        else:
+            rate = self._relative_step(parameter.initial_rms, use)
+        parameter.set_constant("relative_lr", [rate, *rates.standard])
+
+    def _relative_step(self, rms: float, use: Use) -> Factor:
+        """What a learning rate of 1 changes a weight by, relative to it.
+
+        Where a whole model is drawn so small that its first step would be many times the weights themselves, that is
+        no step to reproduce; it is limited to that of weights at `NEAR_ZERO` of their usual size.
+        """
+        smallest = NEAR_ZERO / sqrt(use.fan_in)
+        if rms < smallest:
+            note = f"{use.key} is drawn with RMS {rms:.1g}: its learning rate is that of {smallest:.1g}"
+            self.plan.notes.append(note)
+        rate = _rounded(1 / max(rms, smallest))
+        return Factor(rate, f"1 / initial RMS {max(rms, smallest):.4g}: the relative step that it had", STANDARD)
+
+    def keep_own_steps(self, models: Mapping[str, str]) -> None:
+        """What takes the rule of a sibling keeps the relative step that it had itself.
+
+        Args:
+            models: the sibling of each.
+        """
+        if self.rules.scheme.on_top:
+            return
+        for name, model in models.items():
+            parameter, sibling = self.plan.parameters[name], self.plan.parameters[model]
+            use = self.weights.main_use(sibling)
+            if use is None or use.role not in WEIGHT_ROLES or model in self.weights.zeros or not parameter.initial_rms:
+                continue
+            beyond = sibling.causes["relative_lr"][1:]
+            parameter.set_constant("relative_lr", [self._relative_step(parameter.initial_rms, use), *beyond])
+
+    def set_readouts(self) -> None:
+        """With lr_units="standard": the scheme's step at the hidden weights' η; without any, or from zero, its own."""
+        if self.rules.scheme.on_top:
+            return
+        zeros = self.weights.zeros
+        scaled = [p for p in self.plan.parameters.values() if p.initial_rms and not p.reason]
+        etas = [p.relative_lr / p.unit_lr for p in scaled if p.role == "hidden" and p.name not in zeros]
+        for parameter in self.plan.parameters.values():
+            if parameter.role != "readout" or parameter.reason:
+                continue
+            if etas and parameter.name not in zeros:
+                eta = Factor(geometric_mean(etas), f"mean η of {len(etas)} hidden weights for a rate of 1", STANDARD)
+                parameter.set_constant("relative_lr", [eta, *parameter.causes.get("unit_lr", [])])
+            else:
+                own = Factor(1 / abs(parameter.multiplier), "1 / multiplier: the step that it had", STANDARD)
+                parameter.set_constant("relative_lr", [own])
+
+
+def _rounded(rate: float) -> float:
+    """To a sixteenth of an octave: weights drawn alike then share a learning rate, and groups stay few."""
+    return float(2 ** (round(16 * log2(rate)) / 16))
