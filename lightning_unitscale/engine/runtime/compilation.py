@@ -12,7 +12,7 @@ inside a compiled one. Two things would differ between them:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from torch._dynamo.eval_frame import skip_code
@@ -29,7 +29,12 @@ def _shows_itself(function: Callable[..., Any]) -> bool:
     return not isinstance(function, FunctionType) or "handle_torch_function" in function.__code__.co_names
 
 
-def only_inside_others(*codes: CodeType) -> None:
-    """Have these compiled as a part of what calls them alone; called by eager code they are eager."""
-    for code in codes:
-        skip_code(code)
+def only_inside_others(*code: type | Callable[..., Any]) -> None:
+    """Have these functions, and all methods of these classes, compiled as a part of what calls them alone.
+
+    Called by eager code they are eager.
+    """
+    for one in code:
+        for function in vars(one).values() if isinstance(one, type) else (one,):
+            if isinstance(function, FunctionType):
+                skip_code(function.__code__)

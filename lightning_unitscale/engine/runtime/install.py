@@ -1,7 +1,7 @@
 """Put a plan in force: rescale the stored weights, and put scopes where something stays explicit.
 
-Scopes (see `engine.runtime.interceptor`) go on the methods in which a factor is explicit or an operand is cast. Nothing
-is installed where every factor is folded and nothing is cast.
+Scopes (see `engine.runtime.scoped_forward`) go on the methods in which a factor is explicit or an operand is cast.
+Nothing is installed where every factor is folded and nothing is cast.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId, is_parametrization
 from lightning_unitscale.engine.record.places import EVERY_CALL, HOOK, Frame
 from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast, cast_sites
-from lightning_unitscale.engine.runtime.interceptor import AppliedFactors, FreeSite, Rules, ScopedForward
 from lightning_unitscale.engine.runtime.placement import look_after, look_away
+from lightning_unitscale.engine.runtime.rules import AppliedFactors, Rules
+from lightning_unitscale.engine.runtime.scope import FreeSite
+from lightning_unitscale.engine.runtime.scoped_forward import ScopedForward
 
 _KeysByFrame = dict[Frame, list[ParameterKey]]
 STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
