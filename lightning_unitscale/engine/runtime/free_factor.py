@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.runtime.block_constants import BlockConstant
 from lightning_unitscale.engine.runtime.compilation import only_inside_others
 from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.max_scale import max_scale
@@ -51,6 +52,18 @@ def run_with_factor(site: Site, name: str, call: FunctionCall, in_place: bool, r
     return result.mul_(a) if name in OUTPUT_IS_FREE else result * a
 
 
+def add_with_constant(site: Site, call: FunctionCall, in_place: bool, constant: BlockConstant) -> Any:
+    """The same of a residual addition whose factor is another one in each block, in compiled code."""
+    left, right = call.args[:2]
+    if site.operand == 1:
+        right = constant.times(right)
+    elif in_place:
+        return left.copy_(constant.times(left) + right)
+    else:
+        left = constant.times(left)
+    return left.add_(right) if in_place else torch.add(left, right)
+
+
 def scaled_output(output: Tensor, site: Site) -> Tensor:
     """What a method returned, with the factor of the site that the whole method is."""
     return output * site.factors[""] if site.divides_along is None else output / max_scale(output, site.divides_along)
@@ -74,4 +87,4 @@ def _asked_in_place(call: FunctionCall) -> bool:
     return any(argument is True for argument in (*call.args[1:], *call.kwargs.values()))
 
 
-only_inside_others(run_with_factor, scaled_output, _run_divided, _on_copy, _asked_in_place)
+only_inside_others(run_with_factor, add_with_constant, scaled_output, _run_divided, _on_copy, _asked_in_place)

@@ -16,21 +16,22 @@ compiled code alone, and looks up what it does not know in the eager one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
-from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.recorder import tensors_in
 from lightning_unitscale.engine.runtime.casts import WeightCast
-from lightning_unitscale.engine.runtime.compilation import only_inside_others
-from lightning_unitscale.engine.runtime.free_factor import run_with_factor, scaled_output
+from lightning_unitscale.engine.runtime.compilation import only_inside_others, run_graph_inside
+from lightning_unitscale.engine.runtime.free_factor import add_with_constant, run_with_factor, scaled_output
 from lightning_unitscale.engine.runtime.known_tensors import KnownTensors
 from lightning_unitscale.engine.runtime.observer import ObservedProduct, observers_inside, show_to_observers
 from lightning_unitscale.engine.runtime.open_frame import OpenFrame
@@ -94,6 +95,8 @@ class Interceptor(TorchFunctionMode):
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            comptime(_silence_around_graph)
         if self.silent:
             return function(*args, **kwargs)
         if function is Tensor.unflatten:  # the compiler can't follow the super() in it
@@ -129,8 +132,10 @@ class Interceptor(TorchFunctionMode):
         op = MATMULS.get(name)
         if op is None:
             return self._with_scaled_operands(name, call).run()
+        casting = self._casting(op, call)
+        call = self._with_block_constants(name, call, None if casting is None else casting[2])
         operands = op.operands(call)
-        if casting := self._casting(op, call):
+        if casting is not None:
             site, x, weight = casting
             try:
                 return op.cast(call, x, weight, site, self._factor(operands.get("bias"), name))
@@ -152,6 +157,19 @@ class Interceptor(TorchFunctionMode):
         def scaled(argument: Any) -> Any:
             factor = self._factor(argument, name)
             return argument if factor == 1.0 else argument * factor
+
+        return self._with_block_constants(name, call).with_each(scaled)
+
+    def _with_block_constants(self, name: str, call: FunctionCall, cast_weight: Any = None) -> FunctionCall:
+        """In compiled code: with those factors on parameters that differ between blocks. A cast has its weight's."""
+        if not torch.compiler.is_compiling():
+            return call
+
+        def scaled(argument: Any) -> Any:
+            made_of = self.known.made_of(argument) if isinstance(argument, Tensor) else None
+            if made_of is None or argument is cast_weight or name not in made_of.constants:
+                return argument
+            return made_of.constants[name].times(argument)
 
         return call.with_each(scaled)
 
@@ -180,23 +198,26 @@ class Interceptor(TorchFunctionMode):
 
     def _run_site(self, free: FreeSite, name: str, call: FunctionCall) -> Any:
         """The call as the parameter-free site that it is, with its operands cast if they are to be."""
-        site, cast = free
+        site, cast = free.site, free.cast
         if site.format is None:
-            return self._run_with_factor(site, name, call)
+            return self._run_with_factor(free, name, call)
         op = MATMULS[name]
         if cast is not None and cast.scales is not None:
-            result = cast.rounded_gradient(self._run_with_factor(site, name, cast.rounded(op, call)))
+            result = cast.rounded_gradient(self._run_with_factor(free, name, cast.rounded(op, call)))
         else:
-            result = self._run_with_factor(site, name, call)
+            result = self._run_with_factor(free, name, call)
         show_to_observers(site.use, ObservedProduct(call, op.multiplicands(call), result))
         return result
 
-    def _run_with_factor(self, site: Site, name: str, call: FunctionCall) -> Any:
+    def _run_with_factor(self, free: FreeSite, name: str, call: FunctionCall) -> Any:
+        site, in_place = free.site, call.function in self.rules.in_place
+        if torch.compiler.is_compiling() and free.constant is not None:
+            return add_with_constant(site, call, in_place, free.constant)
         if self.rules.applied is not None:
             self.rules.applied.add(site.place)
         if site.role == "attention" and site.factors[""] != 1.0 and name in self.rules.ops:
             call = self._with_scaled_operands(name, call)  # a learned query or value has a factor of its own
-        return run_with_factor(site, name, call, call.function in self.rules.in_place, lambda c: self._run(name, c))
+        return run_with_factor(site, name, call, in_place, lambda c: self._run(name, c))
 
     # --- what is refused ---------------------------------------------------------------------------------------
 
@@ -214,6 +235,25 @@ class Interceptor(TorchFunctionMode):
                     "whose factor belongs to the function that eager code called in the recorded step. List the weight "
                     "in skip, or have the library call the same function in both."
                 )
+
+
+def _silence_around_graph(context: ComptimeContext) -> None:
+    """What compiled code has traced through an interceptor is not to meet it once more when it runs."""
+    run_graph_inside(context, _silence)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Let all calls pass inside."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    loud = [mode for mode in modes if isinstance(mode, Interceptor) and not mode.silent]
+    for mode in loud:
+        mode.silent = True
+    try:
+        yield
+    finally:
+        for mode in loud:
+            mode.silent = False
 
 
 def _refuse_computed(owner: nn.Module, attribute: str, key: str) -> None:

@@ -7,16 +7,23 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.runtime.block_constants import BlockConstant
 from lightning_unitscale.engine.runtime.casts import AttentionCast
 from lightning_unitscale.engine.runtime.made_of import MadeOf
 from lightning_unitscale.engine.runtime.rules import Rules
 
 
 class FreeSite(NamedTuple):
-    """A parameter-free site, and the casts of its operands if there are to be any."""
+    """A parameter-free site.
+
+    Attributes:
+        cast: of its operands, if there is to be one.
+        constant: its factor in compiled code, if it differs between blocks.
+    """
 
     site: Site
     cast: AttentionCast | None
+    constant: BlockConstant | None
 
 
 class Scope:
