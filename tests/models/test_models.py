@@ -18,8 +18,8 @@ from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.checks.verify import operand_share, worst_operands
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
-from lightning_unitscale.engine.runtime.interceptor import ScopedForward
 from lightning_unitscale.engine.runtime.placement import Placement
+from lightning_unitscale.engine.runtime.scoped_forward import ScopedForward
 from lightning_unitscale.prepare import forget, record
 
 EVERY_CASE = zoo.CASES | zoo.UNSEEN

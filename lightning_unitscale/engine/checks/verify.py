@@ -24,7 +24,7 @@ from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.trace import Trace, Value
 from lightning_unitscale.engine.runtime.install import watching_factors
-from lightning_unitscale.engine.runtime.interceptor import AppliedFactors
+from lightning_unitscale.engine.runtime.rules import AppliedFactors
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.ops import MATMULS, is_lookup
 

@@ -5,10 +5,10 @@ such as weight norm. The rule by which the parameters' names go along is `is_mad
 
     engine.record.recorder       writes the names into the trace, of which the plan is made
     engine.runtime.observer      measures operands under the names that the plan has
-    engine.runtime.interceptor   finds the plan's factors and casts by them, at every step
+    engine.runtime.known_tensors finds the plan's factors and casts by them, at every step
 
 What they keep names of differs: the recorder of values, one for each state of a tensor; the observer of tensors, as
-long as they live; the interceptor of what the open frames hand to torch, and for speed only through the functions that
+long as they live; `known_tensors` of what the open frames hand to torch, and for speed only through the functions that
 passed a name on in the recorded step. So it does not see which other tensors are constants, and takes them for such.
 """
 

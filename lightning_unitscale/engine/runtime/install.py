@@ -1,7 +1,7 @@
 """Put a plan in force: rescale the stored weights, and put scopes where something stays explicit.
 
-Scopes (see `engine.runtime.interceptor`) go on the methods in which a factor is explicit or an operand is cast. Nothing
-is installed where every factor is folded and nothing is cast.
+Scopes (see `engine.runtime.scoped_forward`) go on the methods in which a factor is explicit or an operand is cast.
+Nothing is installed where every factor is folded and nothing is cast.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId, is_parametrization
 from lightning_unitscale.engine.record.places import EVERY_CALL, HOOK, Frame
+from lightning_unitscale.engine.runtime.block_constants import block_constants
 from lightning_unitscale.engine.runtime.casts import AttentionCast, CastSite, WeightCast, cast_sites
-from lightning_unitscale.engine.runtime.interceptor import AppliedFactors, FreeSite, Rules, ScopedForward
 from lightning_unitscale.engine.runtime.placement import look_after, look_away
+from lightning_unitscale.engine.runtime.rules import AppliedFactors, Rules
+from lightning_unitscale.engine.runtime.scope import FreeSite
+from lightning_unitscale.engine.runtime.scoped_forward import ScopedForward
 
 _KeysByFrame = dict[Frame, list[ParameterKey]]
 STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
@@ -62,6 +65,10 @@ def install(module: nn.Module, plan: Plan) -> None:
     uses = [*factors, *(use for use, cast in casts.items() if isinstance(cast, WeightCast))]
     if not uses and not free:
         return
+    residuals = [site for site in free if site.role == "residual"]  # the one role whose factor has the depth in it
+    constants = block_constants(
+        {site.place: site.factors[""] for site in residuals}, {site.place: site.name for site in residuals}
+    )
     readings = {UseId(str(key), site.op) for site in explicit if site.role == READING for key in site.params}
     rules = Rules(factors, readings, casts, plan.followed if uses else [], sorted({s.op for s in free} - {"output"}))
     keys_in_use = {key for key, _ in uses}
@@ -88,7 +95,7 @@ def install(module: nn.Module, plan: Plan) -> None:
                     assert site.ordinal is not None
                     cast = casts.get(site.use)
                     scope.sites[site.op, site.ordinal] = FreeSite(
-                        site, cast if isinstance(cast, AttentionCast) else None
+                        site, cast if isinstance(cast, AttentionCast) else None, constants.get(site.place)
                     )
                     if site.ordinal != EVERY_CALL:
                         scope.most_calls[site.op] = site.calls_in_frame

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
+from lightning_unitscale.engine.runtime.block_constants import BlockConstant, block_constants
 from lightning_unitscale.engine.runtime.casts import CastSite, WeightCast
 
 
@@ -22,6 +23,7 @@ class MadeOf:
 
     Attributes:
         factors: explicit ones, by the short name of the function that uses it.
+        constants: those of the factors that differ between blocks, for compiled code.
         casts: the same, of uses whose operands are cast.
         readings: functions by which code reads it; what they make of it is no weight any more.
         joins: the expressions that it is a part of and that have uses of their own.
@@ -30,6 +32,7 @@ class MadeOf:
     def __init__(self, name: str = "", parts: tuple[MadeOf, ...] = ()) -> None:
         self.name, self._parts = name, parts
         self.factors: dict[str, float] = {}
+        self.constants: dict[str, BlockConstant] = {}
         self.casts: dict[str, WeightCast] = {}
         self.readings: list[str] = []
         self.joins: list[MadeOf] = []
@@ -77,6 +80,8 @@ def made_of_by_key(
                 part.joins.append(found[key])
     for use, factor in factors.items():
         found[use.key].factors[use.op] = factor
+    for use, constant in block_constants(factors, {use: f"{use.key}:{use.op}" for use in factors}).items():
+        found[use.key].constants[use.op] = constant
     for use in readings:
         found[use.key].readings.append(use.op)
     for use, cast in of_weights.items():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_unitscale.engine.runtime.interceptor import ScopedForward
+from lightning_unitscale.engine.runtime.scoped_forward import ScopedForward
 from lightning_unitscale.errors import UnitScalingError
 
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # a list with fewer entries has lost nothing but these

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_unitscale import unit_scale
 from lightning_unitscale.engine.runtime.install import rules_in_force
-from lightning_unitscale.engine.runtime.interceptor import ScopedForward
+from lightning_unitscale.engine.runtime.scoped_forward import ScopedForward
 
 WIDTH, VOCABULARY, LENGTH, EXPERTS, BLOCKS = 16, 12, 8, 4, 3
 

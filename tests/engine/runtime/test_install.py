@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_unitscale import Plan, UnitScalingError, unit_scale
 from lightning_unitscale.engine.plan.plan import plan_of
-from lightning_unitscale.engine.runtime.interceptor import ScopedForward
+from lightning_unitscale.engine.runtime.scoped_forward import ScopedForward
 
 STORAGES = ("folded", "unit")
 NAMES = (
