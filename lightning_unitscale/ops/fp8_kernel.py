@@ -118,7 +118,7 @@ def run(
         tensor, scale, row_major.view(torch.uint8), column_major.view(torch.uint8), tiles,
         height, width, padded_height, padded_width, tensor.stride(0), tensor.stride(1),
         **constants(dtype),
-        IN_HARDWARE=_rounds(tensor.device), ROWS=rows, COLUMNS=columns, MEASURED=measured, BLOCK=BLOCK,
+        IN_HARDWARE=rounds_in_hardware(tensor.device), ROWS=rows, COLUMNS=columns, MEASURED=measured, BLOCK=BLOCK,
     )  # fmt: skip
     if measured:
         sums.copy_(_unscaled(tiles.double(), scale.double()))
@@ -141,6 +141,6 @@ def _unscaled(tiles: Tensor, scale: Tensor) -> Tensor:
     return torch.stack(sums)
 
 
-def _rounds(device: torch.device) -> bool:
+def rounds_in_hardware(device: torch.device) -> bool:
     """Whether the device casts to FP8 in one instruction."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

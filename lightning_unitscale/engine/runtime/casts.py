@@ -111,6 +111,8 @@ class WeightCast(CastSite):
         """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _leaf(weight).is_leaf:
             return None
+        if _is_captured(weight):  # the graph has to cast whatever the weight is at each replay
+            return None
         if self._weight is None or not self._weight.holds(weight, backward):
             assert self.scales is not None
             with torch.no_grad():
@@ -176,6 +178,11 @@ class _CachedCast:
         if self.spent and leaf.requires_grad and leaf.grad is None:
             return False
         return self.source == _state(weight)
+
+
+def _is_captured(weight: Tensor) -> bool:
+    """Whether what is done to the weight now goes into a CUDA graph."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _leaf(weight: Tensor) -> Tensor:

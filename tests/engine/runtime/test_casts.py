@@ -37,6 +37,7 @@ from lightning_unitscale import (
 from lightning_unitscale.engine.checks import calibration
 from lightning_unitscale.engine.checks.calibration import Calibration
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.runtime import casts
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import entered_observers
 from lightning_unitscale.formats import FORMATS, cast
@@ -248,6 +249,20 @@ def test_weights_are_cast_once_for_accumulated_batches(monkeypatch: pytest.Monke
         optimizer.step()
         assert counted.count((48, 32)) == 1
         assert counted.count((16, 48)) <= 1  # frozen
+
+
+def test_a_graph_that_is_captured_casts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cast from before would be the weight of every replay."""
+    model, _ = two_layers()
+    x = torch.randn(8, 32)
+    y = model(x)
+    kept = [site._weight for site in casts_in_force(model).values()]
+    monkeypatch.setattr(casts, "_is_captured", lambda weight: True)
+    for site in casts_in_force(model).values():
+        monkeypatch.setattr(site, "_weight", None)
+    assert torch.equal(model(x), y)
+    assert all(kept)
+    assert not any(site._weight for site in casts_in_force(model).values())
 
 
 def test_copies_run_their_own_weights() -> None:
