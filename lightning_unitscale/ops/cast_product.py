@@ -8,8 +8,8 @@
 
 where ∘ is a bilinear product or one of its adjoints (see `products`) and `a` the factor that unit scaling has for the
 site. The scales s are powers of two in 0-dim tensors (see `formats`), so a new value is no new graph. What is saved for
-the backward pass are the cast operands, a quarter of float32's memory in FP8. The casts belong to the Function, so
-autograd never casts a gradient by itself, as it does for `tensor.to(float8)`.
+the backward pass are the cast operands, in the one layout that it reads: a quarter of float32's memory in FP8. The
+casts belong to the Function, so autograd never casts a gradient by itself, as it does for `tensor.to(float8)`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.formats import Format, cast
+from lightning_unitscale.formats import Format
 from lightning_unitscale.ops.autocast import autocast_dtype
 from lightning_unitscale.ops.multiply import Cast
+from lightning_unitscale.ops.narrow import Narrow, narrow
 from lightning_unitscale.ops.products import Products
 
 
@@ -46,21 +47,25 @@ class CastProduct(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        narrow_weight: Tensor | None,
+        narrow_weight: Narrow | None,
         products: Products,
         format: Format,
         dtype: torch.dtype,
         *scales: Tensor,
     ) -> Tensor:
-        s = Scales(*scales)
-        narrow_x = cast(x, format.x, s.x)
+        s, (needs_x, needs_weight) = Scales(*scales), ctx.needs_input_grad[:2]
+        narrow_x = narrow(x, format.x, s.x, products, backward=needs_weight)
         if narrow_weight is None:
-            narrow_weight = cast(weight, format.weight, s.weight)
-        x_for_weight = narrow_x if ctx.needs_input_grad[1] else None
-        weight_for_x = narrow_weight if ctx.needs_input_grad[0] else None
+            narrow_weight = narrow(weight, format.weight, s.weight, products, backward=needs_x)
+        x_for_weight = narrow_x.second if needs_weight else None
+        weight_for_x = narrow_weight.second if needs_x else None
         ctx.save_for_backward(x_for_weight, weight_for_x, *scales)
         ctx.products, ctx.format, ctx.like = products, format, (x.shape, weight.shape, x.dtype, weight.dtype)
-        return products.forward(Cast(narrow_x, s.factor_over_x), Cast(narrow_weight, s.one_over_weight), dtype)
+        return products.forward(
+            Cast(narrow_x.first, s.factor_over_x, x.shape),
+            Cast(narrow_weight.first, s.one_over_weight, weight.shape),
+            dtype,
+        )
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,12 +73,17 @@ class CastProduct(torch.autograd.Function):
         narrow_x, narrow_weight, *scales = ctx.saved_tensors
         s, products = Scales(*scales), ctx.products
         x_shape, weight_shape, x_dtype, weight_dtype = ctx.like
-        g = Cast(cast(gradients[0], ctx.format.gradient, s.gradient), s.factor_over_gradient)
+        (gradient,), (needs_x, needs_weight) = gradients, ctx.needs_input_grad[:2]
+        g = narrow(gradient, ctx.format.gradient, s.gradient, products, forward=needs_x, backward=needs_weight)
         gx = gw = None
-        if ctx.needs_input_grad[0]:
-            gx = products.grad_x(g, Cast(narrow_weight, s.one_over_weight), x_shape, x_dtype)
-        if ctx.needs_input_grad[1]:
-            gw = products.grad_weight(g, Cast(narrow_x, s.one_over_x), weight_shape, weight_dtype)
+        if needs_x:
+            weight = Cast(narrow_weight, s.one_over_weight, weight_shape)
+            gx = products.grad_x(Cast(g.first, s.factor_over_gradient, gradient.shape), weight, x_shape, x_dtype)
+        if needs_weight:
+            x = Cast(narrow_x, s.one_over_x, x_shape)
+            gw = products.grad_weight(
+                Cast(g.second, s.factor_over_gradient, gradient.shape), x, weight_shape, weight_dtype
+            )
         return (gx, gw, *[None] * (4 + len(scales)))
 
 
@@ -92,7 +102,7 @@ def refuse_second_derivative() -> None:
 
 
 def cast_product(
-    x: Tensor, weight: Tensor, products: Products, format: Format, scales: Scales, narrow_weight: Tensor | None = None
+    x: Tensor, weight: Tensor, products: Products, format: Format, scales: Scales, narrow_weight: Narrow | None = None
 ) -> Tensor:
     """`x · weight` with cast operands, in the dtype that autocast or x gives.
 

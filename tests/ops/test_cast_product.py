@@ -12,7 +12,6 @@ from lightning_unitscale import UnitScalingError, unit_scale
 from lightning_unitscale.formats import FORMATS, OPERANDS, Format, cast
 from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.cast_product import Scales, cast_product
-from lightning_unitscale.ops.multiply import Cast, multiply
 from lightning_unitscale.ops.products import MatrixProducts
 from lightning_unitscale.ops.torch_functions import short_name
 
@@ -319,12 +318,24 @@ def test_the_meta_device_does_enforce_layouts() -> None:
             F.scaled_mm(left, right, one, scaling, one, scaling, output_dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("rows", "inner", "columns"), [(5, 24, 7), (1, 17, 33), (16, 32, 48)])
-def test_padding_changes_no_value(rows: int, inner: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(5, 24, 7), (1, 17, 33), (16, 32, 48), (0, 24, 7)])
+def test_layouts_and_padding_change_no_value(
+    rows: int, inner: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CPU's own scaled_mm stands in for CUDA's."""
-    a, b = (torch.randn(shape).to(torch.float8_e4m3fn) for shape in ((rows, inner), (inner, columns)))
-    operands = Cast(a, torch.tensor(0.5)), Cast(b, torch.tensor(0.25))
-    upcast = multiply(*operands, torch.float32)
-    monkeypatch.setattr("lightning_unitscale.ops.multiply.has_tensor_cores", lambda device: True)
+    x, w, g = torch.randn(rows, inner), torch.randn(columns, inner), torch.randn(rows, columns)
+
+    def products(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, w)]
+        y = cast_product(leaves[0], leaves[1], MatrixProducts(), FP8, scales())
+        return (y.detach(), *torch.autograd.grad(y, leaves, g.to(dtype)))
+
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)):
-        assert torch.allclose(multiply(*operands, dtype).float(), upcast, rtol=tolerance, atol=tolerance)
+        upcast = products(dtype)
+        with monkeypatch.context() as patch:
+            for module in ("multiply", "narrow"):
+                patch.setattr(f"lightning_unitscale.ops.{module}.has_tensor_cores", lambda device: True)
+            on_tensor_cores = products(dtype)
+        for found, wanted in zip(on_tensor_cores, upcast, strict=True):
+            assert found.shape == wanted.shape
+            assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance)

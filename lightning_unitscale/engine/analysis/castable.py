@@ -6,7 +6,8 @@ from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.errors import UncastableError
 from lightning_unitscale.formats import FORMATS
 from lightning_unitscale.ops import MATMULS
-from lightning_unitscale.ops.multiply import padded
+from lightning_unitscale.ops.fp8_cast import padded
+from lightning_unitscale.ops.multiply import ALIGNMENT
 from lightning_unitscale.ops.products import MatrixProducts
 
 MOST_PADDING = 1.25  # what FP8's multiples of 16 may add to a weight
@@ -29,7 +30,7 @@ def reason_not_to_cast(call: Call, format: str) -> str:
         return str(error)
     if FORMATS[format].x.itemsize == 1 and isinstance(products, MatrixProducts):
         rows, columns = weight.shape
-        cost = padded(rows) * padded(columns) / (rows * columns)
+        cost = padded(rows, ALIGNMENT) * padded(columns, ALIGNMENT) / (rows * columns)
         if cost > MOST_PADDING:
             return f"padding {rows} x {columns} to multiples of 16 would cost {cost - 1:.0%} more than it saves"
     return ""

@@ -26,9 +26,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
-from lightning_unitscale.formats import FORMATS, OPERANDS, Format, cast
+from lightning_unitscale.formats import FORMATS, OPERANDS, Format
 from lightning_unitscale.ops import FunctionCall, Matmul
 from lightning_unitscale.ops.cast_product import Scales, cast_product
+from lightning_unitscale.ops.narrow import Narrow, narrow
 from lightning_unitscale.ops.products import Products
 from lightning_unitscale.ops.round_trip import Rounded, RoundedGradient
 
@@ -95,22 +96,28 @@ class WeightCast(CastSite):
 
     def __call__(self, x: Tensor, weight: Tensor, products: Products) -> Tensor:
         """The product of the cast operands times the factor; see `ops.cast_product`."""
-        scales, kept = Scales(**self._scales_on(x.device)), self._kept(weight)
-        narrow = None if kept is None else kept.narrow
-        y = cast_product(x, weight, products, self.format, scales, narrow)
+        scales = Scales(**self._scales_on(x.device))
+        kept = self._kept(weight, products, backward=x.requires_grad)
+        y = cast_product(x, weight, products, self.format, scales, None if kept is None else kept.narrow)
         if kept is not None and y.requires_grad and not kept.spent:
             y.register_hook(kept.spend)
         return y
 
-    def _kept(self, weight: Tensor) -> _CachedCast | None:
-        """The cast weight, if it is worth keeping: of a parameter or a view of one, while training in eager mode."""
+    def _kept(self, weight: Tensor, products: Products, backward: bool) -> _CachedCast | None:
+        """The cast weight, if it is worth keeping: of a parameter or a view of one, while training in eager mode.
+
+        Args:
+            backward: whether the gradient of x will be asked for.
+        """
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _leaf(weight).is_leaf:
             return None
-        if self._weight is None or not self._weight.holds(weight):
+        if _is_captured(weight):  # the graph has to cast whatever the weight is at each replay
+            return None
+        if self._weight is None or not self._weight.holds(weight, backward):
             assert self.scales is not None
             with torch.no_grad():
-                narrow = cast(weight, self.format.weight, self.scales["weight"])
-            self._weight = _CachedCast(narrow, _state(weight))
+                cast = narrow(weight, self.format.weight, self.scales["weight"], products, backward=backward)
+            self._weight = _CachedCast(cast, _state(weight), backward)
         return self._weight
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,22 +158,31 @@ class _CachedCast:
 
     Attributes:
         source: what it was cast from, see `_state`.
+        backward: it serves the backward pass too.
         spent: a backward pass has come back to it.
     """
 
-    narrow: Tensor
+    narrow: Narrow
     source: tuple[Any, ...]
+    backward: bool
     spent: bool = False
 
     def spend(self, gradient: Tensor) -> None:
         self.spent = True
 
-    def holds(self, weight: Tensor) -> bool:
-        """Whether the weight still is what was cast."""
+    def holds(self, weight: Tensor, backward: bool) -> bool:
+        """Whether the weight still is what was cast, for what it is needed for now."""
+        if backward > self.backward:
+            return False
         leaf = _leaf(weight)
         if self.spent and leaf.requires_grad and leaf.grad is None:
             return False
         return self.source == _state(weight)
+
+
+def _is_captured(weight: Tensor) -> bool:
+    """Whether what is done to the weight now goes into a CUDA graph."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _leaf(weight: Tensor) -> Tensor:

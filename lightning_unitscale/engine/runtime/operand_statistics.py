@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_unitscale.formats import cast, range_of
-
-_SUMS = 8  # elements, squares, non-zero, flushed, saturated, squares of errors, non-finite, fourth powers
+from lightning_unitscale.ops.cast_sums import SUMS, cast_sums
+from lightning_unitscale.ops.fp8_cast import FP8, fp8_cast
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Accumulator:
 
     def __init__(self, dtype: torch.dtype, scale: float | None = 1.0) -> None:
         self.dtype, self.scale = dtype, scale
-        self.sums: Tensor | None = None  # see _SUMS
+        self.sums: Tensor | None = None  # the number of elements, then `SUMS` but the largest
         self.largest: Tensor | None = None
 
     @torch.no_grad()
@@ -64,27 +63,20 @@ class Accumulator:
         """Count one tensor in."""
         if tensor.numel() == 0:
             return
-        finite = tensor.isfinite()
-        values = torch.where(finite, tensor.detach(), 0).float()
-        squares = values.square().sum()
-        scale: Tensor | float = self.scale or torch.exp2(-torch.log2((squares / values.numel()).sqrt()).round())
-        if self.scale is None:
-            scale = torch.where(squares > 0, scale, 1.0)
-        kept = cast(values, self.dtype, scale).float() / scale
-        mean_square = (squares / values.numel()).double()
-        relative = torch.where(squares > 0, values / mean_square.sqrt().float(), 0.0)  # no under- or overflow
-        sums = torch.stack([
-            torch.full_like(squares, values.numel()),
-            squares,
-            (values != 0).sum(),
-            ((kept == 0) & (values != 0)).sum(),
-            ((values * scale).abs() > range_of(self.dtype).largest).sum(),
-            (kept - values).square().sum(),
-            (~finite).sum(),
-            relative.square().square().sum().double() * mean_square.square(),
-        ])  # fmt: skip
-        largest = values.abs().max()
-        self.sums = sums.double() if self.sums is None else self.sums + sums
+        tensor = tensor.detach()
+        scale = (
+            torch.tensor(self.scale, dtype=torch.float32, device=tensor.device)
+            if self.scale is not None
+            else _scale_to_one(tensor)
+        )
+        if self.dtype in FP8:
+            matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+            _, _, found = fp8_cast(matrix, scale, self.dtype, rows=False, measured=True)
+        else:
+            found = cast_sums(tensor, self.dtype, scale)
+        *sums, largest = found.unbind()
+        counted = torch.stack([torch.full_like(largest, tensor.numel()), *sums])
+        self.sums = counted if self.sums is None else self.sums + counted
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
     def result(self) -> Statistics | None:
@@ -104,13 +96,20 @@ class Accumulator:
         )
 
 
+def _scale_to_one(tensor: Tensor) -> Tensor:
+    """The power of two that brings the tensor to an RMS of about 1; 0-dim."""
+    squares = torch.where(tensor.isfinite(), tensor, 0).float().square().sum()
+    scale = torch.exp2(-torch.log2((squares / tensor.numel()).sqrt()).round())
+    return torch.where(squares > 0, scale, 1.0)
+
+
 def add_over_processes(accumulators: Sequence[Accumulator], device: torch.device) -> None:
     """Make every process's accumulators hold what all of them saw; they must come in the same order everywhere."""
     if not (dist.is_available() and dist.is_initialized()) or not accumulators:
         return
-    nothing = torch.zeros(_SUMS, dtype=torch.float64, device=device)
+    nothing = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
     sums = torch.stack([nothing if a.sums is None else a.sums for a in accumulators])
-    largest = torch.stack([nothing[0].float() if a.largest is None else a.largest for a in accumulators])
+    largest = torch.stack([nothing[0] if a.largest is None else a.largest for a in accumulators])
     dist.all_reduce(sums)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     for position, accumulator in enumerate(accumulators):

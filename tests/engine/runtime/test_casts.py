@@ -37,6 +37,7 @@ from lightning_unitscale import (
 from lightning_unitscale.engine.checks import calibration
 from lightning_unitscale.engine.checks.calibration import Calibration
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.runtime import casts
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import entered_observers
 from lightning_unitscale.formats import FORMATS, cast
@@ -106,7 +107,7 @@ def test_all_of_a_plan_s_casts_are_made() -> None:
     made = set()
     for use, site in casts_in_force(model).items():
         original = site._kept
-        site._kept = lambda weight, use=use, original=original: (made.add(use), original(weight))[1]
+        site._kept = lambda *a, use=use, original=original, **k: (made.add(use), original(*a, **k))[1]
     gradients(case, model)
     assert made == {(site.params[0], site.op) for site in plan.cast_sites}
 
@@ -239,8 +240,7 @@ def test_weights_are_cast_once_for_accumulated_batches(monkeypatch: pytest.Monke
         counted.append(tuple(tensor.shape))
         return cast(tensor, *args)
 
-    for module in ("engine.runtime.casts", "ops.cast_product"):
-        monkeypatch.setattr(f"lightning_unitscale.{module}.cast", counting)
+    monkeypatch.setattr("lightning_unitscale.ops.narrow.cast", counting)
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
     for _ in range(2):
         counted.clear()
@@ -249,6 +249,20 @@ def test_weights_are_cast_once_for_accumulated_batches(monkeypatch: pytest.Monke
         optimizer.step()
         assert counted.count((48, 32)) == 1
         assert counted.count((16, 48)) <= 1  # frozen
+
+
+def test_a_graph_that_is_captured_casts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cast from before would be the weight of every replay."""
+    model, _ = two_layers()
+    x = torch.randn(8, 32)
+    y = model(x)
+    kept = [site._weight for site in casts_in_force(model).values()]
+    monkeypatch.setattr(casts, "_is_captured", lambda weight: True)
+    for site in casts_in_force(model).values():
+        monkeypatch.setattr(site, "_weight", None)
+    assert torch.equal(model(x), y)
+    assert all(kept)
+    assert not any(site._weight for site in casts_in_force(model).values())
 
 
 def test_copies_run_their_own_weights() -> None:
