@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightning_unitscale.cookbook.checks import check_known, check_whole_numbers
 from lightning_unitscale.cookbook.jobs.job import Job
 from lightning_unitscale.cookbook.learning_rates.findings import best_of, losses_of
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun
+from lightning_unitscale.cookbook.quality.step_time import StepTime
 from lightning_unitscale.cookbook.runs import plain
 from lightning_unitscale.cookbook.sweeps.results import Result
 from lightning_unitscale.cookbook.sweeps.sweep import LossCurve, Outcome
@@ -65,11 +66,8 @@ def runs_beyond(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> list[Rat
 def configuration(cfg: DictConfig, run: RateRun) -> DictConfig:
     """What `measure_job` takes."""
     cfg, variant = cfg.copy(), cfg.variants[run.parametrization]
-    cfg.seed, cfg.optimizer.lr, cfg.job, cfg.initial = run.seed, run.learning_rate, cfg.jobs[run.value], variant.initial
-    if variant.unitscale is None:
-        cfg.unitscale = None
-    else:
-        cfg.unitscale = OmegaConf.merge(cfg.unitscale, variant.unitscale)
+    cfg.seed, cfg.optimizer.lr, cfg.job = run.seed, run.learning_rate, cfg.jobs[run.value]
+    cfg.initial, cfg.unitscale = variant.initial, variant.unitscale
     return cfg
 
 
@@ -116,11 +114,11 @@ def check_jobs(cfg: DictConfig) -> None:
 def measure_job(cfg: DictConfig) -> Outcome:
     """Trains a job, and scores it before and after; a refusal by unit scaling is a result, and its reason is kept."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    job, curve = new_job(cfg), LossCurve()
+    job, curve, step_time = new_job(cfg), LossCurve(), StepTime()
     scaling = [instantiate(cfg.unitscale)] if cfg.unitscale else []
     trainer: pl.Trainer = instantiate(
         cfg.trainer,
-        callbacks=[curve, *scaling],
+        callbacks=[curve, step_time, *scaling],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -133,5 +131,9 @@ def measure_job(cfg: DictConfig) -> Outcome:
         return Outcome(math.inf, before["val/score"], error=str(refusal))
     after = float(trainer.callback_metrics["val/score"])
     return Outcome(
-        after if math.isfinite(after) else math.inf, before["val/score"], first_loss=curve.first, curve=curve.points()
+        after if math.isfinite(after) else math.inf,
+        before["val/score"],
+        first_loss=curve.first,
+        curve=curve.points(),
+        step_seconds=step_time.seconds,
     )
