@@ -38,6 +38,7 @@ from lightning_unitscale.cookbook.quality.grid import (
     measure_job,
     planned_runs,
     runs_beyond,
+    runs_near,
 )
 from lightning_unitscale.cookbook.quality.page import write_quality_page
 from lightning_unitscale.cookbook.quality.tables import cost_table, goals_table
@@ -56,6 +57,8 @@ def main(cfg: DictConfig) -> None:
     for _ in range(cfg.quality.beyond):
         runs = list(dict.fromkeys((*runs, *runs_beyond(cfg, results))))
         results = finish(cfg, runs, folder)
+    if near := runs_near(cfg, results):
+        results = finish(cfg, runs := list(dict.fromkeys((*runs, *near))), folder)
     report(cfg, results, len(runs), folder)
 
 

@@ -18,7 +18,14 @@ from lightning_unitscale.cookbook import config
 from lightning_unitscale.cookbook.jobs.fan_in import initialise_by_fan_in
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun
 from lightning_unitscale.cookbook.quality.findings import JobFindings, goals
-from lightning_unitscale.cookbook.quality.grid import configuration, measure_job, new_job, runs_beyond
+from lightning_unitscale.cookbook.quality.grid import (
+    configuration,
+    measure_job,
+    new_job,
+    planned_runs,
+    runs_beyond,
+    runs_near,
+)
 from lightning_unitscale.cookbook.quality.tables import cost_table, goals_table
 from lightning_unitscale.cookbook.sweeps.results import Result
 from lightning_unitscale.schemes import SCHEMES
@@ -200,6 +207,20 @@ def test_a_step_s_cost_is_a_ratio_of_medians_and_other_columns_come_with_their_v
     assert headers == ["job", "untrained", "standard", "mus", "amax"]
     headers = [column.header for column in goals_table([job], ["umup", "drop-in"]).columns]
     assert headers[-2:] == ["umup's gain", "drop-in not worse"]
+
+
+def test_other_seeds_are_run_near_the_first_one_s_best() -> None:
+    cfg = composed("quality.jobs=[mine]", "quality.seeds=[0,1,5]", "quality.near=1", "+jobs.mine.width=1")
+    assert {run.seed for run in planned_runs(cfg)} == {0} == {run.seed for run in runs_beyond(cfg, results(MADE))}
+    of_first = [result for result in results(MADE) if result.run.seed == 0]
+    near = runs_near(cfg, of_first)
+    assert {run.seed for run in near} == {1, 5}
+    exponents = {(run.parametrization, math.log2(run.learning_rate)) for run in near}
+    assert {(name, k) for name, k in exponents if name in ("standard", "umup")} == {
+        *(("standard", k) for k in (-8, -7, -6)),
+        *(("umup", k) for k in (-1, 0, 1)),
+    }
+    assert runs_near(composed("quality.jobs=[mine]", "+jobs.mine.width=1"), of_first) == []
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

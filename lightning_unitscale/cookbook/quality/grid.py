@@ -36,10 +36,13 @@ def chosen_jobs(cfg: DictConfig) -> list[str]:
 
 
 def planned_runs(cfg: DictConfig) -> list[RateRun]:
-    """The grid, one seed after the other and job by job, so that an early stop leaves whole rows."""
+    """The grid, one seed after the other and job by job, so that an early stop leaves whole rows.
+
+    With `quality.near` that of the first seed alone: `runs_near` has the others.
+    """
     return [
         RateRun(str(variant), "job", job, 2.0**exponent, seed)
-        for seed in cfg.quality.seeds
+        for seed in _seeds(cfg)
         for job in chosen_jobs(cfg)
         for variant, settings in cfg.variants.items()
         for exponent in settings.rates
@@ -47,7 +50,7 @@ def planned_runs(cfg: DictConfig) -> list[RateRun]:
 
 
 def runs_beyond(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> list[RateRun]:
-    """Where a variant's best is at the edge of what was tried: the next rate beyond, for every seed.
+    """Where a variant's best is at the edge of what was tried: the next rate beyond, for every seed of the grid.
 
     "drop-in" has the rates of "standard", and is not led beyond by its own best.
     """
@@ -59,8 +62,25 @@ def runs_beyond(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> list[Rat
                 continue
             rate = best.learning_rate * (2 if best.learning_rate == max(tried) else 0.5)
             names = [variant, *(["drop-in"] if variant == "standard" and "drop-in" in cfg.variants else [])]
-            runs += [RateRun(name, "job", job, rate, seed) for seed in cfg.quality.seeds for name in names]
+            runs += [RateRun(name, "job", job, rate, seed) for seed in _seeds(cfg) for name in names]
     return runs
+
+
+def runs_near(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> list[RateRun]:
+    """The seeds after the first, at each variant's best rate and its neighbours; none without `quality.near`."""
+    return [
+        RateRun(variant, "job", job, best.learning_rate * 2.0**step, seed)
+        for seed in cfg.quality.seeds[len(_seeds(cfg)) :]
+        for job in chosen_jobs(cfg)
+        for variant in cfg.variants
+        if (best := best_of(results, variant, job)) is not None and math.isfinite(best.loss)
+        for step in range(-cfg.quality.near, cfg.quality.near + 1)
+    ]
+
+
+def _seeds(cfg: DictConfig) -> list[int]:
+    """Those that are run at every rate."""
+    return list(cfg.quality.seeds if cfg.quality.near is None else cfg.quality.seeds[:1])
 
 
 def configuration(cfg: DictConfig, run: RateRun) -> DictConfig:
