@@ -2,20 +2,22 @@
 
     unitscale quality                                       # = python recipes/quality.py; hours on one core
     unitscale quality quality.jobs=[llama,vit] quality.seeds=[1] processes=2
+    unitscale quality variants=schemes quality.jobs=[llama,vit,resnet]  # all schemes beside the untouched model
     unitscale quality only_report=true                      # table and page of what is finished
     unitscale quality '+jobs.mine={_target_: my_package.MyJob, width: 64, depth: 2, steps: 100, batch_size: 16}'
 
-Four variants of each job of `conf/quality.yaml`, on the same data, steps and batches, scored on held-out data:
+Variants of each job of `conf/quality.yaml`, on the same data, steps and batches, scored on held-out data:
 
     standard    the model as its author initialised it
     fan-in      matrices drawn with std fan_in^-1/2, branch outputs smaller by sqrt(2 depth), embeddings with std 1
     umup        UnitScaling(lr_units="umup"), at learning rates in u-muP's units
     drop-in     UnitScaling(), at the learning rates of the untouched model
+    <scheme>    as unitscale=<scheme> gives it; variants=schemes has all of them in place of drop-in
 
 and two goals: umup at its best is not worse than the better of standard and fan-in at theirs; drop-in is not worse than
-standard at any rate at which that trains. A finished run is one line in `runs.jsonl`; runs that are there with the same
-settings are not run again. Where a best is at the edge of the grid, the grid grows (`quality.beyond`). After a change
-of the package itself, delete that file.
+standard at any rate at which that trains. A second table has the processor time of a step. A finished run is one line
+in `runs.jsonl`; runs that are there with the same settings are not run again. Where a best is at the edge of the grid,
+the grid grows (`quality.beyond`). After a change of the package itself, delete that file.
 """
 
 from __future__ import annotations
@@ -36,9 +38,10 @@ from lightning_unitscale.cookbook.quality.grid import (
     measure_job,
     planned_runs,
     runs_beyond,
+    runs_near,
 )
 from lightning_unitscale.cookbook.quality.page import write_quality_page
-from lightning_unitscale.cookbook.quality.tables import goals_table
+from lightning_unitscale.cookbook.quality.tables import cost_table, goals_table
 from lightning_unitscale.cookbook.sweeps.results import Result
 from lightning_unitscale.cookbook.sweeps.sweep import finish_runs
 from lightning_unitscale.cookbook.tables import print_and_keep
@@ -54,6 +57,8 @@ def main(cfg: DictConfig) -> None:
     for _ in range(cfg.quality.beyond):
         runs = list(dict.fromkeys((*runs, *runs_beyond(cfg, results))))
         results = finish(cfg, runs, folder)
+    if near := runs_near(cfg, results):
+        results = finish(cfg, runs := list(dict.fromkeys((*runs, *near))), folder)
     report(cfg, results, len(runs), folder)
 
 
@@ -78,7 +83,8 @@ def report(cfg: DictConfig, results: Sequence[Result[RateRun]], count: int, fold
     findings = [job for job in findings if job.own]
     sentences = [f"{'yes' if holds else 'NO '} {goal}" for holds, goal in goals(findings, cfg.quality.cells)]
     sentences += [f"{len(results)} of {count} runs are finished"] if len(results) < count else []
-    print_and_keep(folder / "quality.txt", goals_table(findings, variants), *sentences, width=180)
+    tables = goals_table(findings, variants), cost_table(findings, variants)
+    print_and_keep(folder / "quality.txt", *tables, *sentences, width=180)
     print(f"page: {write_quality_page(folder, findings, variants, sentences)}")
 
 

@@ -18,8 +18,17 @@ from lightning_unitscale.cookbook import config
 from lightning_unitscale.cookbook.jobs.fan_in import initialise_by_fan_in
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun
 from lightning_unitscale.cookbook.quality.findings import JobFindings, goals
-from lightning_unitscale.cookbook.quality.grid import configuration, measure_job, new_job, runs_beyond
+from lightning_unitscale.cookbook.quality.grid import (
+    configuration,
+    measure_job,
+    new_job,
+    planned_runs,
+    runs_beyond,
+    runs_near,
+)
+from lightning_unitscale.cookbook.quality.tables import cost_table, goals_table
 from lightning_unitscale.cookbook.sweeps.results import Result
+from lightning_unitscale.schemes import SCHEMES
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -118,7 +127,20 @@ def test_a_run_is_measured_before_and_after_and_again_the_same(variant: str) -> 
     assert measured.untrained == pytest.approx(1, abs=0.15)  # the target's variance is 1
     assert measured.held_out < measured.untrained
     assert len(measured.curve) == 4
+    assert measured.step_seconds > 0
     assert measure_job(cfg) == measured
+
+
+def test_every_scheme_is_a_variant_with_the_options_that_its_name_gives_elsewhere() -> None:
+    variants = composed("variants=schemes").variants
+    trained = {name for name, scheme in SCHEMES.items() if scheme.changes_training}
+    assert set(variants) == {"standard", "fan-in"} | trained
+    for name in trained:
+        with initialize_config_dir(str(config.shipped("conf")), version_base="1.3"):
+            elsewhere = compose("pretrain", overrides=["folder=.", f"unitscale={name}"]).unitscale
+        own = {"lr_units": "umup"} if name == "umup" else {}
+        assert variants[name].unitscale == {**elsewhere, **own}
+        assert len(variants[name].rates) >= 5
 
 
 # --- findings ---------------------------------------------------------------------------------------------------------
@@ -167,6 +189,38 @@ def test_a_grid_grows_where_its_best_is_at_the_edge() -> None:
     at_edge = results({name: scores for name, scores in MADE.items() if name != ("standard", -6)})
     grown = {(run.parametrization, math.log2(run.learning_rate)) for run in runs_beyond(cfg, at_edge)}
     assert {("standard", -6), ("drop-in", -6)} <= grown
+
+
+def test_a_step_s_cost_is_a_ratio_of_medians_and_other_columns_come_with_their_variants() -> None:
+    times = {"standard": [2.0, 9.0, 4.0], "mus": [5.0, 6.0, 7.0], "amax": [None]}
+    made = [
+        Result(RateRun(name, "job", "mine", 1.0, seed), "", 1.0, untrained=2.0, step_seconds=seconds)
+        for name, of_seeds in times.items()
+        for seed, seconds in enumerate(of_seeds)
+    ]
+    job = JobFindings("mine", made, share=0.05)
+    assert [job.step_cost(name) for name in ("standard", "mus", "amax", "umup")] == [1, 6 / 4, None, None]
+    assert [list(column.cells) for column in cost_table([job], list(times)).columns] == [
+        ["mine"], ["1.00"], ["1.50"], [""]
+    ]  # fmt: skip
+    headers = [column.header for column in goals_table([job], list(times)).columns]
+    assert headers == ["job", "untrained", "standard", "mus", "amax"]
+    headers = [column.header for column in goals_table([job], ["umup", "drop-in"]).columns]
+    assert headers[-2:] == ["umup's gain", "drop-in not worse"]
+
+
+def test_other_seeds_are_run_near_the_first_one_s_best() -> None:
+    cfg = composed("quality.jobs=[mine]", "quality.seeds=[0,1,5]", "quality.near=1", "+jobs.mine.width=1")
+    assert {run.seed for run in planned_runs(cfg)} == {0} == {run.seed for run in runs_beyond(cfg, results(MADE))}
+    of_first = [result for result in results(MADE) if result.run.seed == 0]
+    near = runs_near(cfg, of_first)
+    assert {run.seed for run in near} == {1, 5}
+    exponents = {(run.parametrization, math.log2(run.learning_rate)) for run in near}
+    assert {(name, k) for name, k in exponents if name in ("standard", "umup")} == {
+        *(("standard", k) for k in (-8, -7, -6)),
+        *(("umup", k) for k in (-1, 0, 1)),
+    }
+    assert runs_near(composed("quality.jobs=[mine]", "+jobs.mine.width=1"), of_first) == []
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

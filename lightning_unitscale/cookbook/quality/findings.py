@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean
+from statistics import fmean, median
 
 from lightning_unitscale.cookbook.learning_rates.findings import Best, best_of, losses_of
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun
@@ -111,6 +111,16 @@ class JobFindings:
                 allowed = means[rate] + self.share * fall + noise
                 cells.append(DropInCell(rate, means[rate], fmean(drop_in[rate]), allowed))
         return cells
+
+    def step_cost(self, variant: str) -> float | None:
+        """Time of a step beside the untouched model's, medians over all runs; None where a run is missing."""
+        times: dict[str, list[float]] = {}
+        for result in self.own:
+            if result.step_seconds is not None:
+                times.setdefault(result.run.parametrization, []).append(result.step_seconds)
+        if variant not in times or "standard" not in times:
+            return None
+        return median(times[variant]) / median(times["standard"])
 
     @property
     def refusals(self) -> list[str]:

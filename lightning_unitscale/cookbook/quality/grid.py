@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightning_unitscale.cookbook.checks import check_known, check_whole_numbers
 from lightning_unitscale.cookbook.jobs.job import Job
 from lightning_unitscale.cookbook.learning_rates.findings import best_of, losses_of
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun
+from lightning_unitscale.cookbook.quality.step_time import StepTime
 from lightning_unitscale.cookbook.runs import plain
 from lightning_unitscale.cookbook.sweeps.results import Result
 from lightning_unitscale.cookbook.sweeps.sweep import LossCurve, Outcome
@@ -35,10 +36,13 @@ def chosen_jobs(cfg: DictConfig) -> list[str]:
 
 
 def planned_runs(cfg: DictConfig) -> list[RateRun]:
-    """The grid, one seed after the other and job by job, so that an early stop leaves whole rows."""
+    """The grid, one seed after the other and job by job, so that an early stop leaves whole rows.
+
+    With `quality.near` that of the first seed alone: `runs_near` has the others.
+    """
     return [
         RateRun(str(variant), "job", job, 2.0**exponent, seed)
-        for seed in cfg.quality.seeds
+        for seed in _seeds(cfg)
         for job in chosen_jobs(cfg)
         for variant, settings in cfg.variants.items()
         for exponent in settings.rates
@@ -46,7 +50,7 @@ def planned_runs(cfg: DictConfig) -> list[RateRun]:
 
 
 def runs_beyond(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> list[RateRun]:
-    """Where a variant's best is at the edge of what was tried: the next rate beyond, for every seed.
+    """Where a variant's best is at the edge of what was tried: the next rate beyond, for every seed of the grid.
 
     "drop-in" has the rates of "standard", and is not led beyond by its own best.
     """
@@ -58,18 +62,32 @@ def runs_beyond(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> list[Rat
                 continue
             rate = best.learning_rate * (2 if best.learning_rate == max(tried) else 0.5)
             names = [variant, *(["drop-in"] if variant == "standard" and "drop-in" in cfg.variants else [])]
-            runs += [RateRun(name, "job", job, rate, seed) for seed in cfg.quality.seeds for name in names]
+            runs += [RateRun(name, "job", job, rate, seed) for seed in _seeds(cfg) for name in names]
     return runs
+
+
+def runs_near(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> list[RateRun]:
+    """The seeds after the first, at each variant's best rate and its neighbours; none without `quality.near`."""
+    return [
+        RateRun(variant, "job", job, best.learning_rate * 2.0**step, seed)
+        for seed in cfg.quality.seeds[len(_seeds(cfg)) :]
+        for job in chosen_jobs(cfg)
+        for variant in cfg.variants
+        if (best := best_of(results, variant, job)) is not None and math.isfinite(best.loss)
+        for step in range(-cfg.quality.near, cfg.quality.near + 1)
+    ]
+
+
+def _seeds(cfg: DictConfig) -> list[int]:
+    """Those that are run at every rate."""
+    return list(cfg.quality.seeds if cfg.quality.near is None else cfg.quality.seeds[:1])
 
 
 def configuration(cfg: DictConfig, run: RateRun) -> DictConfig:
     """What `measure_job` takes."""
     cfg, variant = cfg.copy(), cfg.variants[run.parametrization]
-    cfg.seed, cfg.optimizer.lr, cfg.job, cfg.initial = run.seed, run.learning_rate, cfg.jobs[run.value], variant.initial
-    if variant.unitscale is None:
-        cfg.unitscale = None
-    else:
-        cfg.unitscale = OmegaConf.merge(cfg.unitscale, variant.unitscale)
+    cfg.seed, cfg.optimizer.lr, cfg.job = run.seed, run.learning_rate, cfg.jobs[run.value]
+    cfg.initial, cfg.unitscale = variant.initial, variant.unitscale
     return cfg
 
 
@@ -116,11 +134,11 @@ def check_jobs(cfg: DictConfig) -> None:
 def measure_job(cfg: DictConfig) -> Outcome:
     """Trains a job, and scores it before and after; a refusal by unit scaling is a result, and its reason is kept."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    job, curve = new_job(cfg), LossCurve()
+    job, curve, step_time = new_job(cfg), LossCurve(), StepTime()
     scaling = [instantiate(cfg.unitscale)] if cfg.unitscale else []
     trainer: pl.Trainer = instantiate(
         cfg.trainer,
-        callbacks=[curve, *scaling],
+        callbacks=[curve, step_time, *scaling],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -133,5 +151,9 @@ def measure_job(cfg: DictConfig) -> Outcome:
         return Outcome(math.inf, before["val/score"], error=str(refusal))
     after = float(trainer.callback_metrics["val/score"])
     return Outcome(
-        after if math.isfinite(after) else math.inf, before["val/score"], first_loss=curve.first, curve=curve.points()
+        after if math.isfinite(after) else math.inf,
+        before["val/score"],
+        first_loss=curve.first,
+        curve=curve.points(),
+        step_seconds=step_time.seconds,
     )

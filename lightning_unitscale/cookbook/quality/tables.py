@@ -16,11 +16,12 @@ from lightning_unitscale.cookbook.tables import new_table
 
 
 def goals_table(findings: Sequence[JobFindings], variants: Sequence[str]) -> Table:
-    """Each variant's best score and its rate, umup's gain, and the drop-in's cells."""
+    """Each variant's best score and its rate, umup's gain, and the drop-in's cells where there is one."""
+    extra = {"umup": "umup's gain", "drop-in": "drop-in not worse"}
     table = new_table(
         "Best held-out score (the lower the better) ± half the range of the seeds, and its learning rate",
         ["job"],
-        ["untrained", *variants, "umup's gain", "drop-in not worse"],
+        ["untrained", *variants, *(title for variant, title in extra.items() if variant in variants)],
     )
     table.caption = "> best of the job; * at the edge of the grid: the best may lie outside; NO: a goal is not met"
     for job in findings:
@@ -29,7 +30,17 @@ def goals_table(findings: Sequence[JobFindings], variants: Sequence[str]) -> Tab
         gain = "" if job.gain is None else f"{job.gain:+.3f}" + ("" if job.tuned_holds else " NO")
         held = sum(cell.holds for cell in job.cells)
         cells = f"{held} of {len(job.cells)}" + ("" if held == len(job.cells) else " NO") if job.cells else ""
-        table.add_row(job.job, f"{job.untrained:.3f}", *bests, gain, cells)
+        asides = {"umup": gain, "drop-in": cells}
+        table.add_row(job.job, f"{job.untrained:.3f}", *bests, *(asides[name] for name in extra if name in variants))
+    return table
+
+
+def cost_table(findings: Sequence[JobFindings], variants: Sequence[str]) -> Table:
+    """Processor time of a training step, beside the untouched model's."""
+    table = new_table("Time of a training step beside the untouched model's, median of all runs", ["job"], variants)
+    for job in findings:
+        costs = [job.step_cost(variant) for variant in variants]
+        table.add_row(job.job, *("" if cost is None else f"{cost:.2f}" for cost in costs))
     return table
 
 

@@ -32,6 +32,7 @@ class Result(Generic[RunT]):
         first_loss: training loss of the first step, with a plan in force; None where there was none.
         curve: training loss, averaged over 10 steps; None where it was not finite.
         error: why the run was refused; empty for a run that came to its end.
+        step_seconds: processor time of a training step, the median; None where it was not measured.
         seconds: that the run took.
     """
 
@@ -42,6 +43,7 @@ class Result(Generic[RunT]):
     first_loss: float | None = None
     curve: list[float | None] = field(default_factory=list)
     error: str = ""
+    step_seconds: float | None = None
     seconds: float = 0.0
 
     def to_row(self) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Outcome:
     first_loss: float | None = None
     curve: list[float | None] = field(default_factory=list)
     error: str = ""
+    step_seconds: float | None = field(default=None, compare=False)
 
 
 Measure = Callable[[DictConfig], Outcome]
