@@ -7,14 +7,16 @@
 Nothing else of the package is imported for it until it is needed: `import lightning_unitscale` costs next to nothing,
 and may stand before or after the imports of torch and Lightning.
 
-Where the package is installed, torch itself calls `attach` when it is imported (entry point `torch.backends`, the one
-hook that is run before Lightning looks up the name of a strategy; Lightning's own, for callbacks, is run after
-it). So a file of LightningCLI may say `strategy: unitscale` without an import line.
-TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns that off.
+Where the package is installed, torch itself calls `attach` when it is imported (entry point `torch.backends`, by
+`autoload`). It is the one hook that is run before Lightning looks up the name of a strategy; Lightning's own, for
+callbacks, is run after it. So a file of LightningCLI may say `strategy: unitscale` without an import line.
+TORCH_DEVICE_BACKEND_AUTOLOAD=0 turns that off. What fails here (a Lightning that has changed) is a warning: the other
+programs of the environment import torch and Lightning too.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from importlib import import_module
@@ -39,11 +41,21 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def attach() -> None:
     """Does all of it, each part once."""
-    when_imported("torch", wrap_load_state_dict)
+    _attach_to("torch", wrap_load_state_dict)
     for namespace in NAMESPACES:
         strategies = f"{namespace}.strategies"  # not the namespace: it may be half way, importing torch
-        when_imported(strategies, partial(register_strategies, namespace))
-        when_imported(f"{strategies}.launchers.multiprocessing", partial(wrap_recovery, namespace))
+        _attach_to(strategies, partial(register_strategies, namespace))
+        _attach_to(f"{strategies}.launchers.multiprocessing", partial(wrap_recovery, namespace))
+
+
+def _attach_to(module: str, attachment: Callable[[], None]) -> None:
+    def attempt() -> None:
+        try:
+            attachment()
+        except Exception as error:
+            warnings.warn(f"lightning_unitscale does not fit this {module}: {error!r}", stacklevel=2)
+
+    when_imported(module, attempt)
 
 
 def wrap_load_state_dict() -> None:

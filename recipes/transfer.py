@@ -8,9 +8,10 @@
     unitscale transfer sweep.axis=heads sweep.key=model.head_width sweep.points=[16,32,64]    # any other setting
     unitscale transfer only_report=true                     # table and plot of what is finished
 
-Three parametrizations of one model, on the same text, steps and batches:
+Four parametrizations of one model, on the same text, steps and batches:
 
-    standard    the untouched model
+    standard    the untouched model, its weights drawn with std 0.02 at every width
+    fan-in      the untouched model, its weights drawn with std fan_in^-1/2 (`model.initial=fan_in`)
     umup        UnitScaling(lr_units="umup"): learning rates in u-muP's units, to carry over to other sizes
     drop-in     UnitScaling(lr_units="standard"): the untouched model's learning rates, to keep its settings
 
@@ -62,6 +63,8 @@ def check_sweep(cfg: DictConfig, runs: Collection[RateRun]) -> None:
         raise InputError("the sweep is empty: give sweep.points, sweep.seeds, and learning rates")
     if OmegaConf.select(cfg, cfg.sweep.key, throw_on_missing=False) is None:
         raise InputError(f"sweep.key={cfg.sweep.key}: there is no such setting; see unitscale pretrain --cfg job")
+    if cfg.sweep.fan_in and "initial" not in cfg.model:
+        raise InputError("this model has no setting `initial`, so no fan-in baseline; leave it out: sweep.fan_in=[]")
     for run in runs:
         check(configuration(cfg, run))
 

@@ -17,7 +17,7 @@ from lightning_unitscale.cookbook.help import commands
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "conf/README.md", "recipes/README.md", "lightning_unitscale/README.md"]
-NO_CONFIGURATION = {"explain", "completion", "--help"}
+NO_CONFIGURATION = {"explain", "init", "doctor", "completion", "--help"}
 INSTALLED_ASIDE = ("hparams_search=optuna",)
 
 

@@ -28,26 +28,37 @@ from lightning_unitscale.errors import InputError
 
 
 class RandomNumbers(pl.Callback):
-    """Keeps the state of torch's generators in the checkpoint, so that dropout masks go on and don't begin anew."""
+    """Each step draws its random numbers (dropout masks, noise) where the step before it left off.
+
+    The state of torch's generators is in every checkpoint. What is drawn between two steps does not count: validation,
+    and Lightning's own preparations; a checkpoint before a validation and one after it continue alike.
+    """
 
     def __init__(self) -> None:
         self._state: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The CPU's generator, and those of all CUDA devices."""
-        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        """The CPU's generator, and those of all CUDA devices, as the last step left them."""
+        return self._state or _generators()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """To be put in force when the first step begins: until then Lightning draws numbers itself."""
+        """To be put in force when the next step begins."""
         self._state = state_dict
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Puts the loaded state in force, once."""
+        """Go on where the last step ended."""
         if self._state is not None:
             torch.set_rng_state(self._state["cpu"].cpu())
             if len(self._state["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all([state.cpu() for state in self._state["cuda"]])
-            self._state = None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Note where this step ended."""
+        self._state = _generators()
+
+
+def _generators() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+LIGHTNING = ("pytorch_lightning", "lightning.pytorch")  # its loggers
 OF_NO_USE = ("\N{ELECTRIC LIGHT BULB} Tip", "TPU available", "HPU available")  # advertising, and hardware that is rare
 
 
@@ -20,4 +21,4 @@ class NotOfLightning(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is of another package."""
-        return not record.name.startswith("pytorch_lightning")
+        return not record.name.startswith(LIGHTNING)

@@ -21,9 +21,11 @@ from lightning_unitscale.cookbook.callbacks import Diverged, Interrupted, LastCh
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
+    check_known,
     check_learning_rate,
     check_whole_numbers,
 )
+from lightning_unitscale.cookbook.fan_in import initialise_by_fan_in
 from lightning_unitscale.cookbook.heads import class_names
 from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tasks import Task
@@ -114,6 +116,7 @@ def check(cfg: DictConfig) -> None:
     width, head_width = cfg.model.get("width", 0), cfg.model.get("head_width", 1)
     if width % head_width:
         raise InputError(f"model.width={width} is not a multiple of model.head_width={head_width}; change one of them")
+    check_known("model.initial", [cfg.model.get("initial", "own")], ("own", "fan_in"))
     task: type[Task] = get_class(cfg.task._target_)
     task.check(cfg)
     check_checkpoint(cfg)
@@ -127,13 +130,16 @@ def new_module(cfg: DictConfig, classes: Sequence[str] = ()) -> Task:
         classes: those that its head is to tell apart.
     """
     task: type[Task] = get_class(cfg.task._target_)
-    return task(
+    module = task(
         model={**plain(cfg.model.config), **class_names(classes)},
         head=cfg.task.head,
         optimizer=plain(cfg.optimizer),
         schedule=plain(cfg.schedule),
         tokenizer=cfg.model.tokenizer,
     )
+    if cfg.model.get("initial") == "fan_in":
+        initialise_by_fan_in(module, depth=cfg.model.depth, branch_outputs=cfg.model.branch_outputs)
+    return module
 
 
 def module_and_data(cfg: DictConfig) -> tuple[Task, pl.LightningDataModule]:

@@ -17,10 +17,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from lightning_unitscale import UnitScaling, cli
 from lightning_unitscale.cookbook import config
-from lightning_unitscale.cookbook.callbacks import Interrupted, LastCheckpoint
+from lightning_unitscale.cookbook.callbacks import Interrupted, LastCheckpoint, RandomNumbers
 from lightning_unitscale.cookbook.data import IGNORED, TokenText, hold_out, hugging_face, python_topics, text_files
 from lightning_unitscale.cookbook.runs import new_module
 from lightning_unitscale.cookbook.tasks import LanguageModeling
@@ -235,6 +237,52 @@ def test_interrupt_saves_after_the_step_and_gives_ctrl_c_back(tmp_path: Path) ->
     _, continued, _ = fit(tmp_path, 6, tmp_path / "last.ckpt", False)
     for expected, value in zip(whole.parameters(), continued.parameters(), strict=True):
         assert torch.equal(expected, value)
+
+
+class Drawing(pl.LightningModule):
+    """Draws a number in every step, and more of them in validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.drawn: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.drawn.append(float(torch.rand(())))
+        return self.layer(batch).square().mean()
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        torch.rand(3)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_checkpoint_before_a_validation_goes_on_as_one_after_it(tmp_path: Path) -> None:
+    def drawn(steps: int, checkpoint: Path | None, seed: int) -> list[float]:
+        pl.seed_everything(seed, verbose=False)
+        before = ModelCheckpoint(
+            tmp_path, "step-{step}", auto_insert_metric_name=False, every_n_train_steps=2, save_top_k=-1
+        )
+        callbacks = [before, RandomNumbers(), LastCheckpoint(tmp_path / "last.ckpt")]
+        data = DataLoader(torch.ones(8, 1))
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(
+            max_steps=steps,
+            val_check_interval=2,
+            accelerator="cpu",
+            callbacks=callbacks,
+            **quiet,
+        )
+        module = Drawing()
+        trainer.fit(module, data, data, ckpt_path=checkpoint)
+        return module.drawn
+
+    whole = drawn(4, None, seed=1)
+    drawn(2, None, seed=1)
+    assert len(set(whole)) == 4
+    for checkpoint in ("last.ckpt", "step-2.ckpt"):  # in this order: either writes last.ckpt anew
+        assert drawn(4, tmp_path / checkpoint, seed=2) == whole[2:], checkpoint
 
 
 @pytest.fixture(scope="module")

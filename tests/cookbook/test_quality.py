@@ -15,7 +15,6 @@ from support.recipe_runs import run_recipe
 from torch import nn
 
 from lightning_unitscale.cookbook import config
-from lightning_unitscale.cookbook.jobs.fan_in import initialise_by_fan_in
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun
 from lightning_unitscale.cookbook.quality.findings import JobFindings, goals
 from lightning_unitscale.cookbook.quality.grid import (
@@ -106,15 +105,12 @@ def test_energy_distance_of_digits_to_themselves_is_near_zero_and_to_noise_is_no
 
 def test_fan_in_draws_what_it_says() -> None:
     torch.manual_seed(0)
-    llama = new_job(built("llama"))
-    initialise_by_fan_in(llama)
+    llama = new_job(built("llama", "fan-in"))
     layer = llama.model.model.layers[0]
     stds = {"embedding": llama.model.model.embed_tokens, "up": layer.mlp.up_proj, "down": layer.mlp.down_proj}
     expected = {"embedding": 1, "up": 64**-0.5, "down": 192**-0.5 / math.sqrt(2 * 2)}
     assert {name: float(module.weight.std()) for name, module in stds.items()} == pytest.approx(expected, rel=0.03)
-    dit, codec = new_job(built("dit")), new_job(built("codec"))
-    for job in (dit, codec):
-        initialise_by_fan_in(job)
+    dit, codec = new_job(built("dit", "fan-in")), new_job(built("codec", "fan-in"))
     assert not dit.last.weight.any()  # zero by design
     assert float(codec.decoder[0].weight.std()) == pytest.approx((8 * 7) ** -0.5, rel=0.05)  # under weight norm
 

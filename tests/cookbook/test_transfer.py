@@ -21,7 +21,7 @@ from lightning_unitscale.cookbook.learning_rates.tables import drop_in_table, tr
 from lightning_unitscale.cookbook.sweeps.results import Result, append_result, read_results
 from lightning_unitscale.cookbook.sweeps.sweep import measure_pretraining, settings_hash
 
-FEW = ["sweep.points=[32]", "sweep.umup=[0]", "sweep.standard=[-8]", "trainer.max_steps=2"]
+FEW = ["sweep.points=[32]", "sweep.umup=[0]", "sweep.standard=[-8]", "sweep.fan_in=[-8]", "trainer.max_steps=2"]
 
 
 def composed(name: str, *overrides: str) -> DictConfig:
@@ -45,7 +45,7 @@ def test_plan_of_the_full_sweep() -> None:
     sweep = composed("transfer").sweep
     runs = planned_runs(sweep)
     assert len(runs) == len(set(runs))
-    count = len(sweep.points) * (len(sweep.standard) + len(sweep.umup))
+    count = len(sweep.points) * (len(sweep.standard) + len(sweep.fan_in) + len(sweep.umup))
     count += 2 * len(sweep.drop_in.points) * len(sweep.drop_in.learning_rates)
     assert len(runs) == len(sweep.seeds) * count
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
@@ -53,13 +53,15 @@ def test_plan_of_the_full_sweep() -> None:
 
 def test_parametrizations_differ_in_what_they_should() -> None:
     cfg = composed("transfer")
-    standard, umup, drop_in = (
-        configuration(cfg, RateRun(name, "width", 128, 0.5, 2)) for name in ("standard", "umup", "drop-in")
+    standard, fan_in, umup, drop_in = (
+        configuration(cfg, RateRun(name, "width", 128, 0.5, 2)) for name in ("standard", "fan-in", "umup", "drop-in")
     )
     assert standard.unitscale is None
     assert (umup.unitscale.lr_units, drop_in.unitscale.lr_units) == ("umup", "standard")
     assert standard.optimizer == drop_in.optimizer
-    for run in (standard, umup, drop_in):
+    assert fan_in.unitscale is None
+    assert (standard.model.initial, fan_in.model.initial) == ("own", "fan_in")
+    for run in (standard, fan_in, umup, drop_in):
         assert (run.model.config.hidden_size, run.optimizer.lr, run.seed) == (128, 0.5, 2)
         assert run.optimizer.betas == cfg.optimizer.betas
     # What weight decay takes off in a step is the same at the learning rates that the two are made for.
@@ -94,17 +96,17 @@ def test_a_stopped_sweep_goes_on(
     command(tmp_path, monkeypatch, "transfer", "sweep=quick", *FEW)
     folder = tmp_path / "outputs" / "transfer" / "quick_adamw_no_decay"
     lines = (folder / "runs.jsonl").read_text().splitlines()
-    assert len(lines) == 4
-    assert capsys.readouterr().out.count("[4/4] drop-in") == 1
+    assert len(lines) == 5
+    assert capsys.readouterr().out.count("[5/5] drop-in") == 1
     first = json.loads((folder / "transfer.json").read_text())["runs"]
-    assert [run["held_out"] > 0 for run in first] == [True] * 4
+    assert [run["held_out"] > 0 for run in first] == [True] * 5
     assert (folder / "transfer.png").stat().st_size > 0
     assert "Best held-out loss" in (folder / "transfer.txt").read_text()
 
     command(tmp_path, monkeypatch, "transfer", "sweep=quick", *FEW)
-    assert "/4]" not in capsys.readouterr().out
+    assert "/5]" not in capsys.readouterr().out
 
-    (folder / "runs.jsonl").write_text("\n".join([*lines[:3], lines[3][:50]]))  # stopped while it wrote
+    (folder / "runs.jsonl").write_text("\n".join([*lines[:4], lines[4][:50]]))  # stopped while it wrote
     command(tmp_path, monkeypatch, "transfer", "sweep=quick", *FEW)
     assert "[1/1] drop-in" in capsys.readouterr().out
     again = json.loads((folder / "transfer.json").read_text())["runs"]
@@ -115,6 +117,7 @@ def test_a_stopped_sweep_goes_on(
     ("override", "message"),
     [
         ("unitscale=none", "needs unitscale=umup"),
+        ("~model.initial", r"sweep\.fan_in=\[\]"),
         ("sweep.seeds=[]", "the sweep is empty"),
         ("sweep.points=[48]", r"model\.width=48 is not a multiple of model\.head_width=32"),
         ("sweep=fast", "sweep=fast is not known; choose one of batch, depth, quick, sequence, steps, width"),
@@ -174,6 +177,9 @@ def test_findings() -> None:
     assert "+0.100 nats" in shown[3][1]
     assert "worst +0.200" in shown[4][1]
     assert list(findings(cfg, [])) == []
+    stronger = list(findings(cfg, results({**good, ("fan-in", 128, 2**-8): [1.5]})))
+    assert not stronger[0][0]
+    assert "128: -0.100" in stronger[0][1]
 
 
 def test_a_result_survives_its_line(tmp_path: Path) -> None:

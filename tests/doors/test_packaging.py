@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import site
 import subprocess
 import sys
 import zipfile
@@ -49,7 +51,7 @@ def test_wheel_contents(wheel_tree: Path) -> None:
     for file in ("lightning_unitscale/py.typed", "hydra_plugins/lightning_unitscale.py"):
         assert (wheel_tree / file).is_file()
     top = {path.name for path in wheel_tree.iterdir() if not path.name.endswith(".dist-info")}
-    assert top == {"lightning_unitscale", "hydra_plugins"}
+    assert top == {"lightning_unitscale", "lightning_unitscale_autoload.py", "hydra_plugins"}
     (metadata,) = wheel_tree.glob("*.dist-info")
     assert "unitscale = lightning_unitscale.cli:main" in (metadata / "entry_points.txt").read_text()
     assert list(metadata.rglob("LICENSE"))
@@ -101,3 +103,44 @@ print(type(Trainer(strategy="unitscale", logger=False, accelerator="cpu").strate
 
 def test_an_installed_package_needs_no_import_for_the_names_of_its_strategies(wheel_tree: Path, tmp_path: Path) -> None:
     assert python(wheel_tree, tmp_path, "-c", NO_IMPORT).split() == ["UnitScalingStrategy"]
+
+
+BROKEN = {
+    "missing": None,
+    "raising": "raise RuntimeError('half removed')",
+    "half there": "",  # no attachments.py
+    "of another Python": "this is no Python",
+}
+
+
+@pytest.mark.parametrize("state", BROKEN)
+def test_a_broken_installation_does_not_break_torch(wheel_tree: Path, tmp_path: Path, state: str) -> None:
+    (metadata,) = wheel_tree.glob("*.dist-info")
+    shutil.copytree(metadata, tmp_path / metadata.name)
+    shutil.copy(wheel_tree / "lightning_unitscale_autoload.py", tmp_path)
+    if BROKEN[state] is not None:
+        (tmp_path / "lightning_unitscale").mkdir()
+        (tmp_path / "lightning_unitscale" / "__init__.py").write_text(BROKEN[state])
+    path = os.pathsep.join([str(tmp_path), *site.getsitepackages()])
+    code = "import torch, sys; print(torch.ones(1).item(), 'lightning_unitscale_autoload' in sys.modules)"
+    run = subprocess.run(  # -S: no .pth files, which would lead to an editable installation
+        [sys.executable, "-S", "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert (run.stdout.split(), run.returncode) == (["1.0", "True"], 0), run.stderr
+
+
+CHANGED_LIGHTNING = """
+import warnings
+from lightning_unitscale import attachments
+attachments.STRATEGIES["unitscale"] = None  # no pair any more
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    import pytorch_lightning
+print([str(warning.message) for warning in seen if "does not fit" in str(warning.message)])
+"""
+
+
+def test_what_can_not_be_attached_is_a_warning(wheel_tree: Path, tmp_path: Path) -> None:
+    assert "does not fit this pytorch_lightning.strategies: TypeError" in python(
+        wheel_tree, tmp_path, "-c", CHANGED_LIGHTNING
+    )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,6 +26,7 @@ from lightning_unitscale.monitor.charts import drift_chart, exponent_chart, shor
 from lightning_unitscale.monitor.report import compare_runs, render_report, write_report
 
 PNG = b"\x89PNG"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Page(HTMLParser):
@@ -258,3 +262,40 @@ def test_command_line(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert re.search(r"report .*index\.html", capsys.readouterr().out)
     assert (run / "report" / "exponents.png").exists()
     assert set(run.iterdir()) == before  # nothing else is written
+
+
+# --- in a real browser ------------------------------------------------------------------------------------------------
+
+PHONE = 390  # pixels; no window of Chromium is as narrow, a frame is
+FRAME = """<body style="margin:0"><iframe src="{page}" width={width} height=2400 style="border:0"
+onload="const it = this.contentDocument.documentElement; document.title = it.scrollWidth + ' ' +
+it.querySelectorAll('svg text').length + ' ' + getComputedStyle(it.querySelector('body')).backgroundColor"></iframe>"""
+
+
+def in_chromium(page: Path, *options: str) -> str:
+    """What Chromium, without a screen, prints of a page."""
+    assert CHROMIUM
+    quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files"]
+    command = [CHROMIUM, *quiet, "--virtual-time-budget=4000", f"--user-data-dir={page.parent}", *options]
+    return subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("colours", ["dark", "light"])
+@pytest.mark.parametrize("width", [PHONE, 1200])
+def test_the_page_fits_phone_and_desk_in_both_colours(run: Path, tmp_path: Path, width: int, colours: str) -> None:
+    """Screenshots go to the folder SCREENSHOTS, if that is set in the environment."""
+    scheme = f"--blink-settings=preferredColorScheme={('dark', 'light').index(colours)}"
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.format(page=(run / "report" / "index.html").as_uri(), width=width))
+    picture = Path(os.environ.get("SCREENSHOTS", tmp_path)).resolve() / f"report-{width}-{colours}.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    title = re.search(r"<title>(\d+) (\d+) (.*)</title>", in_chromium(frame, scheme, "--dump-dom"))
+    assert title
+    assert int(title[1]) <= width  # nothing to scroll to the side
+    assert int(title[2]) > 5  # the axes of the charts
+    brightness = sum(map(int, re.findall(r"\d+", title[3])[:3]))
+    assert brightness < 150 if colours == "dark" else brightness > 600 or "0, 0, 0, 0" in title[3]
+    in_chromium(frame, scheme, f"--window-size={width},2400", f"--screenshot={picture}")
+    assert picture.read_bytes().startswith(PNG)

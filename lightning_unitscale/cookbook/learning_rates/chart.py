@@ -11,26 +11,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 from omegaconf import DictConfig
 
-from lightning_unitscale.cookbook.learning_rates.findings import best_of, losses_of
+from lightning_unitscale.cookbook.learning_rates.findings import GRIDS, best_of, losses_of
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun, is_power_of_two
 from lightning_unitscale.cookbook.sweeps.results import Result
 
+TITLES = ("Untouched, initial std 0.02", "Untouched, fan-in initialisation", 'UnitScaling(lr_units="umup")')
 Losses = Mapping[float, Sequence[float]]  # of the seeds, by learning rate
 
 
 def transfer_chart(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Figure:
-    """Standard, `umup` and drop-in beside each other; bands go from the best to the worst seed."""
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    """Each parametrization beside the others; bands go from the best to the worst seed."""
+    figure = Figure(figsize=(16, 4.2), layout="constrained")
+    *grids, last = figure.subplots(1, len(GRIDS) + 1)
     shown = sorted({*cfg.sweep.points, *cfg.sweep.drop_in.points})
     colours = {value: f"C{number}" for number, value in enumerate(shown)}
-    _draw_grid(left, cfg, results, "standard", colours)
-    left.set(title="Standard parametrization", ylabel="held-out loss, nats per byte")
-    _draw_grid(middle, cfg, results, "umup", colours)
-    middle.set(title='UnitScaling(lr_units="umup")')
-    _draw_drop_in(right, cfg, results, colours)
-    right.set(title='UnitScaling(lr_units="standard")')
-    for axes in (left, middle, right):
+    for axes, name, title in zip(grids, GRIDS, TITLES, strict=True):
+        _draw_grid(axes, cfg, results, name, colours)
+        axes.set_title(title)
+    grids[0].set_ylabel("held-out loss, nats per byte")
+    _draw_drop_in(last, cfg, results, colours)
+    last.set_title('UnitScaling(lr_units="standard")')
+    for axes in (*grids, last):
         axes.set_xlabel("learning rate")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
@@ -47,7 +48,7 @@ def _draw_grid(
         losses = {rate: all_ for rate, all_ in losses_of(results, name, value).items() if is_power_of_two(rate)}
         _draw_line(axes, losses, f"{axis} {value}", color=colours[value])
     axes.set_xscale("log", base=2)
-    bests = [best.loss for value in values for name in ("standard", "umup") if (best := best_of(results, name, value))]
+    bests = [best.loss for value in values for name in GRIDS if (best := best_of(results, name, value))]
     if bests and math.isfinite(max(bests)):  # diverged runs leave the frame
         axes.set_ylim(min(bests) - 0.05, max(bests) + 0.6)
 

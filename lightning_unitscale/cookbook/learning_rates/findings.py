@@ -14,6 +14,8 @@ from lightning_unitscale.cookbook.learning_rates.grid import RateRun, is_power_o
 from lightning_unitscale.cookbook.sweeps.results import Result
 
 DROP_IN_TOLERANCE = 0.1  # nats
+BASELINES = ("standard", "fan-in")
+GRIDS = (*BASELINES, "umup")
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,26 @@ def best_of(results: Sequence[Result[RateRun]], parametrization: str, value: int
     return Best(rate, losses[rate], at_edge=rate in (min(losses), max(losses)))
 
 
+def better_baseline(results: Sequence[Result[RateRun]], value: int | str) -> Best | None:
+    """The best of the models without unit scaling, at the better of their initialisations."""
+    bests = [best for name in BASELINES if (best := best_of(results, name, value))]
+    return min(bests, key=lambda best: best.loss) if bests else None
+
+
 def findings(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Iterator[tuple[bool, str]]:
     """(whether it holds, the claim with its numbers), for each claim that the results can decide."""
     axis = cfg.sweep.axis
-    ours, theirs = (
-        {value: best for value in cfg.sweep.points if (best := best_of(results, name, value))}
-        for name in ("umup", "standard")
-    )
-    if both := [value for value in ours if value in theirs]:
-        gains = {value: theirs[value].loss - ours[value].loss for value in both}
+    grids = {
+        name: {value: best for value in cfg.sweep.points if (best := best_of(results, name, value))} for name in GRIDS
+    }
+    ours = grids["umup"]
+    if gains := {
+        value: theirs.loss - best.loss for value, best in ours.items() if (theirs := better_baseline(results, value))
+    }:
         text = ", ".join(f"{value}: {gain:+.3f}" for value, gain in gains.items())
-        yield min(gains.values()) > 0, f"umup's best beats standard's best at every {axis} (gain in nats {text})"
+        yield min(gains.values()) > 0, f"umup's best beats the baselines' best at every {axis} (gain in nats {text})"
     if len(ours) > 1:
-        for name, bests in (("umup", ours), ("standard", theirs)):
+        for name, bests in ((name, grids[name]) for name in reversed(GRIDS) if grids[name]):
             factor = _spread_of_rates(bests)
             yield factor <= 1, f"{name}'s best learning rate stays within a factor 2 over the {axis}s (2^{factor:g})"
         losses = [ours[value].loss for value in sorted(ours)]

@@ -16,7 +16,8 @@ class RateRun:
     """One training run.
 
     Attributes:
-        parametrization: "standard" (the untouched model), "umup", "drop-in" (`lr_units="standard"`), ….
+        parametrization: "standard" (the untouched model), "fan-in" (that one, its weights drawn by fan-in), "umup",
+            "drop-in" (`lr_units="standard"`), ….
         axis: what else is varied: "width", "depth", "job", ….
         value: of that.
     """
@@ -42,6 +43,7 @@ def planned_runs(sweep: DictConfig) -> list[RateRun]:
     for seed in sweep.seeds:
         for value in sweep.points:
             runs += [RateRun("standard", sweep.axis, value, 2.0**k, seed) for k in sweep.standard]
+            runs += [RateRun("fan-in", sweep.axis, value, 2.0**k, seed) for k in sweep.fan_in]
             runs += [RateRun("umup", sweep.axis, value, 2.0**k, seed) for k in sweep.umup]
         for value in sweep.drop_in.points:
             for rate in sweep.drop_in.learning_rates:
@@ -55,8 +57,10 @@ def configuration(cfg: DictConfig, run: RateRun) -> DictConfig:
     OmegaConf.update(cfg, cfg.sweep.key, run.value)
     cfg.optimizer.lr = run.learning_rate
     cfg = run_configuration(cfg, run.seed)
-    if run.parametrization == "standard":
+    if run.parametrization in ("standard", "fan-in"):
         cfg.unitscale = None
+        if run.parametrization == "fan-in":
+            cfg.model.initial = "fan_in"
     elif run.parametrization == "drop-in":
         cfg.unitscale.lr_units = "standard"
     else:

@@ -8,28 +8,28 @@ from statistics import fmean
 from omegaconf import DictConfig
 from rich.table import Table
 
-from lightning_unitscale.cookbook.learning_rates.findings import best_of, losses_of
+from lightning_unitscale.cookbook.learning_rates.findings import GRIDS, best_of, better_baseline, losses_of
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun, readable_rate
 from lightning_unitscale.cookbook.sweeps.results import Result
 from lightning_unitscale.cookbook.tables import new_table
 
 
 def transfer_table(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Table:
-    """The best of each parametrization at each value of the axis."""
+    """The best of each parametrization at each value of the axis, and umup's gain on the better baseline."""
     title = "Best held-out loss, nats per byte"
-    columns = ("standard", "learning rate", "umup", "learning rate", "gain", "seeds")
+    columns = [column for name in GRIDS for column in (name, "learning rate")] + ["gain", "seeds"]
     table = new_table(title, [cfg.sweep.axis], columns)
     for value in cfg.sweep.points:
-        bests = [best_of(results, name, value) for name in ("standard", "umup")]
+        bests = {name: best_of(results, name, value) for name in GRIDS}
         cells = []
-        for best in bests:
+        for best in bests.values():
             rate = readable_rate(best.learning_rate) + (" *" if best.at_edge else "") if best else ""
             cells += [mean_and_spread(best.losses), rate] if best else ["", ""]
             if best and best.at_edge:
                 table.caption = "* at the edge of the grid: the best may lie outside"
-        theirs, ours = bests
+        ours, theirs = bests["umup"], better_baseline(results, value)
         gain = f"{theirs.loss - ours.loss:+.3f}" if ours and theirs else ""
-        seeds = ", ".join(dict.fromkeys(str(len(best.losses)) for best in bests if best))
+        seeds = ", ".join(dict.fromkeys(str(len(best.losses)) for best in bests.values() if best))
         table.add_row(str(value), *cells, gain, seeds)
     return table
 

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, median
 
-from lightning_unitscale.cookbook.learning_rates.findings import Best, best_of, losses_of
+from lightning_unitscale.cookbook.learning_rates.findings import Best, best_of, better_baseline, losses_of
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun
 from lightning_unitscale.cookbook.sweeps.results import Result
-
-BASELINES = ("standard", "fan-in")
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,7 @@ class JobFindings:
     @cached_property
     def baseline(self) -> Best | None:
         """The better of the two tuned baselines."""
-        bests = [self.bests[name] for name in BASELINES if name in self.bests]
-        return min(bests, key=lambda best: best.loss) if bests else None
+        return better_baseline(self.own, self.job)
 
     @property
     def gain(self) -> float | None:

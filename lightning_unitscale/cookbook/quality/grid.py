@@ -101,9 +101,9 @@ def new_job(cfg: DictConfig) -> Job:
             f"{cfg.job._target_} is a {type(job).__name__}; a job of unitscale quality is a subclass of Job"
         )
     if cfg.initial == "fan_in":
-        from lightning_unitscale.cookbook.jobs.fan_in import initialise_by_fan_in  # needs transformers
+        from lightning_unitscale.cookbook.fan_in import initialise_by_fan_in  # needs transformers
 
-        initialise_by_fan_in(job)
+        initialise_by_fan_in(job, depth=job.depth, branch_outputs=job.branch_outputs, kept=job.kept)
     return job
 
 

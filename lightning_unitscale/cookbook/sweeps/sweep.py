@@ -21,6 +21,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_unitscale.cookbook.config import register
+from lightning_unitscale.cookbook.logs import LIGHTNING
 from lightning_unitscale.cookbook.runs import train
 from lightning_unitscale.cookbook.sweeps.results import Result, RunT, append_result, read_results
 from lightning_unitscale.errors import InputError
@@ -177,6 +178,6 @@ def _prepare_process(threads: int | None) -> None:
     """For one training after another: with so many threads, and without Lightning's greetings."""
     if threads:
         torch.set_num_threads(threads)
-    for name in ("pytorch_lightning", "lightning"):
+    for name in LIGHTNING:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers")

@@ -26,7 +26,7 @@ function draw(box, series, range) {
     add("line", {x1: L, x2: W - R, y1: Y(v), y2: Y(v), class: "grid"});
     add("text", {x: L - 6, y: Y(v) + 4, "text-anchor": "end"}, round(v));
   }
-  for (const v of ticks(x0, x1)) add("text", {x: X(v), y: H - 12, "text-anchor": "middle"}, round(v));
+  for (const v of ticks(x0, x1)) add("text", {x: X(v), y: H - 12, "text-anchor": v < x1 ? "middle" : "end"}, round(v));
   shown.forEach((points, k) => {
     const s = series[k], path = points.map(p => `${X(p[0]).toFixed(1)},${Y(p[1]).toFixed(1)}`).join(" ");
     add("polyline", {points: path, fill: "none", stroke: colour(k), "stroke-width": s.thin ? 1.2 : 2.4,

@@ -5,32 +5,40 @@
     embedding               N(0, 1)
     bias of those           0
 
-Weights that are all zero stay zero, as do those that the job keeps; all other parameters stay as they were built.
+Weights that are all zero stay zero, as do those that are named as kept; all other parameters stay as they were built.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_unitscale.cookbook.jobs.job import Job
-
 _Convolution = nn.modules.conv._ConvNd
 _Transposed = nn.modules.conv._ConvTransposeNd
 
 
 @torch.no_grad()
-def initialise_by_fan_in(job: Job) -> None:
-    """Draws the weights of a job anew."""
-    for name, module in job.named_modules():
-        branch = any(fnmatchcase(name, glob) for glob in job.branch_outputs)
+def initialise_by_fan_in(
+    model: nn.Module, *, depth: int, branch_outputs: Collection[str], kept: Collection[str] = ()
+) -> None:
+    """Draws the weights of a model anew.
+
+    Args:
+        model: with the weights that its author gives it.
+        depth: number of blocks of each residual stream, with two branches in each.
+        branch_outputs: globs of the modules whose output a residual stream adds.
+        kept: globs of the parameters whose initial values belong to the model's design.
+    """
+    for name, module in model.named_modules():
+        branch = any(fnmatchcase(name, glob) for glob in branch_outputs)
         for weight, fan_in in _weights(module).items():
-            if not any(fnmatchcase(f"{name}.{weight}", glob) for glob in job.kept):
-                std = fan_in**-0.5 / (math.sqrt(2 * job.depth) if branch else 1.0)
+            if not any(fnmatchcase(f"{name}.{weight}", glob) for glob in kept):
+                std = fan_in**-0.5 / (math.sqrt(2 * depth) if branch else 1.0)
                 _draw(module, weight, std)
 
 

@@ -1,0 +1,30 @@
+"""Train the model of module.py on the text of data.py, as conf/train.yaml says.
+
+python train.py                                  # with unit scaling
+python train.py '~callbacks.unitscale'           # the untouched model, to compare
+python train.py callbacks.unitscale.format=fp8 module.width=256 data.folder=my_texts 'data.pattern="**/*.txt"'
+"""
+
+import hydra
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Trains, and returns the held-out loss, which `-m` with a sweeper minimizes."""
+    pl.seed_everything(cfg.seed)
+    callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
+    trainer = instantiate(cfg.trainer, callbacks=callbacks)
+    trainer.fit(instantiate(cfg.module), instantiate(cfg.data), ckpt_path=cfg.ckpt_path)
+    for callback in callbacks:
+        if plan := getattr(callback, "plan", None):
+            print(plan.summary())
+    loss = float(trainer.callback_metrics["val/loss"])
+    print(f"held-out loss {loss:.3f} nats per byte; checkpoint {trainer.checkpoint_callback.best_model_path}")
+    return loss
+
+
+if __name__ == "__main__":
+    main()
