@@ -113,7 +113,7 @@ def verdict(name: str, device: torch.device) -> str:
     one = torch.ones((), device=device)
     halves = torch.full((32, 32), 0.5, device=device)
     try:
-        x, weight = Cast(cast(halves, format.x), one), Cast(cast(halves.T, format.weight), one)
+        x, weight = (Cast(cast(t, to), one, t.shape) for t, to in ((halves, format.x), (halves.T, format.weight)))
         exact = bool((multiply(x, weight, torch.float32) == 32 * 0.25).all())
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         return f"no: its product fails: {str(error).splitlines()[0]}"
