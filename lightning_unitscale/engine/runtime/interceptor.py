@@ -35,7 +35,7 @@ from lightning_unitscale.engine.runtime.free_factor import add_with_constant, ru
 from lightning_unitscale.engine.runtime.known_tensors import KnownTensors
 from lightning_unitscale.engine.runtime.observer import ObservedProduct, observers_inside, show_to_observers
 from lightning_unitscale.engine.runtime.open_frame import OpenFrame
-from lightning_unitscale.engine.runtime.rules import MULTI_HEAD, Rules
+from lightning_unitscale.engine.runtime.rules import MULTI_HEAD, WATCHED, Rules, WatchedFunction
 from lightning_unitscale.engine.runtime.scope import FreeSite, Scope
 from lightning_unitscale.errors import UncastableError, UnitScalingError
 from lightning_unitscale.ops import MATMULS, FunctionCall, Matmul
@@ -101,11 +101,12 @@ class Interceptor(TorchFunctionMode):
             return function(*args, **kwargs)
         if function is Tensor.unflatten:  # the compiler can't follow the super() in it
             function = torch.unflatten
-        name = self.rules.watched.get(function)
-        if name is None:
+        watched = WATCHED.get(function)
+        if watched is None or watched.name not in self.rules.names:
             if torch.compiler.is_compiling() and isinstance(function, (OpOverload, OpOverloadPacket)):
                 self._refuse_unknown(function, args)
             return function(*args, **kwargs)
+        name = watched.name
         if name == MULTI_HEAD:
             if function is not F.multi_head_attention_forward:
                 return function(*args, **kwargs)
@@ -115,7 +116,7 @@ class Interceptor(TorchFunctionMode):
         if name in self.rules.free:
             free = self.frames[-1].free_site(name, args)
             if free is not None:
-                return self._run_site(free, name, call)
+                return self._run_site(free, watched, call)
         result = self._run(name, call)
         if name in self.rules.followed:
             self.known.follow(name, call, result, self._in_parametrization)
@@ -196,21 +197,21 @@ class Interceptor(TorchFunctionMode):
 
     # --- parameter-free sites ----------------------------------------------------------------------------------
 
-    def _run_site(self, free: FreeSite, name: str, call: FunctionCall) -> Any:
+    def _run_site(self, free: FreeSite, function: WatchedFunction, call: FunctionCall) -> Any:
         """The call as the parameter-free site that it is, with its operands cast if they are to be."""
         site, cast = free.site, free.cast
         if site.format is None:
-            return self._run_with_factor(free, name, call)
-        op = MATMULS[name]
+            return self._run_with_factor(free, function, call)
+        op = MATMULS[function.name]
         if cast is not None and cast.scales is not None:
-            result = cast.rounded_gradient(self._run_with_factor(free, name, cast.rounded(op, call)))
+            result = cast.rounded_gradient(self._run_with_factor(free, function, cast.rounded(op, call)))
         else:
-            result = self._run_with_factor(free, name, call)
+            result = self._run_with_factor(free, function, call)
         show_to_observers(site.use, ObservedProduct(call, op.multiplicands(call), result))
         return result
 
-    def _run_with_factor(self, free: FreeSite, name: str, call: FunctionCall) -> Any:
-        site, in_place = free.site, call.function in self.rules.in_place
+    def _run_with_factor(self, free: FreeSite, function: WatchedFunction, call: FunctionCall) -> Any:
+        site, (name, in_place) = free.site, function
         if torch.compiler.is_compiling() and free.constant is not None:
             return add_with_constant(site, call, in_place, free.constant)
         if self.rules.applied is not None:

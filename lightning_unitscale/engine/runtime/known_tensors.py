@@ -44,12 +44,15 @@ class KnownTensors:
 
     def made_of(self, tensor: Tensor) -> MadeOf | None:
         """What the tensor is known to be made of."""
-        found = self._searched(tensor) if torch.compiler.is_compiling() else self._looked_up(tensor)
+        found = self._found(tensor)
         return found if found is not None or self.outside is None else self.outside.made_of(tensor)
 
     def is_known(self, tensor: Tensor) -> bool:
         """Whether it is made of parameters that have factors."""
         return self.made_of(tensor) is not None
+
+    def _found(self, tensor: Tensor) -> MadeOf | None:
+        return self._searched(tensor) if torch.compiler.is_compiling() else self._looked_up(tensor)
 
     def _looked_up(self, tensor: Tensor) -> MadeOf | None:
         if self._indexed != len(self.parameters) + len(self.derived):  # compiled code has added some
@@ -68,7 +71,8 @@ class KnownTensors:
 
     def add_parameter(self, parameter: Tensor, made_of: MadeOf) -> None:
         """A frame that uses this parameter has been opened."""
-        if self.made_of(parameter) is not made_of:
+        # Also if it is known outside: compiled code would differ by the place that it has in the list there.
+        if self._found(parameter) is not made_of:
             self._add(self.parameters, parameter, made_of)
 
     def forget_parameters(self, first: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.places import Place
@@ -16,6 +16,18 @@ from lightning_unitscale.ops.torch_functions import is_in_place
 MULTI_HEAD = "multi_head_attention_forward"  # is opened, so that the calls inside are seen
 
 
+class WatchedFunction(NamedTuple):
+    """A function of torch, by its short name, and whether it writes to its first argument."""
+
+    name: str
+    in_place: bool
+
+
+# All that some rules are about. A global: in a dict that hangs on an entered mode the compiler can't look up functions
+# that are written in Python (`Tensor.norm`), as it finds no hash of them.
+WATCHED: dict[Any, WatchedFunction] = {}
+
+
 class Rules:
     """What is to be done to which torch calls.
 
@@ -25,8 +37,7 @@ class Rules:
         followed: names of the functions through which parameters are followed.
         free: names of the functions with parameter-free sites.
         ops: names of the functions that use weights with a factor, or are cast.
-        watched: the names of all these functions of torch.
-        in_place: those that write to their first argument.
+        names: of all these functions.
         applied: what was applied, while somebody asks; None otherwise.
     """
 
@@ -42,21 +53,17 @@ class Rules:
         self.made_of = made_of_by_key(factors, readings, casts)
         self.casts, self.followed, self.free = casts, frozenset(followed), frozenset(free)
         self.ops = frozenset(op for _, op in (*factors, *casts))
+        self.names = self.followed | self.free | self.ops | {MULTI_HEAD}
         self._find_functions()
 
     def _find_functions(self) -> None:
-        names = self.followed | self.free | self.ops | {MULTI_HEAD}
-        known = {name: functions_named(name) for name in names}
+        known = {name: functions_named(name) for name in self.names}
         unknown = sorted(name for name, functions in known.items() if not functions)
         if unknown:
             raise UnitScalingError(f"no torch function is called {', '.join(unknown)}: torch is another version?")
-        self.watched: dict[Any, str] = {function: name for name, functions in known.items() for function in functions}
-        self.in_place = frozenset(function for function in self.watched if is_in_place(function))
-        show_to_modes(self.watched)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Torch's own functions are found anew where the rules are unpickled: not all of them can be pickled.
-        return {name: value for name, value in self.__dict__.items() if name not in ("watched", "in_place")}
+        for name, functions in known.items():
+            show_to_modes(functions)
+            WATCHED.update((function, WatchedFunction(name, is_in_place(function))) for function in functions)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
