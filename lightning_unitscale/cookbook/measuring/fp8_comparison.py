@@ -1,4 +1,4 @@
-"""Modules in bf16, in FP8 with static scales and in torchao's FP8: forward and backward side by side."""
+"""Modules in bf16, in FP8 with static scales and in that of others: forward and backward side by side."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from statistics import median
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.mixtral.modeling_mixtral import MixtralModel
 
 from lightning_unitscale import unit_scale
 from lightning_unitscale.cookbook.measuring.forward_backward import ForwardBackward
-from lightning_unitscale.cookbook.measuring.fp8_linear import with_torchao
+from lightning_unitscale.cookbook.measuring.fp8_linear import InTransformerEngine, with_torchao
 from lightning_unitscale.cookbook.measuring.side_by_side import ratios, time_side_by_side
 
 HEAD_WIDTH = 128
-VARIANTS = ("bf16", "static", "torchao-tensorwise", "torchao-rowwise")
+EXPERTS = 8
+VARIANTS = ("bf16", "static", "torchao-tensorwise", "torchao-rowwise", "transformer-engine")
 
 
 @dataclass
@@ -67,8 +69,11 @@ class Case:
             unit_scale(module, lambda m: _with_unit_gradient(m(x)), scheme="preserve", format="fp8")
         elif name.startswith("torchao-"):
             module = with_torchao(module, name.removeprefix("torchao-"), emulate=self.device.type != "cuda")
-        compiled = mode == "compiled"
-        return ForwardBackward(torch.compile(module, fullgraph=name != "torchao-rowwise") if compiled else module, x)
+        elif name == "transformer-engine":
+            module = InTransformerEngine(module)
+        if mode == "compiled":
+            return ForwardBackward(torch.compile(module, fullgraph=name in ("bf16", "static", "torchao-tensorwise")), x)
+        return ForwardBackward(module, x)
 
     def allocated(self) -> int:
         """Bytes on the GPU; 0 on a CPU."""
@@ -95,15 +100,39 @@ class LlamaBlock(nn.Module):
         return hidden
 
 
+class MoeBlock(nn.Module):
+    """One decoder layer of Mixtral, two of eight experts a token, all experts' products in one grouped call."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        config = MixtralConfig(
+            hidden_size=width,
+            intermediate_size=int(width * 3.5),
+            num_attention_heads=max(1, width // HEAD_WIDTH),
+            num_key_value_heads=max(1, width // HEAD_WIDTH),
+            num_hidden_layers=1,
+            vocab_size=16,
+            num_local_experts=EXPERTS,
+        )
+        config._experts_implementation = "grouped_mm"
+        self.model = MixtralModel(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x and the result: (1, tokens, width)."""
+        hidden: Tensor = self.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        return hidden
+
+
 def configured_cases(cfg: DictConfig) -> list[Case]:
-    """The modules of the recipe `fp8_benchmark`: linear layers, then blocks."""
+    """The modules of the recipe `fp8_benchmark`: linear layers, then blocks of Llama and of experts."""
     place = torch.device(cfg.device), getattr(torch, cfg.dtype)
     linears = [
         Case(f"linear {n}x{i}x{o}", partial(nn.Linear, i, o, bias=False), (n, i), *place) for n, i, o in cfg.linears
     ]
+    blocks = [("Llama", LlamaBlock, sizes) for sizes in cfg.blocks] + [("MoE", MoeBlock, sizes) for sizes in cfg.moe]
     return linears + [
-        Case(f"Llama block {width}, {tokens} tokens", partial(LlamaBlock, width), (1, tokens, width), *place)
-        for width, tokens in cfg.blocks
+        Case(f"{name} block {width}, {tokens} tokens", partial(block, width), (1, tokens, width), *place)
+        for name, block, (width, tokens) in blocks
     ]
 
 

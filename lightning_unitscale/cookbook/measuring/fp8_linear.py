@@ -1,7 +1,8 @@
-"""Linear layers with FP8 operands: what `UnitScaling(format="fp8")` runs, and torchao's."""
+"""Linear layers with FP8 operands: what `UnitScaling(format="fp8")` runs, torchao's, and Transformer Engine's."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -45,3 +46,38 @@ def with_torchao(module: nn.Module, recipe: str, emulate: bool) -> nn.Module:
 
     config = Float8LinearConfig(emulate=True) if emulate else Float8LinearConfig.from_recipe_name(recipe)
     return convert_to_float8_training(nn.Sequential(module), config=config)  # type: ignore[no-any-return]
+
+
+class InTransformerEngine(nn.Module):
+    """A module whose linear layers are Transformer Engine's, with its default recipe for FP8 (delayed scaling).
+
+    Args:
+        module: changed in place.
+
+    Raises:
+        ModuleNotFoundError: Transformer Engine is not installed.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.engine = importlib.import_module("transformer_engine.pytorch")
+        self.module = nn.Sequential(module)  # a linear layer that is the root itself is replaced too
+        for parent in list(self.module.modules()):
+            for name, layer in parent.named_children():
+                if isinstance(layer, nn.Linear):
+                    setattr(parent, name, self._replaced(layer))
+
+    def _replaced(self, layer: nn.Linear) -> nn.Module:
+        weight = layer.weight
+        new: nn.Module = self.engine.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, params_dtype=weight.dtype
+        ).to(weight.device)
+        with torch.no_grad():
+            new.load_state_dict(layer.state_dict(), strict=False)  # it has state of its own beside
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the module's own."""
+        with self.engine.fp8_autocast(enabled=True):
+            y: Tensor = self.module(x)
+        return y

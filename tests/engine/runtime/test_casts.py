@@ -34,13 +34,15 @@ from lightning_unitscale import (
     scale_learning_rates,
     unit_scale,
 )
+from lightning_unitscale.cookbook.measuring.pass_counter import PassCounter
 from lightning_unitscale.engine.checks import calibration
 from lightning_unitscale.engine.checks.calibration import Calibration
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.runtime import casts
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import entered_observers
-from lightning_unitscale.formats import FORMATS, cast
+from lightning_unitscale.formats import FORMATS, OPERANDS, cast
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.products import MatrixProducts
 
@@ -249,6 +251,22 @@ def test_weights_are_cast_once_for_accumulated_batches(monkeypatch: pytest.Monke
         optimizer.step()
         assert counted.count((48, 32)) == 1
         assert counted.count((16, 48)) <= 1  # frozen
+
+
+def test_on_tensor_cores_a_kept_weight_serves_both_passes() -> None:
+    """ "meta" stands for CUDA: three casts for the first batch, of which the weight's is in both layouts; then two."""
+    site = Site(
+        "", "forward", "linear", "hidden", params=["w"], format="fp8", operand_scales=dict.fromkeys(OPERANDS, 1.0)
+    )
+    casting = casts.WeightCast(site)
+    with torch.device("meta"):
+        weight, x = (torch.empty(64, 64, requires_grad=True) for _ in range(2))
+    counted = []
+    for frozen_input in (True, False, False):  # what was cast for the forward pass alone does not serve a backward pass
+        with PassCounter(64 * 64) as counter:
+            casting(x.detach() if frozen_input else x, weight, MatrixProducts()).backward(x.detach())
+        counted.append(sum("fp8_cast" in name for name, _ in counter.passes))
+    assert counted == [3, 3, 2]
 
 
 def test_a_graph_that_is_captured_casts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
