@@ -11,8 +11,8 @@ random search of the same grid with as many runs. Every run is the recipe `pretr
 Hydra's own sweeps. A finished run is one line in `runs.jsonl` and is not run again. At the end: a table, and the best
 settings of all runs in `experiment/chosen.yaml`, which `experiment=chosen` finds with `--config-dir`.
 
-As `unitscale pretrain` returns its held-out loss, Hydra's own sweepers search too, under any of its launchers but without
-going on after a stop: independent search as above, in this application and any other, and Optuna's samplers
+As `unitscale pretrain` returns its held-out loss, sweepers of Hydra search too, under any of its launchers, though they
+do not go on after a stop: the same independent search, in any Hydra application, and Optuna's samplers
 (pip install -e ".[optuna]"):
 
     unitscale pretrain -m hydra/sweeper=unitscale_independent unitscale.lr_units=umup \\
