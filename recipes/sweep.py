@@ -11,8 +11,12 @@ random search of the same grid with as many runs. Every run is the recipe `pretr
 Hydra's own sweeps. A finished run is one line in `runs.jsonl` and is not run again. At the end: a table, and the best
 settings of all runs in `experiment/chosen.yaml`, which `experiment=chosen` finds with `--config-dir`.
 
-Optuna's samplers (pip install -e ".[optuna]") search by Hydra alone, as `unitscale pretrain` returns its held-out loss:
+As `unitscale pretrain` returns its held-out loss, sweepers of Hydra search too, under any of its launchers, though they
+do not go on after a stop: the same independent search, in any Hydra application, and Optuna's samplers
+(pip install -e ".[optuna]"):
 
+    unitscale pretrain -m hydra/sweeper=unitscale_independent unitscale.lr_units=umup \\
+        'optimizer.lr=0.5,1,2,4' 'unitscale.hyperparameters.alpha_attn=0.5,1,2,4'
     unitscale pretrain -m hydra/sweeper=optuna hydra.sweeper.n_trials=20 unitscale.lr_units=umup \\
         'optimizer.lr=choice(0.5,1,2,4)' 'unitscale.hyperparameters.alpha_attn=interval(0.5,4)'
 """

@@ -48,7 +48,8 @@ def files(folder: Path) -> set[Path]:
 def test_wheel_contents(wheel_tree: Path) -> None:
     for part in ("conf", "recipes"):
         assert files(wheel_tree / "lightning_unitscale" / part) == files(ROOT / part)
-    for file in ("lightning_unitscale/py.typed", "hydra_plugins/lightning_unitscale.py"):
+    plugins = ("hydra_plugins/lightning_unitscale.py", "hydra_plugins/unitscale_independent.py")
+    for file in ("lightning_unitscale/py.typed", *plugins):
         assert (wheel_tree / file).is_file()
     top = {path.name for path in wheel_tree.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"lightning_unitscale", "lightning_unitscale_autoload.py", "hydra_plugins"}

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 RATE, EPS, DECAY, STD = 3e-3, 1e-3, 0.3, 0.05  # an eps as large as gradients are, so that its rule is seen
 WIDTH, DEPTH = 16, 2  # the base shape
+ALPHA_IN, ALPHA_OUT = 3.0, 0.7
+GIVEN = {"base_width": WIDTH, "base_depth": DEPTH, "init_std": STD, "alpha_in": ALPHA_IN, "alpha_out": ALPHA_OUT}
 
 
 class Reference(nn.Module):
@@ -27,17 +29,18 @@ class Reference(nn.Module):
                 for layer in (block.o, block.down):
                     layer.weight /= self.branch
                 block.q.weight *= HEAD_DIM**0.5
-            self.net.readout.weight *= m_n
+            self.net.embedding.weight /= ALPHA_IN
+            self.net.readout.weight *= m_n / ALPHA_OUT
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.net.embedding(tokens)
+        x = ALPHA_IN * self.net.embedding(tokens)
         for b in self.net.blocks:
             h = b.norm1(x)
             q, k, v = heads(b.q(h)), heads(b.k(h)), heads(b.v(h))
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1 / HEAD_DIM)
             x = x + self.branch * b.o(mixed.transpose(-2, -3).flatten(-2))
             x = x + self.branch * b.mlp(b.norm2(x))
-        return self.net.readout(self.net.norm(x) / self.m_n)
+        return self.net.readout(self.net.norm(x) * ALPHA_OUT / self.m_n)
 
 
 def groups(reference: Reference, m_l: float, alpha: float) -> list[dict[str, Any]]:
@@ -69,7 +72,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 6) -> l
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 @pytest.mark.parametrize(("width", "depth"), [(16, 2), (32, 2), (16, 6), (48, 3)])
 def test_it_trains_as_the_table_says(width: int, depth: int, alpha: float, storage: str) -> None:
-    hyperparameters = {"base_width": WIDTH, "base_depth": DEPTH, "init_std": STD, "alpha": alpha}
+    hyperparameters = {**GIVEN, "alpha": alpha}
     options = {"scheme": "completep", "lr_units": "umup", "hyperparameters": hyperparameters}
     net, plan = scaled(depth, width, gains=True, storage=storage, **options)
     m_n, m_l = width / WIDTH, depth / DEPTH
@@ -86,8 +89,7 @@ def test_it_trains_as_the_table_says(width: int, depth: int, alpha: float, stora
 
 def test_the_rules_are_seen_by_that_test() -> None:
     """Without the rule for eps, or for depth, the losses are others."""
-    hyperparameters = {"base_width": WIDTH, "base_depth": DEPTH, "init_std": STD}
-    net, plan = scaled(6, 32, gains=True, scheme="completep", lr_units="umup", hyperparameters=hyperparameters)
+    net, plan = scaled(6, 32, gains=True, scheme="completep", lr_units="umup", hyperparameters=GIVEN)
     reference = Reference(net, 2.0, 3.0, 1.0)
     expected = train(net, adamw(net, plan, lr=RATE, weight_decay=DECAY, eps=EPS))
     for change in ({"eps": EPS}, {"weight_decay": DECAY}, {"lr": RATE}):
