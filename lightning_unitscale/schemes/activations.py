@@ -12,6 +12,7 @@ from lightning_unitscale.schemes.activation_constants import call_rms, gaussian_
 from lightning_unitscale.schemes.by_hand import is_by_hand
 from lightning_unitscale.schemes.draft import Draft
 from lightning_unitscale.schemes.free_sites import parameter_free_site
+from lightning_unitscale.schemes.left_alone import no_place
 from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.placed_factors import PlacedFactors
 from lightning_unitscale.schemes.pushing import CallUse, pushes, takers
@@ -75,7 +76,7 @@ class ActivationFactors:
         if factors and call.in_function and placed.are_all_calls(uses):
             placed.put(uses, factors)
         elif factors:
-            placed.leave_alone("activation", call, self.draft.no_place(call))
+            placed.leave_alone("activation", call, no_place(call))
 
     def site(self, activation: Activation) -> Site | None:
         """Where the factor stands; None where it has no place, or the scheme no rule for it."""
@@ -87,7 +88,7 @@ class ActivationFactors:
         else:
             call = activation.call
             assert call is not None
-            if self.draft.no_place(call):
+            if no_place(call):
                 return None
             rms, site = call_rms(call, scale), parameter_free_site(call, "activation", [])
         site.set_factors("", self.rules.ask(activation.modules, lambda scheme: scheme.activation(rms)))

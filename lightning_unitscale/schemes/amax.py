@@ -33,7 +33,8 @@ from dataclasses import dataclass
 from math import sqrt
 
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.schemes.scheme import Rates, Scheme, Weight, register
+from lightning_unitscale.schemes.registry import register
+from lightning_unitscale.schemes.scheme import Rates, Scheme, Weight
 
 ARTICLE = "the article's rule, see schemes/amax.py"
 

@@ -8,6 +8,7 @@ from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.schemes.draft import Draft
 from lightning_unitscale.schemes.free_sites import parameter_free_site
+from lightning_unitscale.schemes.left_alone import no_place
 from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.placed_factors import MODEL, PlacedFactors
 from lightning_unitscale.schemes.pushing import pushes
@@ -35,7 +36,7 @@ class LogitFactors:
         if site is None and call.in_function and placed.are_all_calls(into):
             placed.push(found, factors)
         elif site is None:
-            placed.leave_alone("attention", call, self.draft.no_place(call))
+            placed.leave_alone("attention", call, no_place(call))
         else:
             calls = self.draft.trace.calls
             site.fold_into = [UseId(key, calls[index].name) for index, key in into]
@@ -52,7 +53,7 @@ class LogitFactors:
     def site(self, attention: Attention) -> Site | None:
         """Where the factor stands; None where it has no place, or the scheme no rule for it."""
         factors = self._factors(attention)
-        if factors is None or self.draft.no_place(attention.call):
+        if factors is None or no_place(attention.call):
             return None
         site = parameter_free_site(attention.call, "attention", factors, attention.query)
         site.last_dim = attention.head_dim if attention.query.shape[-1] == attention.head_dim else None

@@ -16,6 +16,7 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.record.trace import Value
 from lightning_unitscale.schemes.draft import Draft
 from lightning_unitscale.schemes.free_sites import parameter_free_site
+from lightning_unitscale.schemes.left_alone import no_place
 from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.placed_factors import MODEL, PlacedFactors
 from lightning_unitscale.schemes.pushing import pushes
@@ -62,7 +63,7 @@ class Branches:
         if found:
             return
         call = next(call for call in residual.calls if value in call.inputs)
-        if reason := self.draft.no_place(call):
+        if reason := no_place(call):
             placed.leave_alone("residual addition", call, reason)
             return
         own = max((source.model_constant for source in self.draft.structure.sources(value)[0]), default=1.0)

@@ -29,7 +29,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.schemes.scheme import Rates, ResidualBranch, Scheme, Weight, register
+from lightning_unitscale.schemes.registry import register
+from lightning_unitscale.schemes.scheme import Rates, ResidualBranch, Scheme, Weight
 
 TABLE = "CompleteP, arXiv 2505.01618, table 1"
 

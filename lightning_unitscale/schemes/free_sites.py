@@ -16,7 +16,8 @@ from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.record.places import EVERY_CALL, Place
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import MATMULS
-from lightning_unitscale.schemes.draft import SKIPPED, Draft, operand_rms
+from lightning_unitscale.schemes.draft import Draft, operand_rms
+from lightning_unitscale.schemes.left_alone import SKIPPED
 
 
 def parameter_free_site(call: Call, role: str, factors: list[Factor], operand: Value | None = None) -> Site:

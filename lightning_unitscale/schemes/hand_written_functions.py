@@ -17,6 +17,7 @@ from lightning_unitscale.engine.record.trace import Call
 from lightning_unitscale.options import STORAGES
 from lightning_unitscale.schemes.draft import Draft
 from lightning_unitscale.schemes.free_sites import parameter_free_site
+from lightning_unitscale.schemes.left_alone import no_place
 from lightning_unitscale.schemes.placed_factors import PlacedFactors
 from lightning_unitscale.schemes.pushing import pushes
 
@@ -49,7 +50,7 @@ def _scale_operand(placed: PlacedFactors, call: Call, factors: list[Factor]) -> 
         return True
     sources, passed = draft.structure.sources(moving[0])
     maker = sources[0].value.producer
-    if len(sources) > 1 or maker is None or draft.no_place(maker) or not _is_called_once(draft, maker):
+    if len(sources) > 1 or maker is None or no_place(maker) or not _is_called_once(draft, maker):
         return False
     site = parameter_free_site(maker, "operand", factors)
     site.reason = "of a matmul inside a hand-written autograd.Function"

@@ -29,9 +29,10 @@ from lightning_unitscale.schemes.activations import ActivationFactors
 from lightning_unitscale.schemes.attention_logits import LogitFactors
 from lightning_unitscale.schemes.beside import BesideSites, follow
 from lightning_unitscale.schemes.branches import Branches
-from lightning_unitscale.schemes.draft import IN_FUNCTION, Draft
+from lightning_unitscale.schemes.draft import Draft
 from lightning_unitscale.schemes.hand_written_functions import move_out, without_place
 from lightning_unitscale.schemes.initial_values import set_initial_values
+from lightning_unitscale.schemes.left_alone import IN_FUNCTION
 from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.placed_factors import PlacedFactors
 from lightning_unitscale.schemes.rates import LearningRates

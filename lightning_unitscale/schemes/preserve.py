@@ -7,7 +7,8 @@ adds is the plan itself, on which low-precision formats rest.
 from __future__ import annotations
 
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.schemes.scheme import Rates, Scheme, Weight, register
+from lightning_unitscale.schemes.registry import register
+from lightning_unitscale.schemes.scheme import Rates, Scheme, Weight
 
 
 @register

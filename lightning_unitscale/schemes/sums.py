@@ -8,6 +8,7 @@ from lightning_unitscale.engine.analysis.structure import Sum
 from lightning_unitscale.engine.record.trace import Value
 from lightning_unitscale.schemes.draft import Draft
 from lightning_unitscale.schemes.free_sites import parameter_free_site
+from lightning_unitscale.schemes.left_alone import no_place
 from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.placed_factors import PlacedFactors
 from lightning_unitscale.schemes.pushing import pushes
@@ -34,7 +35,7 @@ def _place(placed: PlacedFactors, rules: LocalSchemes, addition: Sum, zeros: Col
     if all(found):
         for sources in found:
             placed.push(sources, factors)
-    elif not draft.no_place(addition.call):
+    elif not no_place(addition.call):
         site = parameter_free_site(addition.call, "sum", factors)
         site.reason = "a term is used elsewhere too, or is left alone"
         placed.free.add(site)

@@ -50,7 +50,8 @@ from dataclasses import dataclass
 from math import sqrt
 
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.schemes.scheme import Rates, ResidualBranch, Scheme, Weight, register
+from lightning_unitscale.schemes.registry import register
+from lightning_unitscale.schemes.scheme import Rates, ResidualBranch, Scheme, Weight
 
 TABLE = "u-μP, arXiv 2407.17465, table 2"
 RESIDUAL = "u-μP, arXiv 2407.17465, appendix G.2.2"

@@ -23,7 +23,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.schemes.scheme import Rates, ResidualBranch, Scheme, Weight, register
+from lightning_unitscale.schemes.registry import register
+from lightning_unitscale.schemes.scheme import Rates, ResidualBranch, Scheme, Weight
 from lightning_unitscale.schemes.weighted_addition import branch_factor
 
 PAPER = "Unit Scaling, arXiv 2303.11257"

@@ -10,7 +10,8 @@ from torch import nn
 
 from lightning_unitscale import UnitScaling, UnitScalingError, remove_unit_scaling, unit_scale
 from lightning_unitscale.engine.plan.factors import Factor
-from lightning_unitscale.schemes.scheme import SCHEMES, Rates, ResidualBranch, Scheme, Weight, register
+from lightning_unitscale.schemes.registry import SCHEMES, register
+from lightning_unitscale.schemes.scheme import Rates, ResidualBranch, Scheme, Weight
 
 
 class Toy(Scheme):
