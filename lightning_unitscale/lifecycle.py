@@ -43,6 +43,7 @@ from lightning_unitscale.engine.plan.summary import headline
 from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
+from lightning_unitscale.in_force import adopt, forget, put_in_force
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
 from lightning_unitscale.namespaces import classes
 from lightning_unitscale.optim.families import check_family, optimizer_family
@@ -50,7 +51,8 @@ from lightning_unitscale.optim.late_parameters import may_learn_late
 from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps, scale_learning_rates
 from lightning_unitscale.options import PLAN_OPTIONS, Options
-from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
+from lightning_unitscale.prepare import prepare
+from lightning_unitscale.record_step import Step
 from lightning_unitscale.schemes import find, scheme_of
 from lightning_unitscale.wrapped_methods import WrappedMethods
 
