@@ -45,7 +45,7 @@ from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.in_force import adopt, forget, put_in_force
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
-from lightning_unitscale.namespaces import classes
+from lightning_unitscale.namespaces import callbacks_of, classes
 from lightning_unitscale.optim.families import check_family, optimizer_family
 from lightning_unitscale.optim.late_parameters import may_learn_late
 from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
@@ -361,14 +361,14 @@ def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
     Lightning's WeightAveraging and StochasticWeightAveraging copy the module in `setup` and exchange weights with it
     later, so both must store the same; an average that was never updated holds the initial weights.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         average = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
             yield average.module if isinstance(average, AveragedModel) else average
 
 
 def _refuse_pruning(trainer: pl.Trainer) -> None:
-    if any(isinstance(callback, classes("callbacks.ModelPruning")) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if any(isinstance(callback, classes("callbacks.ModelPruning")) for callback in callbacks_of(trainer)):
         raise UnitScalingError(
             "ModelPruning compares the magnitudes of stored weights, which unit scaling rescales layer by layer: it "
             "would empty layers that are merely stored small. Use scheme='preserve', or prune the trained model after "
