@@ -76,7 +76,7 @@ def wrap_load_state_dict() -> None:
             return original(self, state_dict, *args, **kwargs)
 
     setattr(load_state_dict, _OURS, True)
-    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]  # on purpose
 
 
 def _carries_a_plan(state: Mapping[str, Any]) -> bool:

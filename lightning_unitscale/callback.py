@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.lifecycle import Lifecycle
-from lightning_unitscale.namespaces import Callback
+from lightning_unitscale.namespaces import Callback, callbacks_of
 from lightning_unitscale.options import RECALIBRATE, Options
 from lightning_unitscale.strategy import UnitScalingMixin
 
@@ -104,7 +104,7 @@ class UnitScaling(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Connect to the Trainer's strategy."""
-        if sum(isinstance(callback, UnitScaling) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        if sum(isinstance(callback, UnitScaling) for callback in callbacks_of(trainer)) > 1:
             raise UnitScalingError("the Trainer has more than one UnitScaling callback; keep one of them.")
         strategy = trainer.strategy
         if not isinstance(strategy, UnitScalingMixin):

@@ -20,7 +20,7 @@ from torch import nn
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, carried_plans, decode
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.prepare import forget, put_in_force
+from lightning_unitscale.in_force import forget, put_in_force
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> Plan | None:

@@ -43,14 +43,16 @@ from lightning_unitscale.engine.plan.summary import headline
 from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
+from lightning_unitscale.in_force import adopt, forget, put_in_force
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
-from lightning_unitscale.namespaces import classes
+from lightning_unitscale.namespaces import callbacks_of, classes
 from lightning_unitscale.optim.families import check_family, optimizer_family
 from lightning_unitscale.optim.late_parameters import may_learn_late
 from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps, scale_learning_rates
 from lightning_unitscale.options import PLAN_OPTIONS, Options
-from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
+from lightning_unitscale.prepare import prepare
+from lightning_unitscale.record_step import Step
 from lightning_unitscale.schemes import find, scheme_of
 from lightning_unitscale.wrapped_methods import WrappedMethods
 
@@ -359,14 +361,14 @@ def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
     Lightning's WeightAveraging and StochasticWeightAveraging copy the module in `setup` and exchange weights with it
     later, so both must store the same; an average that was never updated holds the initial weights.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         average = getattr(callback, "_average_model", None)
         if isinstance(average, nn.Module):
             yield average.module if isinstance(average, AveragedModel) else average
 
 
 def _refuse_pruning(trainer: pl.Trainer) -> None:
-    if any(isinstance(callback, classes("callbacks.ModelPruning")) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if any(isinstance(callback, classes("callbacks.ModelPruning")) for callback in callbacks_of(trainer)):
         raise UnitScalingError(
             "ModelPruning compares the magnitudes of stored weights, which unit scaling rescales layer by layer: it "
             "would empty layers that are merely stored small. Use scheme='preserve', or prune the trained model after "

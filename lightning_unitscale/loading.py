@@ -29,7 +29,7 @@ from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.plan.state_dict import carried_plans, decode
 from lightning_unitscale.engine.runtime.install import rules_in_force
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.prepare import forget, put_in_force
+from lightning_unitscale.in_force import forget, put_in_force
 
 
 @contextmanager

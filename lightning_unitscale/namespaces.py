@@ -38,7 +38,14 @@ def classes(path: str) -> tuple[type[Any], ...]:
     return tuple(attrgetter(path)(namespace) for namespace in NAMESPACES)
 
 
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The callbacks of a Trainer of any namespace; its class does not declare them."""
+    callbacks: list[Callback] = vars(trainer)["callbacks"]
+    return callbacks
+
+
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as Callback
+    from pytorch_lightning import Trainer
 else:
     Callback = type("Callback", classes("Callback"), {"__doc__": "A callback for the Trainer of any namespace."})

@@ -52,5 +52,5 @@ class _Announcer(MetaPathFinder):
                 sys.meta_path.remove(self)
                 self.act()
 
-        loader.exec_module = run_and_announce  # type: ignore[method-assign]
+        loader.exec_module = run_and_announce  # type: ignore[method-assign]  # of this loader alone
         return spec

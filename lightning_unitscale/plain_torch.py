@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from lightning_unitscale.engine.checks.calibration import Calibration
+from lightning_unitscale.engine.checks.calibration import Calibration, fall_back
+from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
+from lightning_unitscale.engine.checks.verify_casts import verify_casts
 from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.in_force import remove
 from lightning_unitscale.options import RECALIBRATE, Options
-from lightning_unitscale.prepare import measure_operands, prepare, remove
+from lightning_unitscale.prepare import prepare
+from lightning_unitscale.record_step import Step
 
 
 def unit_scale(
@@ -61,8 +66,34 @@ def unit_scale(
         verify=verify,
     )
     plan = prepare(module, lambda _: step(module), options)
-    measure_operands(module, lambda _: step(module), options)
+    _measure_operands(plan, lambda _: step(module), options)
     return plan
+
+
+def _measure_operands(plan: Plan, step: Step, options: Options) -> None:
+    """Measure operand scales on one step, forward and backward, that leaves no trace; a Trainer does it as it trains.
+
+    Warns:
+        of sites that cast nothing, as an operand of theirs is all 0 in this step (behind zero-initialised weights) or
+        they were not called, until they are measured again.
+    """
+    if not plan.cast_sites:
+        return
+    module = plan.model
+    calibration = Calibration(module, plan, options.recalibrate)
+    rehearsed_gradients(module, step, None, observer=calibration.observe(0))
+    calibration.finish()
+    if options.verify:
+        for use, problem in verify_casts(module, plan, step).items():
+            fall_back(module, plan, use, problem)
+    unknown = [site.name for site in plan.cast_sites if not site.operand_scales]
+    if unknown:
+        warnings.warn(
+            f"unit scaling: {len(unknown)} sites stay in the compute dtype, as an operand of theirs was all 0 or not "
+            f"seen in this step: {', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}. Inside `recalibrating` "
+            "they are measured again as the model trains.",
+            stacklevel=3,
+        )
 
 
 @contextmanager

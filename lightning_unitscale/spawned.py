@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lightning_unitscale.callback import UnitScaling
 from lightning_unitscale.engine.plan.plan import plan_of
+from lightning_unitscale.namespaces import callbacks_of
 from lightning_unitscale.strategy import UnitScalingMixin
 
 if TYPE_CHECKING:
@@ -21,6 +22,6 @@ def tell_of_plan(trainer: pl.Trainer) -> None:
     plan = plan_of(trainer.lightning_module)
     if plan is None:
         return
-    for owner in (trainer.strategy, *trainer.callbacks):  # type: ignore[attr-defined]
+    for owner in (trainer.strategy, *callbacks_of(trainer)):
         if isinstance(owner, (UnitScaling, UnitScalingMixin)):
             owner.unit_scaling.plan = plan

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.lifecycle import Lifecycle
-from lightning_unitscale.namespaces import NAMESPACES, Callback
+from lightning_unitscale.namespaces import NAMESPACES, Callback, callbacks_of
 from lightning_unitscale.options import Options
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class UnitScalingMixin(Strategy):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         self.unit_scaling.before_run(self.lightning_module)
-        self._callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._callbacks = callbacks_of(trainer)
         self._callbacks.insert(0, _BatchEnd(self.unit_scaling))  # before callbacks that save
         super().setup(trainer)
 

@@ -16,34 +16,28 @@ with the temperature T (`lightning_unitscale.cookbook.tasks.distillation` says w
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.callbacks import BestCheckpoint, Interrupted, LastCheckpoint
 from lightning_unitscale.cookbook.checks import check_checkpoint, check_whole_numbers, validate_before_the_end
 from lightning_unitscale.cookbook.data import TokenText
+from lightning_unitscale.cookbook.distillation_results import DistillationResults
 from lightning_unitscale.cookbook.pretrained import Pretrained
-from lightning_unitscale.cookbook.run_record import in_words, run_facts
+from lightning_unitscale.cookbook.run_report import report_run
 from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer, plain
 from lightning_unitscale.cookbook.tasks.distillation import Student
 from lightning_unitscale.cookbook.teacher import check_fits, get_teacher, test_loss
 from lightning_unitscale.cookbook.tokenizers import BYTES
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor.report import write_report
-
-RESULTS = "distill.json"  # of a run, in its folder: parameters and test loss by name
 
 
 @recipe("distill")
@@ -57,16 +51,16 @@ def main(cfg: DictConfig) -> float:
     check_fits(cfg, teacher)
     data = Student.data_module(documents, teacher, cfg)
 
-    rows = rows_done(folder) if cfg.ckpt_path else {}
-    if "teacher" not in rows:
-        note(rows, "teacher", teacher.model, test_loss(teacher, data), folder)
+    results = DistillationResults(folder, go_on=bool(cfg.ckpt_path))
+    if "teacher" not in results:
+        results.add("teacher", teacher.model, test_loss(teacher, data))
     for name, model in (("student alone", None), ("student with teacher", teacher.model)):
-        if name not in rows:
+        if name not in results:
             module, loss = train(cfg, name, model, teacher, data, folder / name.replace(" ", "_"))
-            note(rows, name, module.model, loss, folder)
-    show(rows)
+            results.add(name, module.model, loss)
+    results.show()
     print(f"{time.perf_counter() - begin:.0f} s; checkpoints and logs in {folder}")
-    return float(rows["student with teacher"]["test loss"])
+    return float(results.rows["student with teacher"]["test loss"])
 
 
 def check(cfg: DictConfig) -> None:
@@ -105,45 +99,19 @@ def train(
     trainer = new_trainer(cfg, unitscale)
     best, last = callback_of(trainer, BestCheckpoint), callback_of(trainer, LastCheckpoint)
     stopped = fit(trainer, module, data, last.path if cfg.ckpt_path and last.path.is_file() else None)
-    plan = unitscale.plan if unitscale else None
-    about: dict[str, Any] = {
-        "title": f"distill: {name}",
-        "facts": run_facts(cfg, trainer, cfg.data.documents._target_),
-        "scaling": in_words(plan),
-        "plan": plan.summary() if plan else "no unit scaling",
-    }
-    numbers = {"parameters": module.model.num_parameters(), "steps": trainer.global_step}
+    scores: Mapping[str, float] = {}
+    if not stopped:
+        (scores,) = trainer.test(module, data, ckpt_path=best.best_model_path, verbose=False)
+    report_run(
+        *(cfg, trainer, unitscale, stopped),
+        title=f"distill: {name}",
+        score="test/loss",
+        metrics=scores,
+        data=cfg.data.documents._target_,
+    )
     if stopped:
-        write_report(folder, ending=f"{name}: {stopped}", metrics=numbers, **about)
-        print(f"\n{name}: {stopped}")
         sys.exit(130 if isinstance(stopped, Interrupted) else 1)
-    (scores,) = trainer.test(module, data, ckpt_path=best.best_model_path, verbose=False)
-    page = write_report(folder, score="test/loss", metrics={**scores, **numbers}, **about)
-    print(f"report {page}")
     return module, scores["test/loss"]
-
-
-def rows_done(folder: Path) -> dict[str, Any]:
-    """What an interrupted run in this folder has finished."""
-    file = folder / RESULTS
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def note(rows: dict[str, Any], name: str, model: PreTrainedModel, loss: float, folder: Path) -> None:
-    """Add a row, and write all of them."""
-    rows[name] = {"parameters": model.num_parameters(), "test loss": loss}
-    (folder / RESULTS).write_text(json.dumps(rows, indent=1))
-
-
-def show(rows: Mapping[str, Any]) -> None:
-    """The table."""
-    table = Table(title="Distillation")
-    table.add_column("")
-    table.add_column("parameters", justify="right")
-    table.add_column("test loss, nats per token", justify="right")
-    for name, row in rows.items():
-        table.add_row(name, f"{row['parameters']:,}", f"{row['test loss']:.4f}")
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,14 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
-from lightning_unitscale import UnitScaling
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.callbacks import BestCheckpoint, Interrupted, Stopped
+from lightning_unitscale.cookbook.callbacks import BestCheckpoint, Interrupted
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
@@ -36,14 +34,12 @@ from lightning_unitscale.cookbook.checks import (
     check_whole_numbers,
     validate_before_the_end,
 )
-from lightning_unitscale.cookbook.run_record import in_words, run_facts, untouched_twin
+from lightning_unitscale.cookbook.run_report import report_run
 from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer, plain, show
 from lightning_unitscale.cookbook.starting_point import module_around, scaling_of, starting_point
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.cookbook.transformers_folder import write_folders
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor.readable import readable
-from lightning_unitscale.monitor.report import write_report
 
 
 @recipe("finetune")
@@ -73,7 +69,14 @@ def main(cfg: DictConfig) -> float:
         shown = show(module, data.test_dataloader(), Path(cfg.folder) / "report", plain(cfg.task))
     if trainer.is_global_zero:
         metrics["seconds"] = round(time.perf_counter() - begin, 1)
-        report(cfg, trainer, metrics, shown, unitscale, stopped)
+        report_run(
+            *(cfg, trainer, unitscale, stopped),
+            title=f"finetune: {cfg.model.path or 'a model made in this run'}",
+            score=f"best {cfg.task.monitor}",
+            metrics=metrics,
+            data=cfg.data[cfg.task.data]._target_,
+            shown=shown,
+        )
     if isinstance(stopped, Interrupted):
         sys.exit(130)
     if stopped:
@@ -100,41 +103,6 @@ def check(cfg: DictConfig) -> None:
     if not any((cfg.model.path, cfg.model.base, cfg.model.config)):
         raise InputError("there is no model to start from; give one: model.path=<checkpoint, folder or hub name>")
     check_checkpoint(cfg)
-
-
-def report(
-    cfg: DictConfig,
-    trainer: pl.Trainer,
-    metrics: Mapping[str, float],
-    shown: Sequence[str | Path],
-    unitscale: UnitScaling | None,
-    stopped: Stopped | None,
-) -> None:
-    """Prints the numbers and writes the page."""
-    parameters = list(trainer.lightning_module.parameters())
-    numbers = {
-        **metrics,
-        "parameters": sum(p.numel() for p in parameters),
-        "parameters trained": sum(p.numel() for p in parameters if p.requires_grad),
-        "steps": trainer.global_step,
-    }
-    plan = unitscale.plan if unitscale else None
-    page = write_report(
-        Path(cfg.folder),
-        title=f"finetune: {cfg.model.path or 'a model made in this run'}",
-        ending=str(stopped or "finished"),
-        score=f"best {cfg.task.monitor}",
-        metrics=numbers,
-        shown=shown,
-        facts=run_facts(cfg, trainer, cfg.data[cfg.task.data]._target_),
-        scaling=in_words(plan),
-        plan=plan.summary() if plan else "no unit scaling",
-        untouched=untouched_twin(Path(cfg.folder)),
-    )
-    print("\n" + "\n".join(f"{name:40} {readable(value):>12}" for name, value in numbers.items()))
-    if stopped:
-        print(f"\n{stopped}")
-    print(f"\nreport {page}")
 
 
 if __name__ == "__main__":

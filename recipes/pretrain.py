@@ -21,19 +21,13 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lightning_unitscale import UnitScaling
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.callbacks import Interrupted, Stopped
-from lightning_unitscale.cookbook.data import TokenText
-from lightning_unitscale.cookbook.data.ngrams import bigram_loss
-from lightning_unitscale.cookbook.run_record import in_words, run_facts, untouched_twin
+from lightning_unitscale.cookbook.callbacks import Interrupted
+from lightning_unitscale.cookbook.data.ngrams import counted_loss
+from lightning_unitscale.cookbook.run_report import report_run
 from lightning_unitscale.cookbook.runs import callback_of, check, fit, module_and_data, new_trainer, plain, show
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.monitor import ScaleMonitor, Snapshot, measure
-from lightning_unitscale.monitor.readable import readable
-from lightning_unitscale.monitor.report import write_report
-
-LARGEST_COUNTED = 4096  # tokens, whose pairs are counted in a table of 4096² numbers
 
 
 @recipe("pretrain")
@@ -54,62 +48,23 @@ def main(cfg: DictConfig) -> float:
         if cfg.task.get("test_part", True):  # else the test is on the text of the validation
             scores = {**scores, **trainer.test(module, data, verbose=False)[0]}
     if trainer.is_global_zero:
-        if stopped:
-            print(f"\n{stopped}")
         if unitscale and cfg.monitor and (monitor := callback_of(trainer, ScaleMonitor)).last:
             untouched(cfg, module, data, monitor.last.format).append_to(monitor.file)
-        report(cfg, trainer, data, scores, unitscale, stopped, time.perf_counter() - begin)
+        seconds = {"seconds": round(time.perf_counter() - begin, 1)}
+        shown = show(module, data.val_dataloader(), Path(cfg.folder) / "report", plain(cfg.task))
+        sizes: dict[str, int] = getattr(data, "sizes", dict)()  # a data module of the user's own says none
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        report_run(
+            *(cfg, trainer, unitscale, stopped),
+            title=f"pretrain: {cfg.model.config.model_type}, {parameters:,} parameters",
+            score="val/loss",
+            metrics={**scores, **counted_loss(data), **sizes, **seconds},
+            data=", ".join(f"{count:,} {name}" for name, count in sizes.items()),
+            shown=shown,
+        )
     if isinstance(stopped, Interrupted):
         sys.exit(130)
     return math.inf if stopped else scores["val/loss"]
-
-
-def report(
-    cfg: DictConfig,
-    trainer: pl.Trainer,
-    data: pl.LightningDataModule,
-    scores: Mapping[str, float],
-    unitscale: UnitScaling | None,
-    stopped: Stopped | None,
-    seconds: float,
-) -> None:
-    """Prints samples and numbers and writes the page, of a run that was stopped too."""
-    module: Task = trainer.lightning_module  # type: ignore[assignment]
-    shown = show(module, data.val_dataloader(), Path(cfg.folder) / "report", plain(cfg.task))
-    sizes: dict[str, int] = getattr(data, "sizes", dict)()  # a data module of the user's own says none
-    metrics = {
-        **scores,
-        **floor(data),
-        **sizes,
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "steps": trainer.global_step,
-        "seconds": round(seconds, 1),
-    }
-    page = write_report(
-        Path(cfg.folder),
-        title=f"pretrain: {cfg.model.config.model_type}, {metrics['parameters']:,} parameters",
-        ending=str(stopped or "finished"),
-        score="val/loss",
-        metrics=metrics,
-        facts=run_facts(cfg, trainer, ", ".join(f"{count:,} {name}" for name, count in sizes.items())),
-        scaling=in_words(unitscale.plan if unitscale else None),
-        shown=shown,
-        plan=unitscale.plan.summary() if unitscale and unitscale.plan else "no unit scaling (unitscale=none)",
-        untouched=untouched_twin(Path(cfg.folder)),
-    )
-    print("\n" + "\n".join(f"{name:40} {readable(value):>12}" for name, value in metrics.items()))
-    print(f"\nreport {page}")
-
-
-def floor(data: pl.LightningDataModule) -> dict[str, float]:
-    """What counting alone predicts of a text, which a model has to be below; nothing of other data or many tokens."""
-    if not isinstance(data, TokenText):
-        return {}
-    training, held_out = data.training.tokens, data.validation.tokens
-    vocabulary = 1 + int(max(training.max(), held_out.max()))
-    if vocabulary > LARGEST_COUNTED:
-        return {}
-    return {"val/loss, of counted pairs of tokens": bigram_loss(training, held_out, vocabulary)}
 
 
 def untouched(cfg: DictConfig, trained: Task, data: pl.LightningDataModule, format: str) -> Snapshot:

@@ -23,15 +23,13 @@ do not go on after a stop: the same independent search, in any Hydra application
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from rich.table import Table
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.checks import check_known
@@ -42,11 +40,11 @@ from lightning_unitscale.cookbook.sweeps.search import (
     best_of,
     independent_search,
     random_search,
-    shown,
 )
 from lightning_unitscale.cookbook.sweeps.space import Point, Space, read_space, with_point
 from lightning_unitscale.cookbook.sweeps.sweep import finish_runs, run_configuration
-from lightning_unitscale.cookbook.tables import new_table, print_and_keep
+from lightning_unitscale.cookbook.sweeps.table import at_edges, search_table
+from lightning_unitscale.cookbook.tables import print_and_keep
 from lightning_unitscale.errors import InputError
 
 SEARCHES = ("independent", "random")
@@ -94,30 +92,6 @@ def check_space(cfg: DictConfig, space: Space) -> None:
             check(one)
             if one.unitscale:
                 instantiate(one.unitscale)
-
-
-def search_table(cfg: DictConfig, found: Mapping[str, Losses], default: Mapping[str, Any]) -> Table:
-    """For each search the number of its runs, the best loss and its settings; first, with the learning rate alone."""
-    title = f"Held-out loss, nats per byte, width {cfg.model.width}, after {cfg.trainer.max_steps} steps"
-    table = new_table(title, ["search", "best settings"], ["runs", "held-out loss"])
-    rows = dict(found)
-    if "independent" in found:
-        rate_alone = {
-            p: v for p, v in found["independent"].items() if dict(p) == {**default, cfg.rate: dict(p)[cfg.rate]}
-        }
-        rows = {"learning rate alone": rate_alone, **rows}
-    for name, losses in rows.items():
-        best = best_of(losses)
-        table.add_row(name, shown(best), str(len(losses) * len(cfg.seeds)), f"{losses[best]:.3f}")
-    return table
-
-
-def at_edges(space: Space, chosen: Point) -> Iterator[str]:
-    """What was chosen at the end of its values: better ones may lie beyond."""
-    for name, value in chosen:
-        numbers = [v for v in space[name] if isinstance(v, (int, float))]
-        if len(numbers) > 1 and value in (min(numbers), max(numbers)):
-            yield f"{name}={value} is at the edge of its values; others beyond may be better"
 
 
 def write_experiment(cfg: DictConfig, chosen: Point, file: Path) -> None:

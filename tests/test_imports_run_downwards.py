@@ -29,6 +29,7 @@ FLOORS = [
     ("engine.checks",),
     ("optim",),
     ("schemes",),
+    ("record_step", "in_force"),
     ("prepare",),
     ("loss_scale",),
     ("checkpoint", "loading"),

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_unitscale.callback import UnitScaling
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.namespaces import callbacks_of
 
 
 class RandomNumbers(pl.Callback):
@@ -122,7 +123,7 @@ class StopWhenDiverged(pl.Callback):
 
     def _smaller(self, trainer: pl.Trainer) -> float:
         """A tenth, or the rate that is usual for these units and this optimizer if that is less."""
-        plans = [c.plan for c in trainer.callbacks if isinstance(c, UnitScaling)]  # type: ignore[attr-defined]
+        plans = [c.plan for c in callbacks_of(trainer) if isinstance(c, UnitScaling)]
         if any(plan is not None and plan.lr_units == "umup" for plan in plans):
             usual = 1.0
         else:
@@ -202,7 +203,7 @@ class PrintPlan(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Prints above the progress bar."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, UnitScaling) and callback.plan is not None and not self._printed:
                 _, _, table = callback.plan.summary().partition("\n")  # the callback has logged the first line
                 pl_module.print(table)
@@ -245,7 +246,7 @@ class Progress(RichProgressBar):
             text.no_wrap, text.overflow = True, "ellipsis"
             return text
 
-        self._metric_component.render = on_one_line  # type: ignore[method-assign]
+        self._metric_component.render = on_one_line  # type: ignore[method-assign]  # of this bar alone
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Without the version of the logger, losses first: what does not fit on the line is cut at its end."""

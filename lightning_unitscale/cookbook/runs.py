@@ -30,6 +30,7 @@ from lightning_unitscale.cookbook.heads import class_names
 from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.namespaces import callbacks_of
 
 AnyCallback = TypeVar("AnyCallback", bound=pl.Callback)
 
@@ -64,7 +65,7 @@ def callback_of(trainer: pl.Trainer, kind: type[AnyCallback]) -> AnyCallback:
     Raises:
         InputError: the configuration has none.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, kind):
             return callback
     raise InputError(f"this recipe needs a {kind.__name__} among its callbacks; leave it in the group callbacks")

@@ -20,7 +20,7 @@ from lightning_unitscale.cookbook.tokenizers import BYTES, check_tokenizer, load
 from lightning_unitscale.cookbook.transformers_folder import save_for_transformers
 from lightning_unitscale.engine.plan.rename import plan_around
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.prepare import forget, put_in_force
+from lightning_unitscale.in_force import forget, put_in_force
 
 
 def starting_point(cfg: DictConfig, classes: Sequence[str], run_folder: Path) -> Pretrained:

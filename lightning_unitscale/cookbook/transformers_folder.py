@@ -14,7 +14,7 @@ def write_folders(module: Task, folder: Path) -> list[str]:
     """Writes the adapter, if there is one, and the model as plain transformers loads it; returns what to print."""
     model: Any = module.model
     lines = []
-    if module.hparams.lora:  # type: ignore[attr-defined]
+    if module.hparams["lora"]:
         model.save_pretrained(str(folder / "adapter"))
         model.get_base_model().config.save_pretrained(str(folder / "adapter"))  # knows the classes
         lines.append(f"adapter for peft {folder / 'adapter'}")

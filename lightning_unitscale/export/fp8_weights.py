@@ -138,7 +138,7 @@ def _narrow(model: nn.Module, dtype: torch.dtype, scales: Mapping[str, float], c
         kept = _Kept(parameter, dtype, known)
         for module, name, _ in owners:
             parametrize.register_parametrization(module, name, kept, unsafe=True)
-        lists: list[Any] = [module.parametrizations[name] for module, name, _ in owners]  # type: ignore[index]
+        lists: list[Any] = [module.get_submodule(f"parametrizations.{name}") for module, name, _ in owners]
         for other in lists[1:]:  # tied weights stay one tensor
             other.original0 = lists[0].original0
     for name, (target, scale) in casts.items():

@@ -29,8 +29,9 @@ from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.engine.runtime.install import restore_parameters
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.export.replay import NotScalableError, scaled_parameters
+from lightning_unitscale.in_force import forget, put_in_force
 from lightning_unitscale.ops import MATMULS
-from lightning_unitscale.prepare import forget, put_in_force, record
+from lightning_unitscale.record_step import record
 
 Forward = Callable[[nn.Module], Tensor]
 

@@ -143,7 +143,7 @@ class ScaleMonitor(Callback):
             with torch.compiler.set_stance("force_eager"), self._probes.observer:
                 return method(*args, **kwargs)
 
-        observe.__wrapped__ = method  # type: ignore[attr-defined]
+        vars(observe)["__wrapped__"] = method
         return observe
 
     def _new_probes(self, module: Any) -> Probes:

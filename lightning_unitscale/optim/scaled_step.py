@@ -23,6 +23,7 @@ import functools
 import types
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -226,7 +227,8 @@ class ScaledStep:
         # user's hooks run outside the split whenever they were registered.
         entering = optimizer.register_step_pre_hook(self._enter)
         leaving = optimizer.register_step_post_hook(self._leave)
-        optimizer._optimizer_step_post_hooks.move_to_end(leaving.id, last=False)  # type: ignore[attr-defined]
+        hooks: OrderedDict[int, Any] = vars(optimizer)["_optimizer_step_post_hooks"]
+        hooks.move_to_end(leaving.id, last=False)
         self._reached = False
         self._watch.before_step(self._watched)
         try:

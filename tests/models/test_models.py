@@ -20,7 +20,8 @@ from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
 from lightning_unitscale.engine.runtime.placement import Placement
 from lightning_unitscale.engine.runtime.scoped_forward import ScopedForward
-from lightning_unitscale.prepare import forget, record
+from lightning_unitscale.in_force import forget
+from lightning_unitscale.record_step import record
 
 EVERY_CASE = zoo.CASES | zoo.UNSEEN
 STORAGES = ("folded", "unit")

@@ -46,7 +46,7 @@ def catalogues(
             raise InputError(f"data.languages: {package} has no catalogue of {language} in {root}")
         for file in files:
             with file.open("rb") as stream:
-                messages: dict[object, str] = gettext.GNUTranslations(stream)._catalog  # type: ignore[attr-defined]
+                messages: dict[object, str] = vars(gettext.GNUTranslations(stream))["_catalog"]
             for english, translation in messages.items():
                 if isinstance(english, str) and _is_pair(english, translation, max_length):
                     source = f"{language}: {english}" if len(languages) > 1 else english

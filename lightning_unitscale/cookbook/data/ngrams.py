@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
+
+from lightning_unitscale.cookbook.data.token_text import TokenText
+
+LARGEST_COUNTED = 4096  # tokens, whose pairs are counted in a table of 4096² numbers
 
 
 def bigram_loss(training: Tensor, held_out: Tensor, vocabulary: int) -> float:
@@ -22,3 +27,14 @@ def bigram_loss(training: Tensor, held_out: Tensor, vocabulary: int) -> float:
     pairs = pairs.view(vocabulary, vocabulary)
     conditional = (pairs + single) / (pairs.sum(1, keepdim=True) + 1)
     return float(-conditional[held_out[:-1], held_out[1:]].log().mean())
+
+
+def counted_loss(data: pl.LightningDataModule) -> dict[str, float]:
+    """What counting alone predicts of a text, which a model has to be below; nothing of other data or many tokens."""
+    if not isinstance(data, TokenText):
+        return {}
+    training, held_out = data.training.tokens, data.validation.tokens
+    vocabulary = 1 + int(max(training.max(), held_out.max()))
+    if vocabulary > LARGEST_COUNTED:
+        return {}
+    return {"val/loss, of counted pairs of tokens": bigram_loss(training, held_out, vocabulary)}

@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Dataset, Subset
 
+from lightning_unitscale.cookbook.data.examples import loader_of
 from lightning_unitscale.cookbook.inference.evaluation import around, held_out
 from lightning_unitscale.cookbook.inference.loading import load, load_with_tokenizer, weight_formats
 from lightning_unitscale.cookbook.inference.numbers import print_numbers
@@ -41,8 +42,8 @@ def predict_rows(cfg: DictConfig, path: str) -> Path:
         enable_model_summary=False,
         enable_progress_bar=cfg.progress_bar,
     )
-    rest: Subset[Any] = Subset(rows, range(done, len(rows)))  # type: ignore[arg-type]  # a list is a data set
-    loader: DataLoader[Any] = DataLoader(rest, batch_size=cfg.batch_size, collate_fn=collate)
+    rest: Any = Subset(cast("Dataset[Any]", rows), range(done, len(rows)))
+    loader = loader_of(rest, batch_size=cfg.batch_size, collate_fn=collate)
     try:
         trainer.predict(task, loader, return_predictions=False)
     except (KeyboardInterrupt, SystemExit):  # Lightning makes the second of the first
@@ -50,8 +51,7 @@ def predict_rows(cfg: DictConfig, path: str) -> Path:
         sys.exit(130)
     finish(output)
     if texts is None:
-        batches: DataLoader[Any] = DataLoader(rows, batch_size=cfg.batch_size, collate_fn=collate)  # type: ignore[arg-type]
-        show(task, batches, output.parent / output.stem, {})
+        show(task, loader_of(rows, batch_size=cfg.batch_size, collate_fn=collate), output.parent / output.stem, {})
     seconds = time.perf_counter() - begin
     now = len(rows) - done
     print_numbers(
@@ -72,4 +72,5 @@ def _held_out_rows(cfg: DictConfig, path: str) -> Rows:
     if not task_of(found).predicts_held_out:
         raise InputError(f"mode=predict needs rows=<file with the texts> for a {type(found.model).__name__}")
     task, batches = held_out(cfg, found)
-    return task, batches.dataset, batches.collate_fn  # type: ignore[return-value]
+    rows: Any = batches.dataset
+    return task, rows, batches.collate_fn

@@ -65,6 +65,8 @@ class AudioCodec(Job):
 
     branch_outputs = ("*.block.3",)
 
+    window: Tensor
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         w = self.width
@@ -90,7 +92,7 @@ class AudioCodec(Job):
         return F.l1_loss(made, waves) + 0.1 * F.l1_loss(self._spectrum(made), self._spectrum(waves))
 
     def _spectrum(self, waves: Tensor) -> Tensor:
-        found = torch.stft(waves[:, 0], 64, 16, window=self.window, return_complex=True)  # type: ignore[arg-type]
+        found = torch.stft(waves[:, 0], 64, 16, window=self.window, return_complex=True)
         return found.abs().clamp(min=1e-2).log()
 
 

@@ -24,7 +24,7 @@ class StaticLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (tokens, in); result: (tokens, out)."""
-        y: Tensor = CastProduct.apply(  # type: ignore[no-untyped-call]
+        y: Tensor = CastProduct.apply(  # type: ignore[no-untyped-call]  # torch's
             x, self.weight, None, MatrixProducts(), FORMATS["fp8"], x.dtype, *self.scales
         )
         return y
@@ -45,7 +45,8 @@ def with_torchao(module: nn.Module, recipe: str, emulate: bool) -> nn.Module:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig(emulate=True) if emulate else Float8LinearConfig.from_recipe_name(recipe)
-    return convert_to_float8_training(nn.Sequential(module), config=config)  # type: ignore[no-any-return]
+    converted: nn.Module = convert_to_float8_training(nn.Sequential(module), config=config)
+    return converted
 
 
 class InTransformerEngine(nn.Module):

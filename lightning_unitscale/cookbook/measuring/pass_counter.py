@@ -19,7 +19,7 @@ class PassCounter(TorchDispatchMode):
     """
 
     def __init__(self, large: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.large = large
         self.passes: list[tuple[str, int]] = []
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_unitscale import scale_learning_rates, unit_scale
 from lightning_unitscale.cookbook.measuring.plain_llama import PlainLlama
+from lightning_unitscale.cookbook.runs import plain
 
 VARIANTS = ("plain", "folded", "unit", "unit-scaling")
 MODELS = ("transformers", "written")
@@ -73,7 +74,7 @@ def new_model(cfg: DictConfig, name: str) -> nn.Module:
     torch.manual_seed(cfg.seed)
     config = cfg.model.config
     if name == "transformers":
-        return TransformersModel(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        return TransformersModel(plain(config))
     sizes = (cfg.model.width, int(2.75 * cfg.model.width), cfg.model.depth, cfg.model.width // cfg.model.head_width)
     return PlainLlama(config.vocab_size, *sizes, cfg.task.sequence_length)
 

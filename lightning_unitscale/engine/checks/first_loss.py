@@ -11,10 +11,17 @@ learning rate mends. The same step, before and after, shows it:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import isfinite
+from typing import Any
+
+from torch import nn
 
 from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.options import Options
 
 LARGEST_RATIO = 1.5
 _SMALL = 0.1  # losses that may be near 0, or of either sign
@@ -37,3 +44,39 @@ def loudest_sites(plan: Plan) -> list[str]:
         if site.params and not site.reason and not (ours <= max(_LOUD, theirs)):  # NaN too
             found[site.module] = max(found.get(site.module, 0.0), ours if isfinite(ours) else float("inf"))
     return sorted(found, key=lambda module: -found[module])
+
+
+def with_less(module: nn.Module, plan: Plan, options: Options, losses: Mapping[str, Any]) -> Options:
+    """Options for a plan that leaves alone what made the first loss too large.
+
+    Raises:
+        UnitScalingError: with lr_units="umup" a model that is left alone has no learning rate.
+
+    Warns:
+        of what is left alone.
+    """
+    found = (
+        f"under scheme={plan.scheme!r} the first loss of {type(module).__name__} is {_numbers(losses['after'])}, that "
+        f"of the untouched model {_numbers(losses['before'])}"
+    )
+    sites = [name for name in losses["sites"] if name]
+    named = f"{', '.join(sites[:5])}{' …' if len(sites) > 5 else ''}" or "no single matmul"
+    if plan.lr_units != "standard":
+        raise UnitScalingError(
+            f"{found}; outputs far above RMS 1: {named}. List those in skip, or use scheme='preserve' with an ordinary "
+            "learning rate."
+        )
+    scaled = {site.module for site in plan.sites if site.params and not site.reason}
+    if sites and not scaled <= set(sites):
+        less, left = replace(options, skip=(*options.skip, *sites)), named
+    else:
+        less, left = (
+            replace(options, scheme="preserve", hyperparameters={}),
+            "the whole model, which trains as if untouched",
+        )
+    warnings.warn(f"unit scaling: {found}; outputs far above RMS 1: {named}. Left alone: {left}.", stacklevel=4)
+    return less
+
+
+def _numbers(losses: list[float]) -> str:
+    return ", ".join(f"{loss:.4g}" for loss in losses)

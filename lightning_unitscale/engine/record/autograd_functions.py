@@ -19,7 +19,7 @@ _runners: list[Runner] = []
 
 
 def _apply(cls: type, *args: Any) -> Any:
-    return _runners[-1](cls, super(_SingleLevelFunction, cls).apply, args)  # type: ignore[misc]
+    return _runners[-1](cls, super(_SingleLevelFunction, cls).apply, args)  # type: ignore[misc]  # Function's C++ base has it
 
 
 APPLY = _apply.__code__  # stands on the Python stack between a watched Function and what called it
@@ -29,7 +29,7 @@ APPLY = _apply.__code__  # stands on the Python stack between a watched Function
 def watching_functions(run: Runner) -> Iterator[None]:
     """Let `run` run every Function that is applied inside."""
     _runners.append(run)
-    _SingleLevelFunction.apply = classmethod(_apply)  # type: ignore[attr-defined]
+    _SingleLevelFunction.apply = classmethod(_apply)  # type: ignore[attr-defined]  # as above
     try:
         yield
     finally:
@@ -49,7 +49,7 @@ def reentrant_checkpoints_opened() -> Iterator[None]:
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
-    CheckpointFunction.apply = apply  # type: ignore[method-assign]
+    CheckpointFunction.apply = apply  # type: ignore[method-assign]  # for this while
     try:
         yield
     finally:

@@ -1,0 +1,44 @@
+"""The models of a distillation side by side, kept in the run's folder as they are done, so that it can go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from lightning_unitscale.cookbook.tables import new_table
+
+FILE = "distill.json"
+
+
+class DistillationResults:
+    """Parameters and test loss of each model by name.
+
+    Args:
+        folder: of the run.
+        go_on: with what an interrupted run in this folder has finished.
+    """
+
+    def __init__(self, folder: Path, *, go_on: bool) -> None:
+        self.file = folder / FILE
+        self.rows: dict[str, dict[str, Any]] = {}
+        if go_on and self.file.is_file():
+            self.rows = json.loads(self.file.read_text())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.rows
+
+    def add(self, name: str, model: PreTrainedModel, test_loss: float) -> None:
+        """Add a model, and write down all."""
+        self.rows[name] = {"parameters": model.num_parameters(), "test loss": test_loss}
+        self.file.write_text(json.dumps(self.rows, indent=1))
+
+    def show(self) -> None:
+        """Print them as a table."""
+        table = new_table("Distillation", [""], ["parameters", "test loss, nats per token"])
+        for name, row in self.rows.items():
+            table.add_row(name, f"{row['parameters']:,}", f"{row['test loss']:.4f}")
+        Console().print(table)
