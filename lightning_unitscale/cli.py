@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import importlib.util
 import logging
 import os
 import re
@@ -186,6 +187,15 @@ def _unknown_option(group: str, name: str) -> str:
 
 
 def _gone_target(target: str, key: str, group: str) -> str:
+    package = target.partition(".")[0]
+    try:
+        known = importlib.util.find_spec(package) is not None
+    except ValueError:  # in sys.modules, but without a spec
+        known = False
+    if not known:
+        return (
+            f"{key} needs the package {package}, which is not installed: pip install {package}; or choose {group}=..."
+        )
     return (
         f"{key}._target_={target} can't be imported. If it comes from a run of an earlier version, choose what it was "
         f"then anew: {group}=..."

@@ -38,6 +38,7 @@ FLOORS = [
     ("strategy",),
     ("callback", "spawned", "plain_torch"),
     ("attachments",),
+    ("autoload",),
     ("monitor",),
     (PACKAGE,),
     ("export",),

@@ -34,6 +34,7 @@ class ByteModel(pl.LightningModule):
     def __init__(self, width: int, depth: int, heads: int, length: int, learning_rate: float) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.learning_rate = learning_rate
         self.symbols, self.positions = nn.Embedding(SYMBOLS, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm, self.readout = nn.LayerNorm(width), nn.Linear(width, SYMBOLS)
@@ -54,4 +55,4 @@ class ByteModel(pl.LightningModule):
         self.log("val/loss", self.loss(batch), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,8 @@ def test_weights_and_biases_offline(logger: str, tmp_path: Path, monkeypatch: py
     run, _ = logged(logger, tmp_path, "logger.wandb.offline=true")
     wandb.finish()
     (kept,) = run.glob("wandb/offline-run-*/*.wandb")
-    assert {b"train/loss", b"val/loss", b"unitscale/"} <= {
-        name for name in (b"train/loss", b"val/loss", b"unitscale/") if name in kept.read_bytes()
-    }
+    content = kept.read_bytes()
+    assert all(name in content for name in (b"train/loss", b"val/loss", b"unitscale/"))
     if logger == "many":
         assert list((run / "tensorboard").glob("events*"))
 
@@ -53,8 +53,7 @@ def test_aim_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_logger_whose_package_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "aim", None)
-    monkeypatch.setitem(__import__("sys").modules, "aim.pytorch_lightning", None)
-    with pytest.raises(SystemExit, match=r"aim") as ended:
+    for name in ("aim", "aim.pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match="needs the package aim, which is missing: pip install aim"):
         run_recipe("pretrain", tmp_path, "experiment=tiny", "logger=aim")
-    assert "pip install" in str(ended.value)

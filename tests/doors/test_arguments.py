@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -105,16 +107,38 @@ def test_tab_offers_commands_groups_options_and_settings(line: str, among: set[s
     assert among <= found and not never & found
 
 
-def test_bash_takes_the_words_that_are_offered(tmp_path: Path) -> None:
-    (tmp_path / "unitscale").write_text("#!/bin/sh\necho data=text\necho data=topics\n")
-    (tmp_path / "unitscale").chmod(0o755)
-    script = f"""
-PATH={tmp_path}:$PATH
-{SHELLS["bash"]}
+# Each shell: its script with the word `data=t` under the cursor, and what it then offers.
+TYPED = {
+    "bash": (
+        """{script}
 compopt() {{ :; }}
 COMP_LINE="unitscale pretrain data=t"; COMP_POINT=${{#COMP_LINE}}
 _unitscale
-printf '%s\\n' "${{COMPREPLY[@]}}"
-"""
-    shown = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
-    assert shown.stdout.split() == ["text", "topics"], shown.stderr  # bash has taken `data=` for a word of its own
+printf '%s\\n' "${{COMPREPLY[@]}}\"""",
+        ["text", "topics"],  # bash has taken `data=` for a word of its own
+    ),
+    "zsh": (
+        """compdef() {{ :; }}
+compadd() {{ print -l -- "${{@[4,-1]}}"; }}
+{script}
+words=(unitscale pretrain data=t); CURRENT=3
+_unitscale""",
+        ["data=text", "data=topics"],
+    ),
+    "fish": ("""{script}\ncomplete -C "unitscale pretrain data=t\"""", ["data=text", "data=topics"]),
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_the_shell_takes_the_words_that_are_offered(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    (tmp_path / "unitscale").write_text(
+        "#!/bin/sh\n[ \"$*\" = 'completion words unitscale pretrain data=t' ] && echo data=text && echo data=topics\n"
+    )
+    (tmp_path / "unitscale").chmod(0o755)
+    script, offered = TYPED[shell]
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    command = [shell, "-c", script.format(script=SHELLS[shell])]
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert shown.stdout.split() == offered, shown.stderr
