@@ -50,6 +50,9 @@ class IndependentSweeper(Sweeper):
         params: settings and their values, in Hydra's syntax; those of the command line win.
     """
 
+    config: DictConfig
+    hydra_context: HydraContext
+
     def __init__(self, rate: str | None, params: dict[str, str] | None) -> None:
         self.rate, self.params = rate, dict(params or {})
         self.launcher: Launcher | None = None
