@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.inference.recorded_run import recorded_task, task_of
-from lightning_unitscale.cookbook.pretrained import load_pretrained
+from lightning_unitscale.cookbook.model_path import load_pretrained
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import SUFFIXES, check_output, export, files_of
 

@@ -14,7 +14,8 @@ from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.monitor.report import compare_runs, render_report
+from lightning_unitscale.monitor.comparison import compare_runs
+from lightning_unitscale.monitor.report import render_report
 
 
 @recipe("report")

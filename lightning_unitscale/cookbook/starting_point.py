@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from lightning_unitscale.callback import UnitScaling
 from lightning_unitscale.cookbook.heads import class_names, new_model
-from lightning_unitscale.cookbook.pretrained import Pretrained, load_pretrained
+from lightning_unitscale.cookbook.model_path import load_pretrained
+from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.runs import plain, train_base
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.cookbook.tasks.classification import numbers_of

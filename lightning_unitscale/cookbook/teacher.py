@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 
 from lightning_unitscale.cookbook.data import IGNORED, TokenText
 from lightning_unitscale.cookbook.heads import CAUSAL_LM
-from lightning_unitscale.cookbook.pretrained import Pretrained, load_pretrained
+from lightning_unitscale.cookbook.model_path import load_pretrained
+from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.runs import train_base
 from lightning_unitscale.cookbook.tasks.distillation import Outside
 from lightning_unitscale.errors import InputError

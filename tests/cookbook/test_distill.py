@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_unitscale import unit_scale
 from lightning_unitscale.checkpoint import plan_in
 from lightning_unitscale.cookbook.callbacks import LastCheckpoint
-from lightning_unitscale.cookbook.pretrained import load_pretrained
+from lightning_unitscale.cookbook.model_path import load_pretrained
 from lightning_unitscale.cookbook.tasks.distillation import Student, distance_of_hidden_states, distance_of_logits
 from lightning_unitscale.cookbook.tokenizers import byte_tokenizer
 

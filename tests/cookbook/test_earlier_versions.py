@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from support.recipe_runs import run_recipe
 
-from lightning_unitscale.cookbook.pretrained import load_pretrained
+from lightning_unitscale.cookbook.model_path import load_pretrained
 from lightning_unitscale.cookbook.tasks import LanguageModeling
 from lightning_unitscale.cookbook.tokenizers import is_of_bytes
 

@@ -46,7 +46,7 @@ from lightning_unitscale.cookbook.data.examples import Examples, Labelled, Pair,
 from lightning_unitscale.cookbook.data.labelled_files import labelled_file, paired_file
 from lightning_unitscale.cookbook.data.standard_library import python_sources, source_snippets, split_names
 from lightning_unitscale.cookbook.data.token_text import TokenText
-from lightning_unitscale.cookbook.pretrained import load_pretrained
+from lightning_unitscale.cookbook.model_path import load_pretrained
 from lightning_unitscale.cookbook.tasks.classification import MajorityAccuracy
 from lightning_unitscale.cookbook.tasks.image_classification import ImageBatch
 from lightning_unitscale.cookbook.tasks.sequence_to_sequence import PairBatch

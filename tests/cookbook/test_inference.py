@@ -31,7 +31,8 @@ from lightning_unitscale.cookbook.inference.evaluation import compare_formats
 from lightning_unitscale.cookbook.inference.prediction import predict_rows
 from lightning_unitscale.cookbook.inference.prediction_file import PredictionWriter, finish, read_rows, rows_done
 from lightning_unitscale.cookbook.inference.text import generate_texts
-from lightning_unitscale.cookbook.pretrained import Pretrained, load_pretrained
+from lightning_unitscale.cookbook.model_path import load_pretrained
+from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.runs import new_module
 from lightning_unitscale.cookbook.tasks import text_generation
 from lightning_unitscale.cookbook.tokenizers import byte_tokenizer

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from lightning_unitscale import UnitScaling, remove_unit_scaling
-from lightning_unitscale.cookbook.pretrained import load_pretrained
+from lightning_unitscale.cookbook.model_path import load_pretrained
 from lightning_unitscale.cookbook.tokenizers import BOS, byte_tokenizer
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.engine.plan.rename import plan_around, plan_inside

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_unitscale.checkpoint import plan_in
-from lightning_unitscale.cookbook.pretrained import load_pretrained
+from lightning_unitscale.cookbook.model_path import load_pretrained
 from lightning_unitscale.schemes import SCHEMES
 
 TOKENS = torch.randint(256, (2, 12), generator=torch.Generator().manual_seed(1))

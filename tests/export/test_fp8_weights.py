@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lightning_unitscale import UnitScalingError, unit_scale
-from lightning_unitscale.cookbook.pretrained import load_pretrained
+from lightning_unitscale.cookbook.model_path import load_pretrained
 from lightning_unitscale.cookbook.tokenizers import byte_tokenizer
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import export, logits_of, to_plain

@@ -23,7 +23,8 @@ from lightning_unitscale import cli
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor import Snapshot, measure
 from lightning_unitscale.monitor.charts import drift_chart, exponent_chart, short_names
-from lightning_unitscale.monitor.report import compare_runs, render_report, write_report
+from lightning_unitscale.monitor.comparison import compare_runs
+from lightning_unitscale.monitor.report import render_report, write_report
 
 PNG = b"\x89PNG"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from lightning_unitscale.cookbook.inference.recorded_run import recorded_task, task_of
-from lightning_unitscale.cookbook.pretrained import Pretrained, load_pretrained
+from lightning_unitscale.cookbook.model_path import load_pretrained
+from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tokenizers import make_able_to_pad
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import logits_of, to_plain

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric
 
+from lightning_unitscale.cookbook.adapters import with_adapter
 from lightning_unitscale.cookbook.data.examples import Batch
 from lightning_unitscale.cookbook.heads import new_model
 from lightning_unitscale.cookbook.learning_rate_schedule import warm_up_and_decay
-from lightning_unitscale.cookbook.pretrained import Pretrained, with_adapter
+from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tokenizers import load_tokenizer
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import example_inputs

@@ -1,0 +1,85 @@
+"""What lies in the folder of a run: how it was started and ended, its numbers, its curves, its operands."""
+
+from __future__ import annotations
+
+import csv
+import json
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from lightning_unitscale.errors import InputError
+from lightning_unitscale.monitor.charts import Curve
+from lightning_unitscale.monitor.snapshot import FILE, Snapshot
+
+LOSSES = {"train/loss": "training", "val/loss": "held out"}  # columns of the log
+
+
+class RunFolder:
+    """What lies in the folder of a run.
+
+    Attributes:
+        about: of `write_report`; empty for a run that was stopped before.
+        metrics: final numbers by name.
+        curves: by column of the log.
+        rate: the learning rate by step.
+        snapshots: the monitor's.
+
+    Raises:
+        InputError: the folder is not there, or has nothing to report on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder (looked in {Path.cwd()})")
+        report = folder / "report"
+        self.folder = folder
+        self.about = _read_json(report / "run.json")
+        self.metrics = _read_json(report / "metrics.json")
+        self.curves = _read_log(folder / "csv" / "metrics.csv")
+        self.snapshots = Snapshot.read(folder / FILE)
+        if not self.curves and not self.snapshots and not self.metrics:
+            raise InputError(
+                f"{folder}: not the folder of a run; it has no {FILE}, csv/metrics.csv or report/metrics.json"
+            )
+
+    @classmethod
+    def if_there(cls, folder: str | None) -> RunFolder | None:
+        """None too where the folder has been removed since."""
+        try:
+            return cls(Path(folder)) if folder else None
+        except InputError:
+            return None
+
+    @property
+    def title(self) -> str:
+        """Of the page."""
+        return str(self.about.get("title", self.folder.name))
+
+    @property
+    def rate(self) -> Curve:
+        """The first group's, as `LearningRateMonitor` logs it."""
+        return next((curve for column, curve in self.curves.items() if column.startswith("lr-")), ())
+
+    @property
+    def score(self) -> float | None:
+        """The number by which it is judged, if it is one."""
+        value = self.metrics.get(self.about.get("score", ""))
+        return value if isinstance(value, (int, float)) and isfinite(value) else None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
+
+
+def _read_log(log: Path) -> dict[str, list[tuple[int, float]]]:
+    """Column -> (step, value) of every row that has one; nothing where CSV logging was off."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    if log.exists():
+        with log.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                for column, value in row.items():
+                    if value and column not in ("step", "epoch"):
+                        curves.setdefault(column, []).append((int(row["step"]), float(value)))
+    return curves
