@@ -1,4 +1,4 @@
-"""Models as transformers keeps them: a config and weights in a folder or on the hub, with the head that is asked for."""
+"""Models as transformers keeps them: a config and weights in a folder or on the hub, with the head that is wanted."""
 
 from __future__ import annotations
 
