@@ -101,7 +101,7 @@ def measure(
     Args:
         module: any module, scaled or not.
         step: runs a forward pass and returns the scalar loss.
-        format: "fp8", "fp16" or "bf16".
+        format: a name in `FORMATS`.
         scales: powers of two to cast with, by ((parameter, function), operand); by default those of the module's plan.
         label: of the snapshot.
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import nn
 
 from lightning_unitscale.engine.analysis.attention import attention_products
-from lightning_unitscale.engine.analysis.castable import reason_not_to_cast
+from lightning_unitscale.engine.analysis.castable import reason_not_to_cast, reason_to_upcast
 from lightning_unitscale.engine.analysis.readings import find_readings
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
@@ -199,6 +199,7 @@ class Draft:
             SKIPPED if skipped else IN_FUNCTION if call.in_function else reason_not_to_cast(call, wanted)
         ) or (self.cast(site.role) if name is None else "")
         site.format = None if site.format_reason else wanted
+        site.upcast = reason_to_upcast(call, wanted) if site.format else ""
 
     def _check_format_overrides(self, sites: Collection[Site]) -> None:
         for glob, override in self.options.overrides.items():

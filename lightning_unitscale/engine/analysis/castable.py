@@ -39,3 +39,11 @@ def reason_not_to_cast(call: Call, format: str) -> str:
         if cost > MOST_PADDING:
             return f"padding {rows} x {columns} to multiples of 16 would cost {cost - 1:.0%} more than it saves"
     return ""
+
+
+def reason_to_upcast(call: Call, format: str) -> str:
+    """Why the products of a castable call are made of upcast operands on every device; empty if FP8 is multiplied."""
+    operands = MATMULS[call.name].cast_operands(call, lambda v: isinstance(v, Value) and bool(v.parameters))
+    if operands is None or torch.float8_e4m3fn != FORMATS[format].x:
+        return ""
+    return MATMULS[call.name].products(call, *operands).upcast
