@@ -16,6 +16,8 @@ e4m3 has no infinity: casting turns one into 448 (OCP 8-bit floating point speci
 looks for one looks before the cast.
 
 Attention's own products have no weight: all their operands but the gradient are activations, whatever they are called.
+
+Formats in which blocks of an operand have scales of their own (`block_formats`) take the same constants before those.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from math import floor, isfinite, log2
 import torch
 from torch import Tensor
 
+from lightning_unitscale.block_formats import MXFP8, NVFP4, BlockNumbers
+
+Numbers = torch.dtype | BlockNumbers  # what an operand is cast to
 OPERANDS = ("x", "weight", "gradient")
 ROOM_FOR_OUTLIERS = 4  # octaves below RMS 1 in which e4m3 is as accurate as at 1
 
@@ -38,26 +43,35 @@ def kind(operand: str) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """The dtypes that the three operands of a matmul are cast to."""
+    """The numbers that the three operands of a matmul are cast to."""
 
     name: str
-    x: torch.dtype
-    weight: torch.dtype
-    gradient: torch.dtype
+    x: Numbers
+    weight: Numbers
+    gradient: Numbers
 
-    def dtype(self, operand: str) -> torch.dtype:
+    def numbers(self, operand: str) -> Numbers:
         """Of an operand by name."""
-        dtype: torch.dtype = getattr(self, kind(operand))
-        return dtype
+        numbers: Numbers = getattr(self, kind(operand))
+        return numbers
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether blocks of an operand have scales of their own."""
+        return isinstance(self.x, BlockNumbers)
 
     @property
     def dtypes(self) -> list[torch.dtype]:
-        """Each once."""
-        return list(dict.fromkeys(self.dtype(operand) for operand in OPERANDS))
+        """What a device must have, each once."""
+        numbers = [self.numbers(operand) for operand in OPERANDS]
+        return list(dict.fromkeys(each.dtype if isinstance(each, BlockNumbers) else each for each in numbers))
 
 
 FORMATS = {
     "fp8": Format("fp8", torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e5m2),
+    "fp8_e4m3": Format("fp8_e4m3", *[torch.float8_e4m3fn] * 3),
+    "mxfp8": Format("mxfp8", MXFP8, MXFP8, MXFP8),
+    "nvfp4": Format("nvfp4", NVFP4, NVFP4, NVFP4),
     "fp16": Format("fp16", torch.float16, torch.float16, torch.float16),
     "bf16": Format("bf16", torch.bfloat16, torch.bfloat16, torch.bfloat16),
 }
@@ -65,7 +79,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Range:
-    """The positive numbers that a dtype has.
+    """The positive numbers that a format has.
 
     Attributes:
         largest: the largest finite one; what is above saturates to it.
@@ -79,9 +93,11 @@ class Range:
 
 
 @cache
-def range_of(dtype: torch.dtype) -> Range:
-    """The range of a floating-point dtype."""
-    info = torch.finfo(dtype)
+def range_of(numbers: Numbers) -> Range:
+    """The range of a floating-point dtype, or of numbers in blocks."""
+    if isinstance(numbers, BlockNumbers):
+        return Range(numbers.largest, numbers.normal, numbers.subnormal)
+    info = torch.finfo(numbers)
     return Range(info.max, info.smallest_normal, info.smallest_normal * info.eps)
 
 
@@ -112,13 +128,13 @@ def cast(tensor: Tensor, dtype: torch.dtype, scale: Tensor | float = 1.0) -> Ten
     return scaled.to(dtype)
 
 
-def exponent(rms: float, largest: float, dtype: torch.dtype) -> int:
+def exponent(rms: float, largest: float, numbers: Numbers) -> int:
     """The k for an operand with this RMS and this largest absolute value; 0 for one that is all zero."""
     if not rms or not isfinite(rms):
         return 0
     k = -round(log2(rms))
     if isfinite(largest) and largest > 0:
-        fits = floor(log2(range_of(dtype).largest / largest))
+        fits = floor(log2(range_of(numbers).largest / largest))
         k = max(min(k, fits), k - ROOM_FOR_OUTLIERS)
     return k
 

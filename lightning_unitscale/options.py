@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning_unitscale.errors import UnitScalingError
 
-FORMATS = ("fp8", "fp16", "bf16")  # the names in `formats.FORMATS`, which needs torch
+FORMATS = ("fp8", "fp8_e4m3", "mxfp8", "nvfp4", "fp16", "bf16")  # the names in `formats.FORMATS`, which needs torch
+ATTENTION_FORMATS = ("fp8", "fp8_e4m3", "fp16", "bf16")  # of attention's own products: none in blocks
 STORAGES = ("folded", "unit")
 LR_UNITS = ("standard", "umup")
 ROLES = (
@@ -119,9 +120,9 @@ class Options:
             _check_override(glob, value)
             if "role" in value:
                 choose(f"overrides[{glob!r}] role", value["role"], ROLES)
-            for key in ("format", "attention_format"):
+            for key, formats in (("format", FORMATS), ("attention_format", ATTENTION_FORMATS)):
                 if value.get(key) is not None:
-                    choose(f"overrides[{glob!r}] {key}", value[key], FORMATS)
+                    choose(f"overrides[{glob!r}] {key}", value[key], formats)
         object.__setattr__(self, "overrides", overrides)
         object.__setattr__(self, "hyperparameters", _hyperparameters(self.hyperparameters))
 

@@ -105,7 +105,8 @@ def narrow_weights(model: nn.Module, format: str, plan: Plan | None = None) -> N
         if same_weights and FORMATS[str(site.format)].weight == dtype
     }
     inputs = {
-        site.params[0].rpartition(".")[0]: (FORMATS[str(site.format)].x, site.operand_scales["x"]) for site in sites
+        site.params[0].rpartition(".")[0]: (FORMATS[str(site.format)].dtypes[0], site.operand_scales["x"])
+        for site in sites
     }
     modules = dict(model.named_modules())
     _narrow(model, dtype, scales, {name: cast for name, cast in inputs.items() if name in modules})
@@ -119,6 +120,7 @@ def _plain_cast_sites(plan: Plan) -> list[Site]:
         for site in plan.cast_sites
         if site.name not in moved
         and len(site.params) == 1
+        and not FORMATS[str(site.format)].has_blocks
         and not _is_made(site.params[0])
         and {"x", "weight"} <= site.operand_scales.keys()
     ]

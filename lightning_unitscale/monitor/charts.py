@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-from lightning_unitscale.formats import FORMATS, OPERANDS, Range, range_of
+from lightning_unitscale.formats import FORMATS, OPERANDS, Numbers, Range, range_of
 from lightning_unitscale.monitor.snapshot import Measurement, Snapshot
 
 Curve = Sequence[tuple[int, float]]  # (step, value)
@@ -45,7 +45,7 @@ def exponent_chart(snapshots: Sequence[Snapshot]) -> Figure:
         axes.set_title(HEADINGS[operand], loc="left")
         axes.set_ylabel("power of two")
         axes.set_xlim(-0.7, len(sites) - 0.3)
-        _draw_range(axes, FORMATS[snapshots[0].format].dtype(operand))
+        _draw_range(axes, FORMATS[snapshots[0].format].numbers(operand))
         _draw_ruler(ruler, axes)
     rows[0, 0].figure.legend(*rows[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=len(snapshots))
     rows[-1, 0].set_xticks(range(len(sites)), short_names(sites), rotation=90, fontsize=7)
@@ -67,9 +67,9 @@ def _draw_operands(
     axes.plot(at, rms, "o", color=colour, markersize=4, label=label)
 
 
-def _draw_range(axes: Axes, dtype: torch.dtype) -> None:
+def _draw_range(axes: Axes, numbers: Numbers) -> None:
     """Shades what the format flushes to zero or saturates, and lightly what it holds with less than full precision."""
-    low, normal, high = _exponents(range_of(dtype))
+    low, normal, high = _exponents(range_of(numbers))
     bottom, top = axes.get_ylim()
     bottom, top = min(bottom, low - 2), max(top, high + 2)
     axes.axhspan(bottom, low, color="#d73027", alpha=0.18, linewidth=0)

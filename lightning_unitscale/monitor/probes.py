@@ -14,7 +14,7 @@ from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
 from lightning_unitscale.errors import InputError
-from lightning_unitscale.formats import FORMATS
+from lightning_unitscale.formats import FORMATS, Numbers
 from lightning_unitscale.monitor.exponent_histogram import ExponentHistogram, count_exponents
 from lightning_unitscale.monitor.snapshot import Measurement, Snapshot
 from lightning_unitscale.monitor.updates import ROWS, WeightUpdate
@@ -25,9 +25,9 @@ Scales = Mapping[tuple[UseId, str], float]  # by use and operand
 class Probe(Accumulator):
     """Sums up one operand: as it is, times its scale, and by exponent."""
 
-    def __init__(self, dtype: torch.dtype, scale: float | None) -> None:
-        super().__init__(dtype)
-        self.scaled = None if scale is None else Accumulator(dtype, scale)
+    def __init__(self, numbers: Numbers, scale: float | None) -> None:
+        super().__init__(numbers)
+        self.scaled = None if scale is None else Accumulator(numbers, scale)
         self.operand_scale = scale
         self.exponents: Tensor | None = None
         self.last: Tensor | None = None  # rows of the latest tensor, for alignments
@@ -57,7 +57,7 @@ class Probes:
         self.observer = OperandObserver(module, self._probe)
 
     def _probe(self, use: UseId, operand: str) -> Probe:
-        return Probe(FORMATS[self.format].dtype(operand), self._scales.get((use, operand)))
+        return Probe(FORMATS[self.format].numbers(operand), self._scales.get((use, operand)))
 
     def snapshot(self, label: str, step: int, updates: tuple[WeightUpdate, ...] = ()) -> Snapshot:
         """What was seen so far."""
@@ -101,7 +101,7 @@ def measure(
     Args:
         module: any module, scaled or not.
         step: runs a forward pass and returns the scalar loss.
-        format: "fp8", "fp16" or "bf16".
+        format: a name in `FORMATS`.
         scales: powers of two to cast with, by ((parameter, function), operand); by default those of the module's plan.
         label: of the snapshot.
 

@@ -45,7 +45,7 @@ class ScaleMonitor(Callback):
 
     Args:
         every_n_steps: 50 measures the steps 0, 50, 100, … and the last one of `max_steps`.
-        format: "fp8", "fp16" or "bf16"; None for the one that the plan casts to, or fp8 where it casts nothing.
+        format: as for `UnitScaling`; None for the one that the plan casts to, or fp8 where it casts nothing.
         folder: where `monitor.jsonl` is kept, and gone on with when a run is resumed; by default the first logger's.
         details: log every site and operand by name, not the summary alone.
         figures: give TensorBoard and Weights & Biases the chart of exponents at the end; needs matplotlib.

@@ -54,9 +54,9 @@ class CastProduct(torch.autograd.Function):
         *scales: Tensor,
     ) -> Tensor:
         s, (needs_x, needs_weight) = Scales(*scales), ctx.needs_input_grad[:2]
-        narrow_x = narrow(x, format.x, s.x, products, backward=needs_weight)
+        narrow_x = narrow(x, "x", format, s.x, products, backward=needs_weight)
         if narrow_weight is None:
-            narrow_weight = narrow(weight, format.weight, s.weight, products, backward=needs_x)
+            narrow_weight = narrow(weight, "weight", format, s.weight, products, backward=needs_x)
         x_for_weight = narrow_x.second if needs_weight else None
         weight_for_x = narrow_weight.second if needs_x else None
         ctx.save_for_backward(x_for_weight, weight_for_x, *scales)
@@ -74,7 +74,7 @@ class CastProduct(torch.autograd.Function):
         s, products = Scales(*scales), ctx.products
         x_shape, weight_shape, x_dtype, weight_dtype = ctx.like
         (gradient,), (needs_x, needs_weight) = gradients, ctx.needs_input_grad[:2]
-        g = narrow(gradient, ctx.format.gradient, s.gradient, products, forward=needs_x, backward=needs_weight)
+        g = narrow(gradient, "gradient", ctx.format, s.gradient, products, forward=needs_x, backward=needs_weight)
         gx = gw = None
         if needs_x:
             weight = Cast(narrow_weight, s.one_over_weight, weight_shape)

@@ -11,17 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_unitscale.formats import cast, range_of
+from lightning_unitscale.block_formats import BlockNumbers
+from lightning_unitscale.formats import Numbers, cast, range_of
 
 SUMS = ("squares", "non_zero", "flushed", "saturated", "errors", "non_finite", "fourth_powers", "largest")
 
 
-def cast_sums(tensor: Tensor, dtype: torch.dtype, scale: Tensor | float) -> Tensor:
+def cast_sums(tensor: Tensor, numbers: Numbers, scale: Tensor | float) -> Tensor:
     """The numbers above in the order of `SUMS`: float64, on the tensor's device.
 
     Args:
         tensor: of any floating-point dtype.
-        dtype: of the cast.
+        numbers: what it is cast to; blocks lie along its last dimension.
         scale: s, a power of two.
     """
     if tensor.numel() == 0:
@@ -29,14 +30,17 @@ def cast_sums(tensor: Tensor, dtype: torch.dtype, scale: Tensor | float) -> Tens
     finite = tensor.isfinite()
     values = torch.where(finite, tensor, 0).float()
     squares = values.square().sum()
-    kept = cast(values, dtype, scale).float() / scale
+    if isinstance(numbers, BlockNumbers):
+        kept = numbers.rounded(torch.atleast_1d(values * scale)).view(values.shape) / scale
+    else:
+        kept = cast(values, numbers, scale).float() / scale
     mean_square = (squares / values.numel()).double()
     relative = torch.where(squares > 0, values / mean_square.sqrt().float(), 0.0)  # no under- or overflow
     sums = (
         squares,
         (values != 0).sum(),
         ((kept == 0) & (values != 0)).sum(),
-        ((values * scale).abs() > range_of(dtype).largest).sum(),
+        ((values * scale).abs() > range_of(numbers).largest).sum(),
         (kept - values).square().sum(),
         (~finite).sum(),
         relative.square().square().sum().double() * mean_square.square(),

@@ -3,6 +3,10 @@
 The factor is applied to the weight itself, `f(x, a · W)`. Autograd then scales the gradient of the stored weight by
 the same `a`. The scaled copy is as large as the weight, which is far smaller than the activations, the only other
 place where the factor could go.
+
+A convolution whose kernel is one pixel is a product of matrices with a row for each pixel. With its operands cast it is
+made as one where tensor cores multiply the format and pixels lie in memory as such rows (`channels_last`); elsewhere
+bringing them into rows would cost what the product saves.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from torch import Tensor
 from lightning_unitscale.errors import UncastableError
 from lightning_unitscale.ops.call import FunctionCall
 from lightning_unitscale.ops.matmul import Casting, Matmul, add_bias
-from lightning_unitscale.ops.products import ConvolutionProducts, Products
+from lightning_unitscale.ops.multiply import has_tensor_cores
+from lightning_unitscale.ops.products import ConvolutionProducts, MatrixProducts
 
 
 class Convolution(Matmul):
@@ -40,7 +45,7 @@ class Convolution(Matmul):
         strides: int = prod(stride) if isinstance(stride, (tuple, list)) else stride ** len(kernel)
         return max(1, int(weight.shape[0] // groups * prod(kernel) // strides))
 
-    def products(self, call: FunctionCall, x: Any, weight: Any) -> Products:
+    def products(self, call: FunctionCall, x: Any, weight: Any) -> ConvolutionProducts:
         kernel = tuple(weight.shape[2:])
 
         def numbers(conv: int, transposed: int, name: str, default: int) -> tuple[int, ...]:
@@ -59,6 +64,7 @@ class Convolution(Matmul):
         else:
             paddings = numbers(4, 4, "padding", 0)
         return ConvolutionProducts(
+            kernel=kernel,
             stride=numbers(3, 3, "stride", 1),
             padding=paddings,
             dilation=dilation,
@@ -69,7 +75,11 @@ class Convolution(Matmul):
 
     def cast(self, call: FunctionCall, x: Tensor, weight: Tensor, casting: Casting, bias_factor: float) -> Tensor:
         products = self.products(call, x, weight)
-        if x.dim() < weight.dim():  # one sample without a batch dimension
+        rows = _rows_of_pixels(x) if products.is_of_pixels and x.dim() == weight.dim() else None
+        if rows is not None and has_tensor_cores(x.device):
+            y = casting(rows, weight.flatten(1), MatrixProducts())
+            y = y.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1)
+        elif x.dim() < weight.dim():  # one sample without a batch dimension
             y = casting(x.unsqueeze(0), weight, products).squeeze(0)
         else:
             y = casting(x, weight, products)
@@ -82,3 +92,9 @@ class Convolution(Matmul):
         bias = operands["bias"] * factors.get("bias", 1.0) if "bias" in operands else None
         rest = {name: value for name, value in call.kwargs.items() if name not in self.arguments.values()}
         return call.function(operands["x"], weight, bias, *call.args[3:], **rest)
+
+
+def _rows_of_pixels(x: Tensor) -> Tensor | None:
+    """(pixels, channels), if x: (n, channels, …) lies in memory so."""
+    last = x.movedim(1, -1)
+    return last.view(-1, x.shape[1]) if last.is_contiguous() else None

@@ -1,4 +1,5 @@
-"""An operand of three products, cast: in two layouts where tensor cores read two, else as it stands.
+"""An operand of three products, cast: in two layouts where tensor cores read two, in two roundings where blocks of it
+have scales of their own, else as it stands.
 
 Each of x, w and g goes into two of the three products (`multiply`): as rows into the first, as columns into the second.
 """
@@ -7,10 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from lightning_unitscale.formats import cast
+from lightning_unitscale.block_formats import BlockNumbers, Nvfp4, rotated
+from lightning_unitscale.formats import Format, cast
 from lightning_unitscale.ops.fp8_cast import FP8, fp8_cast
 from lightning_unitscale.ops.multiply import ALIGNMENT, has_tensor_cores
 from lightning_unitscale.ops.products import MatrixProducts, Products
@@ -30,7 +31,8 @@ class Narrow(NamedTuple):
 
 def narrow(
     tensor: Tensor,
-    dtype: torch.dtype,
+    operand: str,
+    format: Format,
     scale: Tensor,
     products: Products,
     *,
@@ -40,11 +42,34 @@ def narrow(
     """Cast an operand, reading it once.
 
     Args:
+        operand: "x", "weight" or "gradient".
         products: that it goes into.
         forward, backward: which of its two products will be made; of x and of a weight the first is the forward pass's.
     """
-    if isinstance(products, MatrixProducts) and dtype in FP8 and has_tensor_cores(tensor.device):
-        rows, columns, _ = fp8_cast(tensor, scale, dtype, rows=forward, columns=backward, alignment=ALIGNMENT)
+    numbers = format.numbers(operand)
+    if isinstance(numbers, BlockNumbers):
+        return _in_blocks(tensor * scale, operand, numbers, forward, backward)
+    if isinstance(products, MatrixProducts) and numbers in FP8 and has_tensor_cores(tensor.device):
+        rows, columns, _ = fp8_cast(tensor, scale, numbers, rows=forward, columns=backward, alignment=ALIGNMENT)
         return Narrow(rows, columns.t())
-    values = cast(tensor, dtype, scale)
+    values = cast(tensor, numbers, scale)
     return Narrow(values, values)
+
+
+def _in_blocks(matrix: Tensor, operand: str, numbers: BlockNumbers, forward: bool, backward: bool) -> Narrow:
+    """Blocks lie along what a product sums over, so the second rounding is another than the first.
+
+    The gradient is rounded at random, and what is summed over in the weight's gradient is rotated, where the format's
+    paper does so (`block_formats`). bfloat16 holds every number of these formats.
+    """
+    empty = matrix.new_empty(0)
+    if not isinstance(numbers, Nvfp4):
+        first = numbers.rounded(matrix, 1) if forward else empty
+        second = numbers.rounded(matrix, 0) if backward else empty
+    elif operand == "weight":
+        first = second = numbers.rounded_in_squares(matrix)
+    else:
+        rounded = numbers.rounded_at_random if operand == "gradient" else numbers.rounded
+        first = rounded(matrix, 1) if forward else empty
+        second = rounded(rotated(matrix), 0) if backward else empty
+    return Narrow(first.bfloat16(), second.bfloat16())

@@ -4,8 +4,8 @@
     grad_x       the adjoint in x:  ⟨g, x ∘ w⟩ = ⟨grad_x(g, w), x⟩
     grad_weight  the adjoint in w:  ⟨g, x ∘ w⟩ = ⟨grad_weight(g, x), w⟩
 
-Products of matrices run on tensor cores where there are any for the format (`multiply`). For the others torch has no
-kernels with one scale per tensor; they get the same values, upcast.
+Products of matrices run on tensor cores where there are any for the format (`multiply`), and so do those of groups of
+rows (`multiply_groups`), partly. For the others torch has no kernels; they get the same values, upcast.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ import torch
 from torch import Tensor
 
 from lightning_unitscale.ops.multiply import Cast, multiply, upcast
+from lightning_unitscale.ops.multiply_groups import multiplies_groups, multiply_groups
 
 
 class Products(ABC):
     """A bilinear product and its two adjoints; results have the given dtype."""
+
+    @property
+    def upcast(self) -> str:
+        """Why operands in FP8 are upcast for it, whatever the device; empty where tensor cores make all of it."""
+        return ""
 
     @abstractmethod
     def forward(self, x: Cast, weight: Cast, dtype: torch.dtype) -> Tensor:
@@ -51,6 +57,10 @@ class MatrixProducts(Products):
 
 class UpcastProducts(Products):
     """A product known by its three forms on ordinary tensors."""
+
+    @property
+    def upcast(self) -> str:
+        return "torch has no such product of FP8 operands"
 
     @abstractmethod
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -101,6 +111,21 @@ class GroupedProducts(UpcastProducts):
 
     ends: Tensor
 
+    @property
+    def upcast(self) -> str:
+        return "its gradients: torch multiplies groups in e4m3 alone, and sums over none of any size"
+
+    def forward(self, x: Cast, weight: Cast, dtype: torch.dtype) -> Tensor:
+        if multiplies_groups(x, weight, dtype):
+            return multiply_groups(x, weight, self.ends, fast=True)
+        return super().forward(x, weight, dtype)
+
+    def grad_x(self, gradient: Cast, weight: Cast, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        transposed = Cast(weight.values.mT, weight.inverse, torch.Size((weight.shape[0], *weight.shape[:0:-1])))
+        if multiplies_groups(gradient, transposed, dtype):
+            return multiply_groups(gradient, transposed, self.ends)
+        return super().grad_x(gradient, weight, shape, dtype)
+
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch._grouped_mm(x, weight, offs=self.ends)
 
@@ -133,12 +158,25 @@ class EinsumProducts(UpcastProducts):
 class ConvolutionProducts(UpcastProducts):
     """A convolution, or a transposed one, without its bias; one number per spatial dimension."""
 
+    kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
     transposed: bool
     output_padding: tuple[int, ...]
+
+    @property
+    def is_of_pixels(self) -> bool:
+        """Whether each pixel of the output is made of one of the input alone."""
+        ones = {*self.kernel, *self.stride, self.groups} == {1}
+        return ones and not self.transposed and not any(self.padding)
+
+    @property
+    def upcast(self) -> str:
+        if self.is_of_pixels:
+            return "where its input is not channels_last: bringing pixels into rows costs what FP8 saves"
+        return "torch has no convolution of FP8 operands, and a matrix of all windows costs more than FP8 saves"
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.convolution(

@@ -32,7 +32,7 @@ class Adam(Family):
     # Of lion-pytorch, apex, DeepSpeed, torchao and bitsandbytes.
     other_classes = (
         *("Lion", "FusedAdam", "DeepSpeedCPUAdam"),
-        *("AdamW8bit", "AdamW4bit", "AdamWFp8", "PagedAdamW", "PagedAdamW8bit"),
+        *("Adam8bit", "Adam4bit", "AdamFp8", "AdamW8bit", "AdamW4bit", "AdamWFp8", "PagedAdamW", "PagedAdamW8bit"),
     )
     decoupled_decay = ("*AdamW*", "Lion")
 

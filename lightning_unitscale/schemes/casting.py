@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_unitscale.engine.analysis.attention import attention_products
-from lightning_unitscale.engine.analysis.castable import reason_not_to_cast
+from lightning_unitscale.engine.analysis.castable import reason_not_to_cast, reason_to_upcast
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.trace import Call
@@ -47,6 +47,7 @@ class Casting:
             SKIPPED if skipped else IN_FUNCTION if call.in_function else reason_not_to_cast(call, wanted)
         ) or (self.of_scheme(site.role) if name is None else "")
         site.format = None if site.format_reason else wanted
+        site.upcast = reason_to_upcast(call, wanted) if site.format else ""
 
     def check_overrides(self, sites: Sequence[Site]) -> None:
         """

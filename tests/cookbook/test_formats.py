@@ -16,9 +16,9 @@ def test_every_variant_gets_a_row_and_is_run_once(tmp_path: Path) -> None:
     folder, printed = run_recipe("formats", tmp_path, *FEW)
     rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     assert [(row["variant"], row["seed"]) for row in rows] == [("umup", 1), ("umup-fp8", 1)]
-    assert "[2/2] umup-fp8, seed 1: " in printed
+    assert "[2/2] pretrain, umup-fp8, seed 1: " in printed
     table = (folder / "formats.txt").read_text()
-    assert all(f"{row['held_out']:.3f}" in table for row in rows)
+    assert all(f"{row['held_out']:.4f}" in table for row in rows)
     assert f"{rows[1]['held_out'] / rows[0]['held_out'] - 1:+.2%}" in table
 
     rows[1]["held_out"] = None
@@ -28,12 +28,28 @@ def test_every_variant_gets_a_row_and_is_run_once(tmp_path: Path) -> None:
     _, printed = run_recipe("formats", tmp_path, *FEW)
     assert "/2]" not in printed
     assert "diverged" in printed
-    assert f"{math.inf:.3f}" in printed
+    assert f"{math.inf:.4f}" in printed
+
+
+def test_other_kinds_of_models_run_with_the_same_overrides(tmp_path: Path) -> None:
+    sizes = ["small_jobs.language.steps=6", "small_jobs.unet.steps=3", "small_jobs.vit.steps=3"]
+    only = ["seeds=[1]", "only=[umup,umup-nvfp4]", "jobs=[language,vit,unet]"]
+    folder, printed = run_recipe("formats", tmp_path, *sizes, *only)
+    rows = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    assert [(row["job"], row["variant"]) for row in rows] == [
+        (job, variant) for job in ("language", "vit", "unet") for variant in ("umup", "umup-nvfp4")
+    ]
+    assert not any(row.get("error") for row in rows)
+    plain, narrow = ([row["held_out"] for row in rows[start::2]] for start in (0, 1))
+    assert [one != other for one, other in zip(plain, narrow, strict=True)] == [True, True, False]  # convolutions
+    assert plain == pytest.approx(narrow, rel=0.1)
+    assert "held-out score of SegmentationUNet, after 3 steps" in printed
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("jobs=[gan]", "jobs: 'gan' is not known; choose from pretrain, language, vit, unet"),
         ("only=[umpu]", "only=umpu: there are the variants umup, umup-bf16"),
         ('+variants.mine=["unitscale.foo=1"]', "variants.mine: Key 'foo' not in 'UnitScalingNode'"),
     ],

@@ -31,7 +31,10 @@ DOORS = {
         ),
         ({"storage": "fold"}, r"storage='fold' is not known.*Did you mean 'folded'\?"),
         ({"lr_units": "standart"}, r"lr_units='standart' is not known.*Did you mean 'standard'\?"),
-        ({"format": "fp9"}, r"format='fp9' is not known; choose one of 'fp8', 'fp16', 'bf16'. Did you mean 'fp8'\?"),
+        (
+            {"format": "fp9"},
+            r"format='fp9' is not known; choose one of 'fp8', .*'nvfp4', 'fp16', 'bf16'. Did you mean 'fp8'\?",
+        ),
         ({"verify": "yes"}, "verify='yes' must be True or False"),
         ({"weights": 1}, "weights=1 must be True or False"),
         ({"skip": 3}, r"skip=3 must be globs of module or parameter names"),

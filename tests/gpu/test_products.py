@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_unitscale import unit_scale
 from lightning_unitscale.formats import FORMATS
 from lightning_unitscale.ops.cast_product import Scales, cast_product
 from lightning_unitscale.ops.fp8_cast import in_torch
-from lightning_unitscale.ops.products import MatrixProducts
+from lightning_unitscale.ops.products import GroupedProducts, MatrixProducts
 
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+ELEMENTWISE = [name for name, format in FORMATS.items() if not format.has_blocks]
 SIZES = [(64, 32, 48), (5, 24, 7), (1, 17, 33), (0, 32, 16), (4096, 512, 384), (333, 1000, 77)]
 SCALES = (2.0, 16.0, 1024.0, 0.375, 0.5, 1 / 16, 0.75 / 1024)  # factor 0.75
 
@@ -64,7 +66,7 @@ def products(
     return tuple(t.double().cpu() for t in found)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), SIZES)
 def test_three_products(
@@ -79,7 +81,7 @@ def test_three_products(
         products(operands, torch.device("cpu"), torch.float32, format),
         strict=True,
     ):
-        fast = name == "y" and format == "fp8" and device.type == "cuda"
+        fast = name == "y" and format.startswith("fp8") and device.type == "cuda"
         tolerance = max(2.0**-9 if fast else 1e-5, torch.finfo(dtype).eps)
         assert one.shape == other.shape, name
         assert float((one - other).norm()) <= tolerance * float(other.norm()), name
@@ -112,15 +114,13 @@ def test_bf16_products_accumulate_in_float32(cuda: torch.device) -> None:
     """2^13 terms of 1: a sum in bfloat16 stops at 256."""
     x, w = (torch.ones(16, 2**13, dtype=torch.bfloat16, device=cuda) for _ in range(2))
     one = Scales(*(torch.ones((), device=cuda) for _ in SCALES))
-    for format in FORMATS:
+    for format in ELEMENTWISE:
         y = cast_product(x, w, MatrixProducts(), FORMATS[format], one)
         assert torch.equal(y, F.linear(x.float(), w.float()).to(y.dtype)), format
 
 
 def test_cast_weights_are_never_stale_in_a_cuda_graph(fp8_cores: torch.device) -> None:
     """What is captured is the cast as well, not its result."""
-    from lightning_unitscale import unit_scale
-
     layer = torch.nn.Sequential(torch.nn.Linear(64, 48, bias=False)).to(fp8_cores)
     x = torch.randn(32, 64, device=fp8_cores)
     unit_scale(layer, lambda m: m(x).square().mean(), "preserve", format="fp8")
@@ -137,3 +137,35 @@ def test_cast_weights_are_never_stale_in_a_cuda_graph(fp8_cores: torch.device) -
         layer[0].weight.mul_(2)
     graph.replay()
     assert torch.equal(y, layer(x))
+
+
+@pytest.mark.parametrize("format", ["fp8", "fp8_e4m3"])
+def test_products_of_experts(format: str, device: torch.device) -> None:
+    """Groups of any size, one of them empty."""
+    ends = torch.tensor([37, 37, 200], dtype=torch.int32)
+    x, w, g = torch.randn(200, 64), torch.randn(3, 64, 96) / 16, torch.randn(200, 96) / 1024
+
+    def made(place: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.bfloat16().to(place, dtype).requires_grad_() for t in (x, w)]
+        scales = Scales(*(torch.tensor(number, device=place) for number in SCALES))
+        y = cast_product(*leaves, GroupedProducts(ends.to(place)), FORMATS[format], scales)
+        found = (y.detach(), *torch.autograd.grad(y, leaves, g.bfloat16().to(place, dtype)))
+        return tuple(t.double().cpu() for t in found)
+
+    for one, other in zip(made(device, torch.bfloat16), made(torch.device("cpu"), torch.float32), strict=True):
+        assert float((one - other).norm()) <= 2.0**-7 * float(other.norm())
+
+
+def test_a_convolution_of_single_pixels(device: torch.device) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 9, 7)
+
+    def made(place: torch.device) -> Tensor:
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Conv2d(64, 48, 1)).to(place, memory_format=torch.channels_last)
+        there = x.to(place, memory_format=torch.channels_last)
+        unit_scale(model, lambda m: m(there).square().mean(), "preserve", format="fp8")
+        return model(there).detach().double().cpu()
+
+    one, other = made(device), made(torch.device("cpu"))
+    assert float((one - other).norm()) <= 2.0**-8 * float(other.norm())

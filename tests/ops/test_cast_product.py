@@ -1,6 +1,8 @@
 """The three products of cast operands against torch's own autograd on the same operands in float64."""
 
+import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,13 +14,16 @@ from lightning_unitscale import UnitScalingError, unit_scale
 from lightning_unitscale.formats import FORMATS, OPERANDS, Format, cast
 from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.cast_product import Scales, cast_product
-from lightning_unitscale.ops.products import MatrixProducts
+from lightning_unitscale.ops.multiply import Cast
+from lightning_unitscale.ops.multiply_groups import multiplies_groups
+from lightning_unitscale.ops.products import ConvolutionProducts, MatrixProducts
 from lightning_unitscale.ops.torch_functions import short_name
 
 SCALES = {"x": 2.0, "weight": 16.0, "gradient": 1024.0}
 FACTOR = 0.75
 ENDS = torch.tensor([3, 3, 8], dtype=torch.int32)  # of three groups of rows, one of them empty
 FP8 = FORMATS["fp8"]
+ELEMENTWISE = [name for name, format in FORMATS.items() if not format.has_blocks]
 
 
 def scales(factor: float = FACTOR, **powers: float) -> Scales:
@@ -29,7 +34,7 @@ def scales(factor: float = FACTOR, **powers: float) -> Scales:
 
 def rounded(tensor: Tensor, format: Format, operand: str) -> Tensor:
     """What the cast leaves of an operand, in float64."""
-    return cast(tensor.detach(), format.dtype(operand), SCALES[operand]).double() / SCALES[operand]
+    return cast(tensor.detach(), format.numbers(operand), SCALES[operand]).double() / SCALES[operand]
 
 
 class Call:
@@ -129,7 +134,8 @@ def reference(call: Call, format: Format, gradient: Tensor) -> tuple[Tensor, ...
     weight = rounded(call.weight, format, "weight").to(dtype).requires_grad_()
     y = call.plain(x, weight, dtype)
     zero = call.plain(torch.zeros_like(x), torch.zeros_like(weight), dtype).detach()  # the bias, if there is one
-    g = rounded(gradient, format, "gradient").to(dtype)
+    alpha = call.kwargs.get("alpha", 1)  # comes before the cast
+    g = rounded(gradient * alpha, format, "gradient").to(dtype) / alpha
     gx, gw = torch.autograd.grad(y, (x, weight), g)
     return (y.detach() - zero) * FACTOR + zero, gx * FACTOR, gw * FACTOR
 
@@ -153,7 +159,7 @@ def gradient_of(call: Call) -> Tensor:
 
 
 @each_call
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", ELEMENTWISE)
 def test_three_products(name: str, format: str) -> None:
     call = CALLS[name]
     gradient = gradient_of(call)
@@ -339,3 +345,102 @@ def test_layouts_and_padding_change_no_value(
         for found, wanted in zip(on_tensor_cores, upcast, strict=True):
             assert found.shape == wanted.shape
             assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experts and convolutions on tensor cores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+SCALED_GROUPED_MM = torch._scaled_grouped_mm
+
+
+def on_cpu(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, offs: Tensor, **options: Any) -> Tensor:
+    """What `torch._scaled_grouped_mm` says that it makes, after asking the "meta" device whether it takes this."""
+    assert options["out_dtype"] == torch.bfloat16
+    meta = [t.to("meta") for t in (a, b, scale_a, scale_b, offs)]  # keeps strides
+    SCALED_GROUPED_MM(*meta[:4], offs=meta[4], **options)
+    ends = [0, *offs.tolist()]
+    rows = [a[i:j].float() @ b[group].float() for group, (i, j) in enumerate(pairwise(ends))]
+    scales = [scale_a[i:j, None] * scale_b[group] for group, (i, j) in enumerate(pairwise(ends))]
+    return torch.cat([one * other for one, other in zip(rows, scales, strict=True)]).bfloat16()
+
+
+@pytest.mark.parametrize(("format", "kernels"), [("fp8", 1), ("fp8_e4m3", 2)])
+@pytest.mark.parametrize("stored", ["in_out", "out_in"])
+def test_experts_run_in_groups(format: str, kernels: int, stored: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, g = torch.randn(40, 32).bfloat16(), (torch.randn(40, 48) / 1024).bfloat16()
+    w = (torch.randn(3, 32, 48) / 16).bfloat16()
+    w = w if stored == "in_out" else w.mT.contiguous().mT
+    products = MATMULS["_grouped_mm"].products(
+        FunctionCall(torch._grouped_mm, (x, w), {"offs": torch.tensor([3, 3, 40], dtype=torch.int32)}), x, w
+    )
+
+    def made() -> tuple[Tensor, ...]:
+        leaves = x.clone().requires_grad_(), w.detach().requires_grad_()
+        y = cast_product(*leaves, products, FORMATS[format], scales())
+        return (y.detach(), *torch.autograd.grad(y, leaves, g))
+
+    upcast, calls = made(), []
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        calls.append(options["use_fast_accum"])
+        return on_cpu(*args, **options)
+
+    monkeypatch.setattr(torch, "_scaled_grouped_mm", spy)
+    monkeypatch.setattr("lightning_unitscale.ops.multiply_groups._has_kernel", lambda device: True)
+    assert_close(made(), upcast, 2.0**-7)
+    assert calls == [True, False][:kernels]
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(40, 24, 48), (40, 32, 24), (0, 32, 48)])
+def test_experts_of_other_sizes_are_upcast(rows: int, inputs: int, outputs: int) -> None:
+    values = (
+        torch.empty(rows, inputs, dtype=torch.float8_e4m3fn, device="meta"),
+        torch.empty(3, inputs, outputs, dtype=torch.float8_e4m3fn, device="meta"),
+    )
+    one = torch.ones((), device="meta")
+    assert not multiplies_groups(*(Cast(v, one, v.shape) for v in values), torch.bfloat16)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_convolutions_of_single_pixels_are_matrix_products(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tensor cores multiply the format and pixels are rows; CPU's scaled_mm stands in for CUDA's."""
+    w, g = torch.randn(24, 32, 1, 1) / 16, torch.randn(2, 24, 5, 7) / 1024
+    x = torch.randn(2, 32, 5, 7).to(memory_format=layout)
+    bias = torch.randn(24)
+
+    def made() -> tuple[Tensor, ...]:
+        leaves = x.detach().requires_grad_(), w.clone().requires_grad_()
+        call = FunctionCall(F.conv2d, (*leaves, bias), {})
+
+        def casting(x: Tensor, weight: Tensor, products: Any) -> Tensor:
+            kinds.append(type(products))
+            return cast_product(x, weight, products, FP8, scales())
+
+        y = MATMULS["conv2d"].cast(call, *leaves, casting, 1.0)
+        return (y.detach(), *torch.autograd.grad(y, leaves, g))
+
+    kinds: list[type] = []
+    upcast = made()
+    for module in ("multiply", "narrow", "convolution"):
+        monkeypatch.setattr(f"lightning_unitscale.ops.{module}.has_tensor_cores", lambda device: True)
+    assert_close(made(), upcast, 1e-5)
+    is_matrix = layout == torch.channels_last
+    assert kinds == [ConvolutionProducts, MatrixProducts if is_matrix else ConvolutionProducts]
+
+
+def test_the_plan_says_which_products_stay_upcast() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(16, 32, 3, padding=1), nn.Conv2d(32, 16, 1), nn.Flatten(), nn.Linear(16 * 16, 32), nn.Linear(32, 16)
+    )
+    x = torch.randn(8, 16, 4, 4)
+    said = {}
+    for format in ("fp8", "bf16"):
+        plan = unit_scale(copy.deepcopy(model), lambda m: m(x).square().mean(), "preserve", format=format)
+        said[format] = {site.params[0]: site.upcast for site in plan.cast_sites}
+        assert ("upcast: torch has no convolution" in plan.summary()) == (format == "fp8")
+    assert "no convolution of FP8" in said["fp8"]["0.weight"]
+    assert "channels_last" in said["fp8"]["1.weight"]
+    assert said["fp8"]["3.weight"] == ""
+    assert set(said["bf16"].values()) == {""}

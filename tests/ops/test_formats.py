@@ -107,7 +107,7 @@ def test_ranges(dtype: torch.dtype) -> None:
 
 
 def test_the_formats() -> None:
-    assert [FORMATS["fp8"].dtype(operand) for operand in OPERANDS] == [*[torch.float8_e4m3fn] * 2, torch.float8_e5m2]
+    assert [FORMATS["fp8"].numbers(operand) for operand in OPERANDS] == [*[torch.float8_e4m3fn] * 2, torch.float8_e5m2]
     assert FORMATS["fp8"].dtypes == [torch.float8_e4m3fn, torch.float8_e5m2]
     assert FORMATS["bf16"].dtypes == [torch.bfloat16]
     assert FORMATS["fp16"].dtypes == [torch.float16]

@@ -89,7 +89,7 @@ def constants(snapshot: Snapshot) -> dict[tuple[tuple[str, str], str], float]:
     """The powers of two that bring each operand to an RMS of about 1."""
     return {
         ((m.parameter, m.op), m.operand): 2.0
-        ** exponent(m.unscaled.rms, m.unscaled.largest, FORMATS[snapshot.format].dtype(m.operand))
+        ** exponent(m.unscaled.rms, m.unscaled.largest, FORMATS[snapshot.format].numbers(m.operand))
         for m in snapshot.measurements
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.errors import UncastableError
 from lightning_unitscale.formats import FORMATS
@@ -28,9 +30,20 @@ def reason_not_to_cast(call: Call, format: str) -> str:
         products = op.products(call, x, weight)
     except UncastableError as error:
         return str(error)
-    if FORMATS[format].x.itemsize == 1 and isinstance(products, MatrixProducts):
+    narrow = FORMATS[format]
+    if narrow.has_blocks and not isinstance(products, MatrixProducts):
+        return f"{format}'s blocks lie along what a product sums over, which is worked out for matrices alone"
+    if torch.float8_e4m3fn == narrow.x and isinstance(products, MatrixProducts):
         rows, columns = weight.shape
         cost = padded(rows, ALIGNMENT) * padded(columns, ALIGNMENT) / (rows * columns)
         if cost > MOST_PADDING:
             return f"padding {rows} x {columns} to multiples of 16 would cost {cost - 1:.0%} more than it saves"
     return ""
+
+
+def reason_to_upcast(call: Call, format: str) -> str:
+    """Why the products of a castable call are made of upcast operands on every device; empty if FP8 is multiplied."""
+    operands = MATMULS[call.name].cast_operands(call, lambda v: isinstance(v, Value) and bool(v.parameters))
+    if operands is None or torch.float8_e4m3fn != FORMATS[format].x:
+        return ""
+    return MATMULS[call.name].products(call, *operands).upcast

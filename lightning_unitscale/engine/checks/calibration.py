@@ -106,7 +106,7 @@ class Calibration:
         site = next((site for site in self.plan.cast_sites if site.use == use), None)
         if site is None or site.format is None:
             return None
-        return Accumulator(FORMATS[site.format].dtype(operand), site.operand_scales.get(operand))
+        return Accumulator(FORMATS[site.format].numbers(operand), site.operand_scales.get(operand))
 
     def _take(self, use: UseId, sites: list[Site], seen: dict[str, Statistics | None], step: int) -> None:
         was_bad = self._is_bad(sites[0])
@@ -139,7 +139,7 @@ class Calibration:
         if operand not in site.measured or not self._is_scaled(operand):  # a layer without gradient needs none
             return 1.0
         seen = site.measured[operand]
-        return 2.0 ** exponent(seen["rms"], seen["largest"], FORMATS[site.format or ""].dtype(operand))
+        return 2.0 ** exponent(seen["rms"], seen["largest"], FORMATS[site.format or ""].numbers(operand))
 
     def _is_scaled(self, operand: str) -> bool:
         """Whether the options leave the operand's scale to us."""

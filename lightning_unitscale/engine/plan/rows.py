@@ -44,7 +44,7 @@ def _site_row(site: Site) -> dict[str, Any]:
         multiplier=site.multiplier,
         folded=site.folded,
         format=site.format or "",
-        reason="; ".join(filter(None, (site.reason, site.format_reason))),
+        reason="; ".join(filter(None, (site.reason, site.format_reason, site.upcast and f"upcast: {site.upcast}"))),
     )
 
 

@@ -41,6 +41,8 @@ class Site:
         reason: why it has no factor, or why its factor could not be folded.
         format: what its operands are cast to, see `formats.FORMATS`; None for the compute dtype.
         format_reason: why it is left in the compute dtype though a format was asked for.
+        upcast: why, with operands in FP8, its products are made of upcast ones on every device; empty where tensor
+            cores make them.
         operands: what is cast: "x", "weight" and "gradient"; of attention's own products, the function's operands
             ("query", "key", "value"; "left", "right"; positions in an einsum) and "gradient".
         operand_scales: the powers of two before the casts of the operands; empty until measured.
@@ -71,6 +73,7 @@ class Site:
     reason: str = ""
     format: str | None = None
     format_reason: str = ""
+    upcast: str = ""
     operands: list[str] = field(default_factory=lambda: list(OPERANDS))
     operand_scales: dict[str, float] = field(default_factory=dict)
     measured: dict[str, dict[str, float]] = field(default_factory=dict)

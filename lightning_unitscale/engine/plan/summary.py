@@ -30,7 +30,7 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
     for site in plan.sites:
         total = _multiplier(plan, site)
         kept = "-" if total == 1.0 else "weights" if site.folded else "forward"
-        remark = "; ".join(filter(None, (site.reason, site.format_reason)))
+        remark = "; ".join(filter(None, (site.reason, site.format_reason, site.upcast and f"upcast: {site.upcast}")))
         key = (
             _NUMBER.sub("*", site.name),
             site.role,

@@ -116,7 +116,7 @@ class WeightCast(CastSite):
         if self._weight is None or not self._weight.holds(weight, backward):
             assert self.scales is not None
             with torch.no_grad():
-                cast = narrow(weight, self.format.weight, self.scales["weight"], products, backward=backward)
+                cast = narrow(weight, "weight", self.format, self.scales["weight"], products, backward=backward)
             self._weight = _CachedCast(cast, _state(weight), backward)
         return self._weight
 
@@ -140,7 +140,7 @@ class AttentionCast(CastSite):
         operands = op.multiplicands(call)
         scales = self._scales_on(next(iter(operands.values())).device)
         rounded = [
-            (operand, Rounded.apply(operand, self.format.dtype(label), scales[label]))  # type: ignore[no-untyped-call]
+            (operand, Rounded.apply(operand, self.format.numbers(label), scales[label]))  # type: ignore[no-untyped-call]
             for label, operand in operands.items()
         ]
         return call.with_each(lambda argument: next((new for old, new in rounded if old is argument), argument))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_unitscale.formats import Numbers
 from lightning_unitscale.ops.cast_sums import SUMS, cast_sums
 from lightning_unitscale.ops.fp8_cast import FP8, fp8_cast
 
@@ -49,12 +50,12 @@ class Accumulator:
     """Sums over the calls of one operand, kept on its device.
 
     Args:
-        dtype: the format that the operand is, or would be, cast to.
+        numbers: what the operand is, or would be, cast to.
         scale: the power of two in front of the cast; None for one that brings each tensor to an RMS of about 1.
     """
 
-    def __init__(self, dtype: torch.dtype, scale: float | None = 1.0) -> None:
-        self.dtype, self.scale = dtype, scale
+    def __init__(self, numbers: Numbers, scale: float | None = 1.0) -> None:
+        self.numbers, self.scale = numbers, scale
         self.sums: Tensor | None = None  # the number of elements, then `SUMS` but the largest
         self.largest: Tensor | None = None
 
@@ -69,11 +70,11 @@ class Accumulator:
             if self.scale is not None
             else _scale_to_one(tensor)
         )
-        if self.dtype in FP8:
+        if isinstance(self.numbers, torch.dtype) and self.numbers in FP8:
             matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
-            _, _, found = fp8_cast(matrix, scale, self.dtype, rows=False, measured=True)
+            _, _, found = fp8_cast(matrix, scale, self.numbers, rows=False, measured=True)
         else:
-            found = cast_sums(tensor, self.dtype, scale)
+            found = cast_sums(tensor, self.numbers, scale)
         *sums, largest = found.unbind()
         counted = torch.stack([torch.full_like(largest, tensor.numel()), *sums])
         self.sums = counted if self.sums is None else self.sums + counted
