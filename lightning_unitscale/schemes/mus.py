@@ -43,6 +43,7 @@ class MunitScaling(Scheme):
     name = "mus"
     source = "Narayan et al., µnit Scaling: Simple and Scalable FP8 LLM Training, arXiv 2502.05967"
     families = ("adam", "muon")
+    of_weights, of_activations = ("base_width",), ("tau",)
 
     tau: float = 0.3
     base_width: float = 256.0
