@@ -60,6 +60,7 @@ class CompleteP(Scheme):
     name = "completep"
     source = "Dey et al., Don't be lazy: CompleteP enables compute-efficient deep transformers, arXiv 2505.01618"
     families = ("adam", "muon")
+    of_weights = ("base_width", "init_std", "alpha_in", "alpha_out")
 
     base_width: float = 256.0
     base_depth: float = 2.0

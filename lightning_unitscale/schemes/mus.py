@@ -11,7 +11,11 @@ Weights have RMS 1, all else is left as it is: no constants for activations or s
 RMS 1, so that η found at base_width carries over to other widths; weight decay does not depend on them (lr ·
 weight_decay is the user's). The paper builds its models with a norm at the end of each branch (res-post-norm): where
 the model has it the factor goes into that norm's gain, elsewhere into the branch's last weight. τ is to fall with
-depth: n branches leave (1-τ)^n of the variance to the embedding.
+depth: n branches leave (1-τ)^n of the variance to the embedding. Measured (unitscale quality, llama, one seed, 2^-4):
+2.356 at τ = 0.2 and 2.374 at 0.3, no more than seeds differ by.
+
+Not the paper's: base_width is compared with each weight's own fan-in, so that an mlp's second matrix, whose fan-in is
+larger, has a smaller rate than its first at every width (the ratios between widths are the paper's).
 
 Casts are few: operands of hidden matmuls alone; embedding and readout stay in the compute dtype. The paper casts
 without scales. Here each operand keeps its power of two, which for weights is known and for others is measured on the
@@ -43,6 +47,7 @@ class MunitScaling(Scheme):
     name = "mus"
     source = "Narayan et al., µnit Scaling: Simple and Scalable FP8 LLM Training, arXiv 2502.05967"
     families = ("adam", "muon")
+    of_weights, of_activations = ("base_width",), ("tau",)
 
     tau: float = 0.3
     base_width: float = 256.0

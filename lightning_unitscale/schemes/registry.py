@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.options import OVERRIDE_KEYS, Options, choose
+from lightning_unitscale.schemes.agreement import check_agreement
 from lightning_unitscale.schemes.scheme import Scheme
 
 SCHEMES: dict[str, type[Scheme]] = {}
@@ -36,12 +37,14 @@ def scheme_of(options: Options) -> Scheme:
     """The scheme that the options ask for; the hyperparameters that `overrides` name are checked too.
 
     Raises:
-        UnitScalingError: as for `find`, or the scheme lacks the storage, or `overrides` have a key that is not known.
+        UnitScalingError: as for `find`, or the scheme lacks the storage, or `overrides` have a key that is not known,
+            or options contradict each other.
     """
     scheme = find(options.scheme, options.hyperparameters)
     if options.storage not in scheme.storages:
         known = " or ".join(map(repr, scheme.storages))
         raise UnitScalingError(f"scheme={scheme.name!r} has no storage={options.storage!r}; choose {known}.")
+    check_agreement(scheme, options)
     for glob, override in options.overrides.items():
         theirs = hyperparameters_in(override)
         _check_names(f"overrides[{glob!r}]", theirs, scheme.name, OVERRIDE_KEYS)

@@ -120,6 +120,7 @@ class Scheme(ABC):
         families: of optimizers that it has learning rates for; others need `lr_units="standard"`.
         storages: those that it can be kept in.
         of_the_whole: the hyperparameters that no override can set for a part of the model.
+        of_weights, of_activations: those that decide nothing with `weights=False`, or `activations=False`.
         on_top: its factors come on top of what the model has: the model's own constants stay where they are, U is the
             initial value times `initial`, and every weight keeps the relative step that it had.
         divides_gradients: the optimizer is to see each gradient divided by γ = max|gradient| / √d.
@@ -135,6 +136,8 @@ class Scheme(ABC):
     families: ClassVar[tuple[str, ...]] = ("adam", "sgd", "muon")
     storages: ClassVar[tuple[str, ...]] = STORAGES
     of_the_whole: ClassVar[tuple[str, ...]] = ()
+    of_weights: ClassVar[tuple[str, ...]] = ()
+    of_activations: ClassVar[tuple[str, ...]] = ()
     on_top: ClassVar[bool] = False
     divides_gradients: ClassVar[bool] = False
 

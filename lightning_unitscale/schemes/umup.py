@@ -75,6 +75,8 @@ class UMuP(Scheme):
     """
 
     name = "umup"
+    of_weights = ("alpha_out", "eta_emb", "eta_out")
+    of_activations = ("alpha_attn", "alpha_ffn_act", "alpha_res", "alpha_res_attn_ratio")
     least_usual_rate = 0.02  # about 1 is usual (figure 1)
     source = "Blake et al., u-μP: The Unit-Scaled Maximal Update Parametrization, arXiv 2407.17465"
 

@@ -42,6 +42,7 @@ class Unit(Scheme):
     name = "unit"
     source = "Blake, Orr, Luschi, Unit Scaling: Out-of-the-Box Low-Precision Training, arXiv 2303.11257"
     families = ("adam", "muon")
+    of_activations = ("tau",)
 
     tau: float | None = None
 

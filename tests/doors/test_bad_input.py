@@ -41,6 +41,18 @@ DOORS = {
         ({"skip": ["head", 3]}, r"skip=\['head', 3\] must be globs"),
         ({"overrides": ["head*"]}, r"overrides=\['head\*'\] must map globs to settings"),
         ({"overrides": {"head*": 2.0}}, r"overrides=.* must map globs to settings"),
+        ({"lr_units": "umup", "scheme": "preserve"}, "lr_units='umup' contradicts scheme='preserve'"),
+        ({"lr_units": "umup", "weights": False}, "lr_units='umup' contradicts weights=False"),
+        ({"weights": False, "activations": False}, "leave scheme='umup' nothing to do"),
+        ({"weights": False, "activations": False, "gradients": False, "scheme": "amax"}, "leave scheme='amax' nothing"),
+        (
+            {"activations": False, "hyperparameters": {"alpha_attn": 2.0}},
+            r"activations=False contradicts hyperparameters=\{'alpha_attn': 2.0\}, which decides nothing then",
+        ),
+        (
+            {"weights": False, "scheme": "completep", "hyperparameters": {"alpha_in": 2.0}},
+            r"weights=False contradicts hyperparameters=\{'alpha_in': 2.0\}",
+        ),
         ({"overrides": {"head*": {"rol": "hidden"}}}, r"overrides\['head\*'\] key='rol' is not known.*mean 'role'\?"),
     ],
 )

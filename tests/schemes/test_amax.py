@@ -135,6 +135,25 @@ def test_what_is_all_zero_is_left_alone_and_named() -> None:
     assert any("all zero" in note and "0.bias, 2.bias" in note for note in plan.notes)
 
 
+class WithAnEmptyWeight(nn.Module):
+    """One more matrix, of no rows: d = 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.empty, self.head = nn.Linear(4, 4), nn.Parameter(torch.zeros(0, 4)), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.first(x))
+        return self.head(torch.cat([h, F.linear(h, self.empty)], dim=-1))
+
+
+def test_what_has_no_elements_is_left_alone_and_named() -> None:
+    model, x = WithAnEmptyWeight(), torch.randn(3, 4)
+    plan = unit_scale(model, lambda net: net(x).square().mean(), "amax", storage="unit")
+    assert plan.parameters["empty"].from_initial == plan.parameters["empty"].multiplier == 1
+    assert any("no scale to divide by" in note and "empty" in note for note in plan.notes)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Activations
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,13 +55,13 @@ class IndependentSweeper(Sweeper):
 
     def __init__(self, rate: str | None, params: dict[str, str] | None) -> None:
         self.rate, self.params = rate, dict(params or {})
-        self.launcher: Launcher | None = None
         self.begun = 0
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra calls this before `sweep`."""
-        self.config, self.hydra_context = config, hydra_context
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self.config, self.hydra_context = config, hydra_context  # where the base class has them, None before
+        self.settings, self.loader = config, hydra_context.config_loader
+        self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
@@ -82,7 +82,7 @@ class IndependentSweeper(Sweeper):
             {name: list(texts) for name, texts in values.items()}, rate, self._defaults(values), self._evaluate
         )
         best = best_of(losses)
-        folder = Path(self.config.hydra.sweep.dir)
+        folder = Path(self.settings.hydra.sweep.dir)
         result = {"name": "unitscale_independent", "best_params": dict(best), "best_value": losses[best]}
         OmegaConf.save(OmegaConf.create(result), folder / "optimization_results.yaml")
         log.info("best of %d: %s: %g", len(losses), " ".join(f"{name}={value}" for name, value in best), losses[best])
@@ -90,7 +90,7 @@ class IndependentSweeper(Sweeper):
 
     def _read(self, arguments: Iterable[str]) -> dict[str, dict[Any, str]]:
         """For each setting with several values, value → text; what has one goes to every run as it is."""
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        parser = OverridesParser.create(config_loader=self.loader)
         overrides = parser.parse_overrides([*(f"{name}={given}" for name, given in self.params.items()), *arguments])
         swept: dict[str, dict[Any, str]] = {}
         self.fixed = {o.get_key_element(): o.input_line or "" for o in overrides if not o.is_sweep_override()}
@@ -107,7 +107,7 @@ class IndependentSweeper(Sweeper):
     def _defaults(self, values: Iterable[str]) -> dict[str, Any]:
         """What a run without overrides has."""
         missing = object()
-        found = {name: OmegaConf.select(self.config, name.lstrip("+"), default=missing) for name in values}
+        found = {name: OmegaConf.select(self.settings, name.lstrip("+"), default=missing) for name in values}
         if unknown := [name for name, value in found.items() if value is missing]:
             raise HydraException(f"{', '.join(unknown)} has no value of its own to begin with; give one in the config")
         return found
@@ -116,11 +116,10 @@ class IndependentSweeper(Sweeper):
         points = list(points)
         jobs = [[*self.fixed.values(), *map(self._override, point)] for point in points]
         self.validate_batch_is_legal(jobs)
-        assert self.launcher is not None
         log.info("%s: %d runs", phase, len(jobs))
         returned = self.launcher.launch(jobs, initial_job_idx=self.begun) if jobs else []
         self.begun += len(jobs)
-        losses = (float(job.return_value) for job in returned)  # raises what the run has raised
+        losses = (float(job.return_value) for job in returned)  # raises what a run has raised
         return {point: loss if math.isfinite(loss) else math.inf for point, loss in zip(points, losses, strict=True)}
 
     def _override(self, setting: tuple[str, Any]) -> str:
