@@ -63,3 +63,14 @@ def gathering_modules(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.modules():
         if isinstance(child, FSDPModule):
             yield child
+
+
+def name_of_gathered(module: nn.Module, tensor: nn.Parameter) -> str | None:
+    """Of which parameter a tensor is what was gathered; None if of none."""
+    if not is_sharded(module):
+        return None
+    for name, child in module.named_modules():
+        for attribute, known in child._parameters.items():
+            if known is tensor:
+                return f"{name}.{attribute}" if name else attribute
+    return None
