@@ -55,7 +55,12 @@ from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps, sca
 from lightning_unitscale.options import PLAN_OPTIONS, Options
 from lightning_unitscale.prepare import Step, adopt, forget, prepare, put_in_force
 from lightning_unitscale.schemes import find, scheme_of
-from lightning_unitscale.sharded_checkpoint import all_but_weights, full_states_unmarked, loads_weights_with_file
+from lightning_unitscale.sharded_checkpoint import (
+    agree_on_plan,
+    all_but_weights,
+    full_states_unmarked,
+    loads_weights_with_file,
+)
 from lightning_unitscale.whole_checkpoints import read_whole, write_whole
 from lightning_unitscale.wrapped_methods import WrappedMethods
 
@@ -362,6 +367,8 @@ class Lifecycle:
     ) -> Any:
         """Put the plan into a checkpoint, and see to it that a whole one is under its name, or none."""
         self.before_saving(strategy.lightning_module, checkpoint)
+        if loads_weights_with_file(strategy):
+            agree_on_plan(strategy, checkpoint)
         return write_whole(strategy, proceed, checkpoint, *args, **kwargs)
 
     def _check_options(self, plan: Plan) -> None:

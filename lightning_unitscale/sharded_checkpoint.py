@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lightning_unitscale.engine.plan.state_dict import unmarked
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, encode, unmarked
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.namespaces import classes
 
@@ -51,6 +52,15 @@ def all_but_weights(path: Path) -> Mapping[str, Any]:
     if path.is_dir() and "lr_schedulers" in checkpoint:  # of a run, not weights alone
         checkpoint["optimizer_states"] = ["in the shards"]
     return checkpoint
+
+
+def agree_on_plan(strategy: Strategy, checkpoint: dict[str, Any]) -> None:
+    """Have all processes save the plan of the first: what each measured on its own rows is in it too."""
+    plan = strategy.broadcast(checkpoint.get(PLAN_KEY))
+    if plan is not None:
+        checkpoint[PLAN_KEY] = plan
+        if PLAN_KEY in checkpoint["state_dict"]:
+            checkpoint["state_dict"][PLAN_KEY] = encode(Plan.from_dict(plan))
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,22 +38,35 @@ def write_whole(
     if not _is_ours_to_rename(strategy, filepath):
         return write(checkpoint, filepath, *args, **kwargs)
     path = Path(filepath)
-    part = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if strategy.is_global_zero:
-        _remove(part)
     try:
-        result = write(checkpoint, part, *args, **kwargs)
+        with beside(path, renames=strategy.is_global_zero) as part:
+            return write(checkpoint, part, *args, **kwargs)
     except (OSError, RuntimeError, CheckpointException) as error:
-        if strategy.is_global_zero:
-            _remove(part)
         raise UnitScalingError(
             f"the checkpoint {path} could not be written ({type(error).__name__}: {first_line(error)}); "
             f"{'the one that was there before is whole' if path.exists() else 'nothing was left there'}."
         ) from error
-    if strategy.is_global_zero and part.exists():
-        _take_name(part, path)
-    return result
+
+
+@contextmanager
+def beside(path: Path, *, renames: bool = True) -> Iterator[Path]:
+    """A place to write to, which takes the name `path` when what is inside is done, or is emptied if that fails.
+
+    Args:
+        renames: whether this process does so, of several that write there together.
+    """
+    part = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if renames:
+        _remove(part)
+    try:
+        yield part
+        if renames and part.exists():
+            _take_name(part, path)
+    except BaseException:
+        if renames:
+            _remove(part)
+        raise
 
 
 def _is_ours_to_rename(strategy: Strategy, filepath: Any) -> bool:

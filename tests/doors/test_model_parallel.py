@@ -82,6 +82,7 @@ def train(
     save: Path | None = None,
     dtype: torch.dtype = torch.float64,
     pieces: int = 1,
+    optimizer: str = "adamw",
     checkpointing: bool = False,
     compiled: bool = False,
     **options: Any,
@@ -89,7 +90,7 @@ def train(
     """`steps` steps on the global batches; what one process saw of it, with whole weights."""
     with default_dtype(dtype):
         torch.manual_seed(0)
-        module = Spread(batch_norm=False, lr=1e-2)
+        module = Spread(batch_norm=False, optimizer=optimizer, lr=1e-2)
         module.checkpointing, module.compiled = checkpointing, compiled
         data = [
             {name: value.chunk(pieces)[piece] for name, value in global_batch(step).items()}
@@ -124,12 +125,13 @@ CASES: dict[str, dict[str, Any]] = {
     "folded": {},
     "unit": {"storage": "unit"},
     "preserve": {"scheme": "preserve"},
-    "amax": {"scheme": "amax", "storage": "unit"},
+    "amax": {"scheme": "amax", "storage": "unit"},  # divides gradients, also those that are nothing but rounding
     "bf16": {"format": "bf16"},
     "fp8-unit": {"format": "fp8", "storage": "unit"},
 }
 HABITS: dict[str, dict[str, Any]] = {  # of the training around it
     "plain": {},
+    "sgd": {"optimizer": "sgd"},
     "clipped": {"pieces": 2, "gradient_clip_val": 0.05},
     "checkpointed": {"checkpointing": True},
     "compiled": {"compiled": True},
@@ -195,7 +197,10 @@ def test_two_processes_are_one(tmp_path: Path, how: str, runs: str) -> None:
     check(tmp_path, how, 2, runs)
 
 
-EVERYTHING = ",".join([*(f"{case}/plain" for case in CASES), *(f"unit/{habit}" for habit in HABITS if habit != "plain")])
+EVERYTHING = ",".join([
+    *(f"{case}/{'sgd' if case == 'amax' else 'plain'}" for case in CASES),
+    *(f"unit/{habit}" for habit in HABITS if habit != "plain"),
+])  # fmt: skip
 
 
 @pytest.mark.slow
