@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from lightning_unitscale.engine.plan.plan import Plan
     from lightning_unitscale.errors import UnitScalingError
     from lightning_unitscale.monitor import ScaleMonitor
+    from lightning_unitscale.non_finite_steps import NonFiniteSteps
     from lightning_unitscale.optim.scaled_step import scale_learning_rates
     from lightning_unitscale.plain_torch import recalibrating, remove_unit_scaling, unit_scale
 
 __all__ = [
     "ActivationScaling",
     "GradientScaling",
+    "NonFiniteSteps",
     "Plan",
     "ScaleMonitor",
     "UnitScaling",
@@ -47,6 +49,7 @@ __all__ = [
 _HOMES = {
     "ActivationScaling": "blocks",
     "GradientScaling": "blocks",
+    "NonFiniteSteps": "non_finite_steps",
     "Plan": "engine.plan.plan",
     "ScaleMonitor": "monitor",
     "UnitScaling": "callback",

@@ -31,11 +31,18 @@ if TYPE_CHECKING:
 PLAN_KEY = "unit_scaling_plan"  # as in `engine.plan.state_dict`
 _OURS = "_of_lightning_unitscale"  # marks a function that is in the place of torch's or Lightning's
 NAMESPACES = {"pytorch_lightning": "", "lightning.pytorch": "Lightning"}  # how our classes over each are called
-STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
+STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {  # as Lightning calls its own, with "unitscale_" before it
     "unitscale": ("UnitScalingStrategy", {}),
-    "unitscale_ddp": ("UnitScalingDDPStrategy", {}),
-    "unitscale_ddp_spawn": ("UnitScalingDDPStrategy", {"start_method": "spawn"}),
-    "unitscale_ddp_fork": ("UnitScalingDDPStrategy", {"start_method": "fork"}),
+    **{
+        f"unitscale_ddp{method}{unused}": ("UnitScalingDDPStrategy", {**start, **find})
+        for method, start in (("", {}), ("_spawn", {"start_method": "spawn"}), ("_fork", {"start_method": "fork"}))
+        for unused, find in (("", {}), ("_find_unused_parameters_true", {"find_unused_parameters": True}))
+    },
+    "unitscale_fsdp": ("UnitScalingFSDPStrategy", {}),
+    "unitscale_fsdp_cpu_offload": ("UnitScalingFSDPStrategy", {"cpu_offload": True}),
+    "unitscale_model_parallel": ("UnitScalingModelParallelStrategy", {}),
+    "unitscale_deepspeed": ("UnitScalingDeepSpeedStrategy", {}),
+    **{f"unitscale_deepspeed_stage_{n}": ("UnitScalingDeepSpeedStrategy", {"stage": n}) for n in (1, 2, 3)},
 }
 
 

@@ -6,6 +6,7 @@ callback alone wraps the same few methods on the instance of whatever strategy t
     Lightning calls          we run                   which does
     setup                    before_run               a prepared model must be whole; the `log` of a compiled
                                                       LightningModule is kept out of the compiler
+    load_checkpoint          around_loading           before_loading at once, where the strategy loads the weights here
     load_model_state_dict    before_loading           the checkpoint's plan is put in force, then weights are loaded
     on_train_batch_start     before_train_batch       no plan yet: the step is rehearsed on this batch, and the plan
                                                       that follows is put in force. Then, where it is not done yet:
@@ -14,7 +15,8 @@ callback alone wraps the same few methods on the instance of whatever strategy t
     backward                 around_backward          starts from the loss scale, if there is one
     optimizer_step           around_optimizer_step    a step whose FP16 gradients overflowed is left out, loudly
     on_train_batch_end       after_train_batch        after a measured step, operands are cast with the scales found
-    save_checkpoint          before_saving            the plan is saved beside the weights
+    save_checkpoint          around_saving            a checkpoint takes its name when it is whole
+    on_save_checkpoint       before_saving            the plan is saved beside the weights
     teardown                 after_run                `release`; an error if no batch had a loss to prepare with
     on_exception             release                  strategy, optimizers and `log` are as before; the model keeps
                                                       its plan
@@ -25,6 +27,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +57,13 @@ from lightning_unitscale.options import PLAN_OPTIONS, Options
 from lightning_unitscale.prepare import prepare
 from lightning_unitscale.record_step import Step
 from lightning_unitscale.schemes import find, scheme_of
+from lightning_unitscale.sharded_checkpoint import (
+    agree_on_plan,
+    all_but_weights,
+    full_states_unmarked,
+    loads_weights_with_file,
+)
+from lightning_unitscale.whole_checkpoints import read_whole, write_whole
 from lightning_unitscale.wrapped_methods import WrappedMethods
 
 if TYPE_CHECKING:
@@ -105,7 +115,12 @@ class Lifecycle:
             self._wrapped = WrappedMethods(
                 strategy,
                 before={"on_train_batch_start": self.before_train_batch, "load_model_state_dict": self.before_loading},
-                around={"backward": self.around_backward, "optimizer_step": self.around_optimizer_step},
+                around={
+                    "backward": self.around_backward,
+                    "optimizer_step": self.around_optimizer_step,
+                    "load_checkpoint": self.around_loading,
+                    "save_checkpoint": self.around_saving,
+                },
             )
 
     def before_run(self, module: pl.LightningModule) -> None:
@@ -314,6 +329,8 @@ class Lifecycle:
         """
         module = _module_of(strategy)
         plan = plan_in(checkpoint)
+        if plan is None:
+            self.plan = None  # as when the Tuner puts the model back to what it was before its trials
         if module.trainer.state.fn == "fit":
             if plan is not None:
                 self._check_options(plan)
@@ -326,11 +343,35 @@ class Lifecycle:
         for model in (module, *_averages(module.trainer)):
             prepare_for_loading(model, plan)
 
+    def around_loading(
+        self, strategy: Strategy, proceed: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Put the plan in force before a strategy of sharded models reads weights into them, which it does at once.
+
+        Raises:
+            UnitScalingError: as `before_loading`.
+        """
+        if not loads_weights_with_file(strategy):
+            return read_whole(proceed, checkpoint_path, *args, **kwargs)
+        path = Path(strategy.broadcast(checkpoint_path))
+        self.before_loading(strategy, all_but_weights(path))
+        with full_states_unmarked(_module_of(strategy)):
+            return proceed(path, *args, **kwargs)
+
     def before_saving(self, module: pl.LightningModule | None, checkpoint: dict[str, Any]) -> None:
         """Put the plan into a checkpoint about to be written."""
         plan = plan_of(module) if module is not None else None
         if plan is not None:
             checkpoint[PLAN_KEY] = as_plain_data(plan.to_dict())
+
+    def around_saving(
+        self, strategy: Strategy, proceed: Callable[..., Any], checkpoint: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Put the plan into a checkpoint, and see to it that a whole one is under its name, or none."""
+        self.before_saving(strategy.lightning_module, checkpoint)
+        if loads_weights_with_file(strategy):
+            agree_on_plan(strategy, checkpoint)
+        return write_whole(strategy, proceed, checkpoint, *args, **kwargs)
 
     def _check_options(self, plan: Plan) -> None:
         for name, (theirs, ours) in self._other_options(plan).items():

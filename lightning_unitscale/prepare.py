@@ -20,7 +20,6 @@ from lightning_unitscale.engine.checks.beside import warn_of_code_beside
 from lightning_unitscale.engine.checks.calibration import check_device
 from lightning_unitscale.engine.checks.first_loss import is_far_above, loudest_sites, with_less
 from lightning_unitscale.engine.checks.first_step import Average, FirstStep, measure_first_step
-from lightning_unitscale.engine.checks.sharded import refuse_sharded
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
 from lightning_unitscale.engine.checks.verify import verify
 from lightning_unitscale.engine.checks.verify_gradients import GradientsTaken, verify_gradients
@@ -60,7 +59,6 @@ def prepare(
     Raises:
         UnitScalingError: see `unit_scale`.
     """
-    refuse_sharded(module)
     scheme = scheme_of(options)
     current = plan_of(module)
     if current is not None and not scheme.changes_training and current.is_plain:

@@ -76,14 +76,22 @@ class UnitScalingMixin(Strategy):
         )
 
     @override
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        loaded: dict[str, Any] = self.unit_scaling.around_loading(
+            self, super().load_checkpoint, checkpoint_path, *args, **kwargs
+        )
+        return loaded
+
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self.unit_scaling.before_loading(self, checkpoint)
         super().load_model_state_dict(checkpoint, strict=strict)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        self.unit_scaling.before_saving(self.lightning_module, checkpoint)
-        super().save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        self.unit_scaling.around_saving(
+            self, super().save_checkpoint, checkpoint, filepath, storage_options=storage_options
+        )
 
     @override
     def teardown(self) -> None:
@@ -121,6 +129,14 @@ def _over(namespace: ModuleType, title: str, name: str, mixin: type[Any], base: 
     return cast(type[Any], globals()[title])
 
 
-_ONE_DEVICE = [_over(n, "UnitScalingStrategy", "unitscale", OneDeviceMixin, "SingleDeviceStrategy") for n in NAMESPACES]
-_DDP = [_over(n, "UnitScalingDDPStrategy", "unitscale_ddp", UnitScalingMixin, "DDPStrategy") for n in NAMESPACES]
-UnitScalingStrategy, UnitScalingDDPStrategy = _ONE_DEVICE[0], _DDP[0]
+def _over_each(title: str, name: str, base: str, mixin: type[Any] = UnitScalingMixin) -> type[Any]:
+    return [_over(namespace, title, name, mixin, base) for namespace in NAMESPACES][0]
+
+
+UnitScalingStrategy = _over_each("UnitScalingStrategy", "unitscale", "SingleDeviceStrategy", OneDeviceMixin)
+UnitScalingDDPStrategy = _over_each("UnitScalingDDPStrategy", "unitscale_ddp", "DDPStrategy")
+UnitScalingFSDPStrategy = _over_each("UnitScalingFSDPStrategy", "unitscale_fsdp", "FSDPStrategy")
+UnitScalingModelParallelStrategy = _over_each(
+    "UnitScalingModelParallelStrategy", "unitscale_model_parallel", "ModelParallelStrategy"
+)
+UnitScalingDeepSpeedStrategy = _over_each("UnitScalingDeepSpeedStrategy", "unitscale_deepspeed", "DeepSpeedStrategy")

@@ -14,8 +14,11 @@ from importlib.metadata import PackageNotFoundError, distribution
 import torch
 from packaging.requirements import Requirement
 
-from lightning_unitscale.formats import FORMATS, cast, supports
-from lightning_unitscale.ops.multiply import Cast, has_tensor_cores, multiply
+from lightning_unitscale.block_formats import BlockNumbers
+from lightning_unitscale.formats import FORMATS, supports
+from lightning_unitscale.ops.cast_product import Scales, cast_product
+from lightning_unitscale.ops.multiply import has_tensor_cores
+from lightning_unitscale.ops.products import MatrixProducts
 
 PACKAGE = "lightning-unitscale"
 
@@ -113,13 +116,15 @@ def verdict(name: str, device: torch.device) -> str:
     one = torch.ones((), device=device)
     halves = torch.full((32, 32), 0.5, device=device)
     try:
-        x, weight = (Cast(cast(t, to), one, t.shape) for t, to in ((halves, format.x), (halves.T, format.weight)))
-        exact = bool((multiply(x, weight, torch.float32) == 32 * 0.25).all())
+        product = cast_product(halves, halves, MatrixProducts(), format, Scales(*[one] * 7))
+        right = bool(((product / (32 * 0.25) - 1).abs() < 0.1).all())  # 0.5 is a number of most formats, not of all
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         return f"no: its product fails: {str(error).splitlines()[0]}"
-    if not exact:
+    if not right:
         return "no: its product is wrong"
-    if name != "fp8":
+    if isinstance(format.x, BlockNumbers):
+        return "yes, but no faster: emulated, products of upcast operands"
+    if format.x.itemsize > 1:
         return "yes" if device.type != "cpu" else "yes: real casts, products of upcast operands; no faster than float32"
     if has_tensor_cores(device):
         return "yes: products on tensor cores"

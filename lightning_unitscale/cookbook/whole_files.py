@@ -2,7 +2,7 @@
 
 Lightning (2.6) writes a checkpoint to the system's folder for temporary files and moves it; where that is another file
 system the move is a copy, and a disk that is full in the middle of it leaves a part under the final name. Here the file
-is written beside its place, brought to the disk, and renamed.
+is written beside its place, brought to the disk, and renamed, in runs without unit scaling too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from lightning_unitscale.whole_checkpoints import beside
+
 
 class WholeFiles(TorchCheckpointIO):
     """Lightning's own way to keep checkpoints, but for how a local file is written."""
@@ -28,17 +30,9 @@ class WholeFiles(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(dict(checkpoint), path, storage_options)
             return
-        final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        beside = final.with_name(f".{final.name}.part")
         content = io.BytesIO()  # torch.save's own file writer hides why it failed
         torch.save(dict(checkpoint), content)
-        try:
-            with beside.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(final)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+        with beside(Path(path)) as part, part.open("wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())

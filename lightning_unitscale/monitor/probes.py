@@ -7,10 +7,12 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.record.keys import UseId
+from lightning_unitscale.engine.record.spread_tensors import part_of, whole
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
 from lightning_unitscale.errors import InputError
@@ -38,9 +40,19 @@ class Probe(Accumulator):
         if self.scaled is not None:
             self.scaled.add(tensor)
         if tensor.dim() > 1:
-            self.last = tensor.detach().flatten(0, -2)[:ROWS].clone()
-        counts = count_exponents(tensor)
+            self.last = whole(tensor.detach().flatten(0, -2)[:ROWS]).clone()
+        counts = count_exponents(part_of(tensor))
         self.exponents = counts if self.exponents is None else self.exponents + counts
+
+    def include(self, other: Accumulator) -> None:
+        """Count in what another one saw; the latest tensor stays this one's."""
+        super().include(other)
+        assert isinstance(other, Probe)
+        if self.scaled is not None and other.scaled is not None:
+            self.scaled.include(other.scaled)
+        if other.exponents is not None:
+            counts = other.exponents
+            self.exponents = counts if self.exponents is None else self.exponents + counts.to(self.exponents)
 
 
 class Probes:
@@ -58,6 +70,22 @@ class Probes:
 
     def _probe(self, use: UseId, operand: str) -> Probe:
         return Probe(FORMATS[self.format].numbers(operand), self._scales.get((use, operand)))
+
+    def include_other_processes(self) -> None:
+        """Count in, on rank 0, what the probes of all processes saw; every process must call it at the same step."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        first = dist.get_rank() == 0
+        everywhere: list[Any] | None = [None] * dist.get_world_size() if first else None
+        dist.gather_object({} if first else self.observer.found, everywhere)
+        for found in everywhere or ():
+            for use, probes in (found or {}).items():
+                known = self.observer.found.setdefault(use, {})
+                for operand, probe in probes.items():
+                    if operand in known:
+                        known[operand].include(probe)
+                    else:
+                        known[operand] = probe
 
     def snapshot(self, label: str, step: int, updates: tuple[WeightUpdate, ...] = ()) -> Snapshot:
         """What was seen so far."""

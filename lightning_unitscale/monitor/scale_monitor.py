@@ -40,8 +40,8 @@ class ScaleMonitor(Callback):
     with their input (`monitor.updates`): for this the measured step keeps a copy of the weights.
 
     The measured step runs uncompiled; all micro-batches of an accumulated step count. Between measured steps nothing is
-    installed anywhere. Under several processes rank 0 alone measures, on its own share of the batch, and communicates
-    nothing. Gradients are measured as they flow, times a loss scale where there is one.
+    installed anywhere. Under several processes all measure their share of the batch, and rank 0 sums up and writes
+    (inputs for alignments are its own). Gradients are measured as they flow, times a loss scale where there is one.
 
     Args:
         every_n_steps: 50 measures the steps 0, 50, 100, … and the last one of `max_steps`.
@@ -94,8 +94,6 @@ class ScaleMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch this batch if its step is due."""
-        if not trainer.is_global_zero:
-            return
         step = trainer.global_step
         if self._begun is None and (step >= self._next or step == trainer.max_steps - 1):
             self._begun = step
@@ -173,6 +171,9 @@ class ScaleMonitor(Callback):
             return
         plan = plan_of(module)
         updates = updates_since(before, module, probes.linear_inputs(), plan.roles if plan is not None else {})
+        probes.include_other_processes()
+        if not trainer.is_global_zero:
+            return
         self.last = probes.snapshot("run", step, updates)
         if not self.last.measurements:
             return

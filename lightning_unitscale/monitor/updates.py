@@ -18,6 +18,8 @@ from math import log
 import torch
 from torch import Tensor, nn
 
+from lightning_unitscale.engine.record.spread_tensors import whole
+
 ROWS = 256  # of a layer's input that are kept for its alignment
 
 
@@ -64,10 +66,10 @@ def updates_since(
         old = before.get(name)
         if old is None or old.shape != parameter.shape or not old.numel():
             continue
-        change = parameter.detach().float() - old.float()
+        change, old = whole(parameter.detach() - old).float(), whole(old).float()  # one weight at a time, if sharded
         x = inputs.get(name)
         alignment = None if x is None else alignment_of(change, x.float())
-        found.append(WeightUpdate(name, roles.get(name, ""), _rms(change), _rms(old.float()), alignment))
+        found.append(WeightUpdate(name, roles.get(name, ""), _rms(change), _rms(old), alignment))
     return tuple(found)
 
 

@@ -18,8 +18,11 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_unitscale.engine.record.spread_tensors import over_parts, part_of
 from lightning_unitscale.ops.max_scale import max_scale
 
 
@@ -27,7 +30,8 @@ class DividedGradients:
     """The gradients of one optimizer, while they stand divided.
 
     Args:
-        parameters: those whose gradients are to be divided.
+        parameters: those whose gradients are to be divided; in the same order in every process, for the largest element
+            of a sharded one is found by all of them together.
     """
 
     def __init__(self, parameters: Collection[Tensor]) -> None:
@@ -59,7 +63,11 @@ class DividedGradients:
 @torch.no_grad()
 def divided(gradient: Tensor, loss_scale: Tensor | None = None) -> Tensor:
     """g / γ; times the loss scale, if the optimizer is going to divide by it."""
-    if not gradient.is_sparse:
+    if isinstance(gradient, DTensor):  # sharded: γ is the whole one's
+        part = part_of(gradient)
+        largest = over_parts(part.abs().amax() if part.numel() else part.new_zeros(()), gradient, ReduceOp.MAX)
+        scaled = gradient / torch.where(largest == 0, 1.0, largest / gradient.numel() ** 0.5)
+    elif not gradient.is_sparse:
         scaled = gradient / max_scale(gradient)
     else:
         gradient = gradient.coalesce()

@@ -345,7 +345,7 @@ class ScaledStep:
         self._layouts = [GroupLayout.of(params, decoupled, scales[decoupled]) for params, decoupled in groups]
         self._watched = self._to_watch(named)
         ours = {parameter for layout in self._layouts for parameter in layout.params}
-        self._gradients = DividedGradients({p for name, p in named if p in ours and name in divided})
+        self._gradients = DividedGradients(list(dict.fromkeys(p for name, p in named if p in ours and name in divided)))
         differs = any(scale != PLAIN for known in scales.values() for scale in known.values())
         self._check(optimizer, named, differs or bool(divided))
 

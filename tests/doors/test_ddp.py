@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning.strategies import DDPStrategy
+from support.processes import run
 from support.training import Language, trainer
 from support.zoo import Batch, default_dtype, next_token_batch
 from support.zoo_modules import LoopExperts
@@ -22,7 +20,6 @@ from lightning_unitscale import ScaleMonitor, UnitScaling
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.strategy import UnitScalingDDPStrategy
 
-TESTS = Path(__file__).parent.parent
 ROWS, STEPS = 8, 6
 
 
@@ -131,28 +128,7 @@ def one_of_two(folder: str) -> None:
 @pytest.fixture(scope="module")
 def in_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    common = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    code = "import sys; from doors.test_ddp import one_of_two; one_of_two(sys.argv[1])"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)],
-            env={**common, "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(error[-3000:] for error in errors)
+    run(2, "doors.test_ddp:one_of_two", folder)
     return folder
 
 

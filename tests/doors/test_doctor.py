@@ -60,9 +60,9 @@ def test_a_format_whose_product_fails_is_told_with_the_reason(
 
     verdict, cpu = doctor["verdict"], torch.device("cpu")
     assert verdict("fp8", cpu).startswith("yes")
-    monkeypatch.setitem(verdict.__globals__, "multiply", fails)
+    monkeypatch.setitem(verdict.__globals__, "cast_product", fails)
     assert verdict("fp8", cpu) == "no: its product fails: no kernel here"
-    monkeypatch.setitem(verdict.__globals__, "multiply", lambda *_: torch.zeros(32, 32))
+    monkeypatch.setitem(verdict.__globals__, "cast_product", lambda *_: torch.zeros(32, 32))
     assert verdict("fp8", cpu) == "no: its product is wrong"
     monkeypatch.setitem(verdict.__globals__, "supports", lambda *_: False)
     assert verdict("fp8", cpu) == "no: this device has no torch.float8_e4m3fn"

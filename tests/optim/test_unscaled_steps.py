@@ -53,7 +53,7 @@ def test_the_first_step_without_multipliers_says_so_once(model: Callable[[nn.Mod
 def test_an_optimizer_with_multipliers_is_let_be() -> None:
     module = prepared()
     optimizer = adam(module.parameters())
-    scale_learning_rates(optimizer, module.__dict__["_unit_scaling_plan"])
+    scale_learning_rates(optimizer, module.__dict__["unit_scaling_plan"])
     assert not step(optimizer, module)
 
 
@@ -68,7 +68,7 @@ def test_an_optimizer_around_one_with_multipliers_is_let_be() -> None:
 
     module = prepared()
     base = adam(module.parameters())
-    scale_learning_rates(base, module.__dict__["_unit_scaling_plan"])
+    scale_learning_rates(base, module.__dict__["unit_scaling_plan"])
     assert not step(Around(base), module)
 
 

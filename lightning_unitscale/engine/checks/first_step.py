@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from lightning_unitscale.engine.checks.gradients import as_real, rehearsed_losses
+from lightning_unitscale.engine.checks.gradients import as_real, gradients_of, rehearsed_losses
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
+from lightning_unitscale.engine.record.spread_tensors import over_parts, part_of, whole
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -77,7 +79,7 @@ def measure_first_step(
 
     def taken() -> tuple[Tensor, list[Tensor]]:
         with rehearsed_losses(module, step, trainer, casts=False) as losses:
-            found = torch.autograd.grad(losses, list(named.values()), allow_unused=True) if losses else ()
+            found = gradients_of(losses, list(named.values()), module) if losses else ()
             gradients = zip(named.values(), found, strict=True) if found else ()
             return _total(losses), [torch.zeros_like(p) if g is None else g for p, g in gradients]
 
@@ -87,9 +89,12 @@ def measure_first_step(
 
     mean_loss, local = _on_all_processes(taken, average, device)
     loss = float(average(mean_loss))
-    gradients = {name: average(g) for name, g in zip(named, local, strict=False)}
-    moves = {name: float(as_real(g).float().abs().sum()) for name, g in gradients.items()}
-    squares = {name: float(as_real(g).float().square().sum()) for name, g in gradients.items()}
+    gradients = {
+        name: g if isinstance(g, DTensor) else average(g)  # a spread one is of the global batch already
+        for name, g in zip(named, local, strict=False)
+    }
+    moves = {name: _sum(as_real(part_of(g)).float().abs(), g) for name, g in gradients.items()}
+    squares = {name: _sum(as_real(part_of(g)).float().square(), g) for name, g in gradients.items()}
     predicted = sum(rates[name] * move for name, move in moves.items())
     if not predicted or not isfinite(predicted) or not loss:
         return FirstStep(moves, squares, 0.0)
@@ -112,16 +117,21 @@ def _on_all_processes(run: Callable[[], Result], average: Average, device: torch
 
 
 def _total(losses: list[Tensor]) -> Tensor:
-    return torch.stack([loss.detach().double().reshape(()) for loss in losses] or [torch.zeros(())]).sum()
+    return torch.stack([whole(loss.detach()).double().reshape(()) for loss in losses] or [torch.zeros(())]).sum()
+
+
+def _sum(part: Tensor, tensor: Tensor) -> float:
+    return float(over_parts(part.sum(), tensor))
 
 
 @contextmanager
 def _moved(steps: Mapping[nn.Parameter, tuple[Tensor, float]]) -> Iterator[None]:
     """Inside, each parameter is one step against the sign of its gradient; afterwards what it was, bit for bit."""
-    before = [(as_real(parameter.data), as_real(parameter.data).clone()) for parameter in steps]
+    parts = [as_real(part_of(parameter.data)) for parameter in steps]
+    before = [(values, values.clone()) for values in parts]
     try:
         for (values, _), (gradient, length) in zip(before, steps.values(), strict=True):
-            values.sub_(as_real(gradient).sign().to(values.dtype), alpha=length)
+            values.sub_(as_real(part_of(gradient)).sign().to(values.dtype), alpha=length)
         yield
     finally:
         for values, old in before:

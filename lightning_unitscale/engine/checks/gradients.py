@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import backward as _backward  # by this name: a rehearsal shadows the other one
 
 from lightning_unitscale.engine.record.autograd_functions import reentrant_checkpoints_opened
 from lightning_unitscale.engine.record.recorder import loss_tensors
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
+from lightning_unitscale.engine.record.spread_tensors import is_sharded, part_of
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 
@@ -74,18 +76,36 @@ def sampled_gradients(
 ) -> dict[str, Tensor]:
     """Evenly spaced elements of the gradient of the losses' sum, by parameter."""
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    gradients = torch.autograd.grad(
-        losses,
-        list(named.values()),
-        [torch.full_like(loss, seed) for loss in losses],
-        retain_graph=keep_graph,
-        allow_unused=True,
-    )
+    gradients = gradients_of(losses, list(named.values()), module, seed, keep_graph=keep_graph)
     return {
-        name: as_real(gradient).reshape(-1)[:: spacing(gradient)].double()
+        name: as_real(part_of(gradient)).reshape(-1)[:: spacing(gradient)].double()
         for name, gradient in zip(named, gradients, strict=True)
         if gradient is not None and gradient.numel()
     }
+
+
+def gradients_of(
+    losses: list[Tensor],
+    parameters: list[nn.Parameter],
+    module: nn.Module,
+    seed: float = 1.0,
+    *,
+    keep_graph: bool = False,
+) -> Sequence[Tensor | None]:
+    """The gradient of the losses' sum with respect to each parameter; inside a rehearsal, which puts `.grad` back.
+
+    What FSDP2 has gathered are other tensors than its parameters, whose gradients come by a backward pass alone.
+    """
+    seeds = [torch.full_like(loss, seed) for loss in losses]
+    if not is_sharded(module):
+        return torch.autograd.grad(losses, parameters, seeds, retain_graph=keep_graph, allow_unused=True)
+    for parameter in parameters:
+        parameter.grad = None
+    _backward(losses, seeds, retain_graph=keep_graph)
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return gradients
 
 
 def as_real(tensor: Tensor) -> Tensor:

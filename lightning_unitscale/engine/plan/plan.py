@@ -27,7 +27,8 @@ from lightning_unitscale.engine.record.places import Frame
 from lightning_unitscale.errors import UnitScalingError
 
 PLAN_VERSION = 2
-ATTRIBUTE = "_unit_scaling_plan"  # of a prepared model
+# Of a prepared model. Also the plan's key in state dicts: torch.distributed.checkpoint looks keys up as attributes.
+ATTRIBUTE = "unit_scaling_plan"
 _BOUND: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that a plan was put in force on
 
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
 from lightning_unitscale.errors import UnitScalingError
 
-PLAN_KEY = "unit_scaling_plan"
+PLAN_KEY = ATTRIBUTE
 Carried = Tensor | str  # a plan inside a state dict
 
 
@@ -99,6 +99,18 @@ def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
     for key, dimensions in _parameters_in(state, plan, prefix):
         if state[key].dim() == dimensions + 1:
             state[key] = state[key].squeeze(0)
+
+
+def unmarked(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of a module whose plan is in force, as that of a plain module, for code that loads it in pieces.
+
+    Raises:
+        UnitScalingError: these are plain weights, or were stored under another plan.
+    """
+    plain = dict(state)
+    if (plan := plan_of(module)) is not None and not plan.is_plain:
+        _check(module, plain, "")
+    return plain
 
 
 def _parameters_in(state: dict[str, Any], plan: Plan, prefix: str) -> Iterator[tuple[str, int]]:

@@ -9,9 +9,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_unitscale.engine.record.deep_copies import is_shared
+from lightning_unitscale.engine.record.spread_tensors import over_parts, part_of
 
 
 def held_tensors(root: object, place: str, inside: set[int]) -> Iterator[tuple[str, Tensor]]:
@@ -54,8 +57,18 @@ def is_copy(tensor: Tensor, parameter: Tensor) -> bool:
     """Whether another tensor has the values of a parameter, bit for bit in its own dtype."""
     if tensor is parameter or tensor.shape != parameter.shape or not tensor.is_floating_point():
         return False
+    if isinstance(parameter, DTensor):
+        return (
+            isinstance(tensor, DTensor) and tensor.placements == parameter.placements and _same_parts(tensor, parameter)
+        )
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta or tensor.layout != torch.strided:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.data_ptr() == parameter.data_ptr():
         return False
     return torch.equal(tensor.detach(), parameter.detach().to(tensor))
+
+
+def _same_parts(tensor: DTensor, parameter: DTensor) -> bool:
+    part, other = part_of(tensor.detach()), part_of(parameter.detach())
+    equal = part.data_ptr() != other.data_ptr() and torch.equal(part, other.to(part))
+    return bool(over_parts(torch.tensor(float(equal), device=part.device), parameter, dist.ReduceOp.MIN))

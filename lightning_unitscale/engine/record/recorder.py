@@ -9,13 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -28,6 +31,7 @@ from lightning_unitscale.engine.record.keys import (
     parameters_of_result,
 )
 from lightning_unitscale.engine.record.places import Frame
+from lightning_unitscale.engine.record.spread_tensors import MOVES, gathering_modules, over_parts, part_of, whole
 from lightning_unitscale.engine.record.trace import Call, GradientTaken, ModuleSpan, ParameterFacts, Trace, Value
 from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
 from lightning_unitscale.ops.attention import open_multi_head_attention
@@ -46,6 +50,7 @@ def recording(module: nn.Module) -> Iterator[Recorder]:
         if not any(True for _ in child.parameters()) and not any(True for _ in child.children())
         for handle in recorder.watch(name, child)
     ]
+    handles += [child.register_forward_pre_hook(recorder.meet_gathered) for child in gathering_modules(module)]
     try:
         with reentrant_checkpoints_opened(), watching_functions(recorder.run_function), recorder:
             yield recorder
@@ -65,6 +70,9 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.trace = Trace(facts=parameter_facts(module))
         self._module_names = {id(child): name for name, child in module.named_modules()}
+        self._parameter_names = {
+            alias: name for name, facts in self.trace.facts.items() for alias in (name, *facts.aliases)
+        }
         self._values: Any = WeakTensorKeyDictionary()
         self._value_count = 0
         self._ordinals: dict[tuple[int, str], int] = {}
@@ -111,6 +119,8 @@ class Recorder(TorchFunctionMode):
         """
         if self._torch_calls_running:
             return apply(*args)
+        if function.__name__ in MOVES and function.__module__.startswith("torch.distributed"):
+            return self._moved(function, apply, args)
         self.trace.functions.add(function.__name__)
         self._functions_running += 1
         try:
@@ -131,11 +141,18 @@ class Recorder(TorchFunctionMode):
                 self._write(f"{function.__name__}.apply", function, args, {}, [output], frame)
         return result
 
+    def _moved(self, function: type, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run a Function that spreads a tensor over processes, or brings it together: the same numbers elsewhere."""
+        with torch._C.DisableTorchFunction():
+            result = apply(*args)
+        self._write("alias", function, args[:1], {}, list(tensors_in(result)), sys._getframe(3))
+        return result
+
     def finish(self, output: Any, backwards: list[Tensor]) -> Trace:
         """Mark the losses (what the step returned, or its "loss", and what backward was called on)."""
         tensors = loss_tensors(output, backwards)
         self.trace.losses = [self._values[tensor] for tensor in tensors if tensor in self._values]
-        self.trace.loss_numbers = [float(tensor.detach().double().sum()) for tensor in tensors]
+        self.trace.loss_numbers = [float(whole(tensor.detach().double().sum())) for tensor in tensors]
         self._frames.clear()
         return self.trace
 
@@ -156,6 +173,19 @@ class Recorder(TorchFunctionMode):
 
         yield module.register_forward_pre_hook(before)
         yield module.register_forward_hook(after)
+
+    def meet_gathered(self, module: nn.Module, _: Any) -> None:
+        """Know the tensors that stand in the place of parameters while a sharded module runs."""
+        prefix = self._module_names[id(module)]
+        for name, child in module.named_modules(prefix=prefix):
+            for attribute, tensor in child._parameters.items():
+                known = self._parameter_names.get(f"{name}.{attribute}" if name else attribute)
+                if tensor is None or known is None:
+                    continue
+                if (
+                    tensor not in self._values or not self._values[tensor].parameters
+                ):  # as the calls that made it have it
+                    self._add(tensor, None, parameters=(known,))
 
     def _write(
         self,
@@ -373,14 +403,18 @@ def rms(tensor: Tensor) -> float:
     if not (tensor.is_floating_point() or tensor.is_complex()) or not _is_readable(tensor):
         return 0.0
     with torch.no_grad():
-        return float(torch.linalg.vector_norm(tensor, dtype=_wide(tensor)) / tensor.numel() ** 0.5)
+        norm = torch.linalg.vector_norm(part_of(tensor), dtype=_wide(tensor))
+        if isinstance(tensor, DTensor):
+            norm = over_parts(norm.square(), tensor).sqrt()
+        return float(norm / tensor.numel() ** 0.5)
 
 
 def largest(tensor: Tensor) -> float:
     """The largest magnitude of a tensor's elements; 0 as for `rms`."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or not _is_readable(tensor):
         return 0.0
-    return float(tensor.detach().abs().amax())
+    part = part_of(tensor.detach()).abs()
+    return float(over_parts(part.amax() if part.numel() else part.new_zeros(()), tensor, dist.ReduceOp.MAX))
 
 
 def _is_readable(tensor: Tensor) -> bool:
@@ -409,6 +443,11 @@ def _is_alias(one: Tensor, other: Tensor) -> bool:
 def _is_constant(tensor: Tensor) -> bool:
     if not _is_readable(tensor):
         return False
+    if isinstance(tensor, DTensor):
+        part = part_of(tensor.detach())
+        ends = [part.amax(), -part.amin()] if part.numel() else [part.new_tensor(-inf)] * 2
+        highest, lowest = over_parts(torch.stack(ends), tensor, dist.ReduceOp.MAX).tolist()
+        return bool(highest == -lowest)
     flat = tensor.detach().reshape(-1)
     return bool((flat == flat[0]).all())
 
@@ -416,7 +455,7 @@ def _is_constant(tensor: Tensor) -> bool:
 def _number(tensor: Tensor) -> float | None:
     if tensor.numel() != 1 or tensor.is_complex() or not _is_readable(tensor):
         return None
-    return float(tensor.detach())
+    return float(whole(tensor.detach()))
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

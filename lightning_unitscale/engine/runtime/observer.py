@@ -33,6 +33,7 @@ from lightning_unitscale.engine.record.keys import (
     parameters_of_result,
 )
 from lightning_unitscale.engine.record.recorder import tensors_in, tensors_made
+from lightning_unitscale.engine.record.spread_tensors import name_of_gathered
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
 from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.attention import open_multi_head_attention
@@ -172,11 +173,17 @@ class OperandObserver(TorchFunctionMode):
                 self._parameters[tensor] = names
 
     def _input(self, tensor: Tensor) -> TensorInput:
-        names = self._parameters.get(tensor)
+        names = self._names(tensor)
         return TensorInput.of(tensor, names or (), constant=names == ())
 
     def _is_weight(self, tensor: Tensor) -> bool:
-        return bool(self._parameters.get(tensor))
+        return bool(self._names(tensor))
+
+    def _names(self, tensor: Tensor) -> tuple[str, ...] | None:
+        names: tuple[str, ...] | None = self._parameters.get(tensor)
+        if not names and isinstance(tensor, nn.Parameter) and (gathered := name_of_gathered(self._module, tensor)):
+            names = self._parameters[tensor] = (gathered,)
+        return names
 
 
 def _in_parametrization() -> bool:

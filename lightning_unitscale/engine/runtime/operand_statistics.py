@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_unitscale.engine.record.spread_tensors import part_of
 from lightning_unitscale.formats import Numbers
 from lightning_unitscale.ops.cast_sums import SUMS, cast_sums
 from lightning_unitscale.ops.fp8_cast import FP8, fp8_cast
@@ -61,7 +62,8 @@ class Accumulator:
 
     @torch.no_grad()
     def add(self, tensor: Tensor) -> None:
-        """Count one tensor in."""
+        """Count one tensor in; of one spread over processes the part that is here."""
+        tensor = part_of(tensor)
         if tensor.numel() == 0:
             return
         tensor = tensor.detach()
@@ -79,6 +81,14 @@ class Accumulator:
         counted = torch.stack([torch.full_like(largest, tensor.numel()), *sums])
         self.sums = counted if self.sums is None else self.sums + counted
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
+
+    def include(self, other: Accumulator) -> None:
+        """Count in what another one saw, in this process or another."""
+        if other.sums is None or other.largest is None:
+            return
+        sums, largest = other.sums, other.largest
+        self.sums = sums if self.sums is None else self.sums + sums.to(self.sums)
+        self.largest = largest if self.largest is None else torch.maximum(self.largest, largest.to(self.largest))
 
     def result(self) -> Statistics | None:
         """What was seen; None if nothing was."""

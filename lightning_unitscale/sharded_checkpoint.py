@@ -1,0 +1,86 @@
+"""Checkpoints of models that are spread over processes, whose strategies load weights as they read the file.
+
+    one file        the whole state, gathered on rank 0
+    a folder        torch.distributed.checkpoint: a part of weights and optimizer states by each process, all else,
+                    the plan too, in `meta.pt`; loads on any number of processes
+
+Lightning reads either straight into the sharded model in `Strategy.load_checkpoint`, before anybody is told what is in
+it; the plan must be in force by then.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, encode, unmarked
+from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.namespaces import classes
+
+if TYPE_CHECKING:
+    from pytorch_lightning.strategies import Strategy
+
+META = "meta.pt"  # Lightning's name for what is beside the shards
+_LOADERS = ("strategies.FSDPStrategy", "strategies.ModelParallelStrategy", "strategies.DeepSpeedStrategy")
+_FABRIC = ("lightning_fabric.strategies.model_parallel", "lightning.fabric.strategies.model_parallel")
+
+
+def loads_weights_with_file(strategy: Strategy) -> bool:
+    """Whether the strategy's `load_checkpoint` writes to the model, and `load_model_state_dict` does nothing."""
+    return any(isinstance(strategy, classes(path)) for path in _LOADERS)
+
+
+def all_but_weights(path: Path) -> Mapping[str, Any]:
+    """What a checkpoint holds; of a folder what is beside the shards.
+
+    Raises:
+        UnitScalingError: there is no checkpoint there, or it can't be read.
+    """
+    file = path / META if path.is_dir() else path
+    try:
+        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+    except Exception as error:  # whatever the unpickler makes of a file that is none
+        raise UnitScalingError(f"{file}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+    if path.is_dir() and "lr_schedulers" in checkpoint:  # of a run, not weights alone
+        checkpoint["optimizer_states"] = ["in the shards"]
+    return checkpoint
+
+
+def agree_on_plan(strategy: Strategy, checkpoint: dict[str, Any]) -> None:
+    """Have all processes save the plan of the first: what each measured on its own rows is in it too."""
+    plan = strategy.broadcast(checkpoint.get(PLAN_KEY))
+    if plan is not None:
+        checkpoint[PLAN_KEY] = plan
+        if PLAN_KEY in checkpoint["state_dict"]:
+            checkpoint["state_dict"][PLAN_KEY] = encode(Plan.from_dict(plan))
+
+
+@contextmanager
+def full_states_unmarked(module: nn.Module) -> Iterator[None]:
+    """Inside, Lightning loads a whole state into a spread module as that of a plain one.
+
+    It does so one parameter at a time, past the hook that takes the mark off (see `engine.plan.state_dict`).
+    """
+    fabrics = [sys.modules[name] for name in _FABRIC if name in sys.modules]
+    originals = [fabric._load_raw_module_state for fabric in fabrics]  # type: ignore[attr-defined]
+    try:
+        for fabric, original in zip(fabrics, originals, strict=True):
+            fabric._load_raw_module_state = partial(_load_unmarked, original, module)  # type: ignore[attr-defined]
+        yield
+    finally:
+        for fabric, original in zip(fabrics, originals, strict=True):
+            fabric._load_raw_module_state = original  # type: ignore[attr-defined]
+
+
+def _load_unmarked(
+    load: Callable[..., None], module: nn.Module, state: dict[str, Any], *args: Any, **kwargs: Any
+) -> None:
+    load(unmarked(module, state), *args, **kwargs)
