@@ -97,6 +97,8 @@ class Structure(Graph):
             call = calls[-1]
             if call.index in self._residual_calls or call.index not in self.feeds_matmul or len(terms) < 2:
                 continue
+            if call.name != "add":
+                continue
             if call in self.gains or call.output in self.logit_biases or not all(v.requires_grad for v in terms):
                 continue
             origins = [frozenset(source.value for source in self.sources(term)[0]) for term in terms]
