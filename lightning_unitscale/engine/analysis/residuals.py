@@ -55,7 +55,7 @@ def adds_to_a_part(call: Call) -> bool:
 
 def find_additions(graph: Graph) -> list[Addition]:
     """Chains of same-shape additions as one: (calls, terms); the last call gives the sum."""
-    found = []
+    found: list[Addition] = []
     absorbed: set[int] = set()
     for call in reversed(graph.calls):
         if adds_to_a_part(call) and call.output.requires_grad:

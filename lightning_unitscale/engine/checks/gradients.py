@@ -90,7 +90,7 @@ def sampled_gradients(
 
 def as_real(tensor: Tensor) -> Tensor:
     """The same numbers, dense, real, of a dimension or more: complex ones as pairs, what a sparse one left out as 0."""
-    tensor = torch.atleast_1d(tensor.to_dense() if tensor.layout is not torch.strided else tensor)  # type: ignore[no-untyped-call]
+    tensor = torch.atleast_1d(tensor.to_dense() if tensor.layout is not torch.strided else tensor)
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
