@@ -22,7 +22,7 @@ from lightning_unitscale.engine.checks.sharded import refuse_sharded
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
 from lightning_unitscale.engine.checks.verify import verify
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
-from lightning_unitscale.engine.checks.verify_gradients import GradientsTaken, verify_gradients
+from lightning_unitscale.engine.checks.verify_gradients import GradientsTaken, is_to_be_checked, verify_gradients
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
 from lightning_unitscale.engine.plan.rename import plan_around
@@ -37,13 +37,12 @@ from lightning_unitscale.engine.runtime.install import (
     install,
     rescale_parameters,
     restore_parameters,
-    rules_in_force,
     uninstall,
     untouched_factors,
 )
 from lightning_unitscale.engine.runtime.kept_copies import Kept, kept_copies, rescale_kept
 from lightning_unitscale.engine.runtime.placement import check_placement
-from lightning_unitscale.errors import NoLossError, UnitScalingError
+from lightning_unitscale.errors import NoLossError, UnitScalingError, WrongGradientsError
 from lightning_unitscale.optim.unscaled_steps import watch_steps
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes import scheme_of
@@ -64,6 +63,8 @@ def prepare(
     trainer: pl.Trainer | None = None,
     agree: Callable[[dict[str, Any]], dict[str, Any]] = lambda plan: plan,
     average: Average = lambda tensor: tensor,
+    *,
+    trust_functions: bool = True,
 ) -> Plan:
     """Record one step of the model and put its plan in force, in place.
 
@@ -73,6 +74,8 @@ def prepare(
         trainer: the Lightning trainer, if there is one, whose loggers and optimizers the step must not reach.
         agree: makes all processes use one process's plan (data-dependent routing may show each another model).
         average: over all processes; the first step is measured on the global batch.
+        trust_functions: modules that hand-written autograd.Functions run are run again for the backward pass, as
+            checkpoints do; without, no factor is put where another backward pass would not see it.
 
     Raises:
         UnitScalingError: see `unit_scale`.
@@ -87,6 +90,8 @@ def prepare(
             f"{type(module).__name__} is already unit-scaled; call remove_unit_scaling() first to prepare it anew."
         )
     trace, fullest = record_draws(module, step, trainer, agree)
+    if not trust_functions:
+        fullest.distrust_functions()
     plan = make_plan(scheme, module, fullest, options)
     _refuse_nothing(module, trace, plan)
     if plan.changes_training and not plan.keeps_function:
@@ -101,20 +106,32 @@ def prepare(
     rescale_kept(plan, kept)
     put_in_force(module, plan)
     if options.verify:
+        wrong: WrongGradientsError | None = None
         try:
             taken = GradientsTaken(module)
-            after = verify(module, plan, trace, lambda: record(module, step, trainer, taken=taken, may_overflow=True))
+            take = taken if is_to_be_checked(module, plan, trace) else None
+            after = verify(module, plan, trace, lambda: record(module, step, trainer, taken=take, may_overflow=True))
             losses = agree({"before": trace.loss_numbers, "after": after.loss_numbers, "sites": loudest_sites(plan)})
             is_another_function = plan.changes_training and is_far_above(losses["before"], losses["after"])
             less = _with_less(module, plan, options, losses) if is_another_function else None
             if less is None:
                 verify_gradients(module, plan, trace, taken, step, trainer)
+        except WrongGradientsError as error:
+            wrong = error
         except UnitScalingError:
             _bring_back(module, plan, zeroed, kept)
             raise
+        doubtful = trust_functions and any(call.under_function and not call.in_function for call in trace.calls)
+        retry = doubtful and agree({"wrong": wrong is not None})["wrong"]
+        if retry or wrong is not None:
+            _bring_back(module, plan, zeroed, kept)
+        if retry:
+            return prepare(module, step, options, trainer, agree, average, trust_functions=False)
+        if wrong is not None:
+            raise wrong
         if less is not None:
             _bring_back(module, plan, zeroed, kept)
-            return prepare(module, step, less, trainer, agree, average)
+            return prepare(module, step, less, trainer, agree, average, trust_functions=trust_functions)
     if untouched is not None:
         scaled = _first_step(module, plan, step, trainer, agree, average)
         if scaled is not None:
@@ -254,15 +271,13 @@ def record(
 
     Args:
         draw: 0 for the random numbers that are next, other numbers for others.
-        taken: takes the gradients of its losses too, if factors are in force.
+        taken: takes the gradients of its losses too.
         may_overflow: whether a loss that is not finite is none of this function's business.
 
     Raises:
         NoLossError: there is none.
         UnitScalingError: the loss is not one number, or not finite.
     """
-    if taken is not None and rules_in_force(module) is None:
-        taken = None
     with rehearsal(module, trainer) as rehearsed, torch.enable_grad(), taken or nullcontext():
         with recording(module) as recorder:
             if draw:

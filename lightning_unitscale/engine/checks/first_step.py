@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_unitscale.engine.checks.gradients import as_real, rehearsed_losses
+from lightning_unitscale.engine.checks.gradients import as_real, gradients_of, rehearsed_losses
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def measure_first_step(
 
     def taken() -> tuple[Tensor, list[Tensor]]:
         with rehearsed_losses(module, step, trainer, casts=False) as losses:
-            found = torch.autograd.grad(losses, list(named.values()), allow_unused=True) if losses else ()
+            found = gradients_of(losses, list(named.values())) if losses else []
             gradients = zip(named.values(), found, strict=True) if found else ()
             return _total(losses), [torch.zeros_like(p) if g is None else g for p, g in gradients]
 

@@ -74,18 +74,28 @@ def sampled_gradients(
 ) -> dict[str, Tensor]:
     """Evenly spaced elements of the gradient of the losses' sum, by parameter."""
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    gradients = torch.autograd.grad(
-        losses,
-        list(named.values()),
-        [torch.full_like(loss, seed) for loss in losses],
-        retain_graph=keep_graph,
-        allow_unused=True,
-    )
+    gradients = gradients_of(losses, list(named.values()), seed, keep_graph=keep_graph)
     return {
         name: as_real(gradient).reshape(-1)[:: spacing(gradient)].double()
         for name, gradient in zip(named, gradients, strict=True)
         if gradient is not None and gradient.numel()
     }
+
+
+def gradients_of(
+    losses: list[Tensor], parameters: list[Tensor], seed: float = 1.0, *, keep_graph: bool = False
+) -> list[Tensor | None]:
+    """Gradients of the losses' sum, inside a rehearsal; None of a parameter that it does not depend on.
+
+    Reversible networks and some checkpoints call `backward` in a Function's backward pass, which leaves gradients of
+    parameters that the graph does not know in `.grad`.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+    seeds = [torch.full_like(loss, seed) for loss in losses]
+    found = torch.autograd.grad(losses, parameters, seeds, retain_graph=keep_graph, allow_unused=True)
+    beside = [parameter.grad for parameter in parameters]
+    return [b if a is None else a if b is None else a + b for a, b in zip(found, beside, strict=True)]
 
 
 def as_real(tensor: Tensor) -> Tensor:
