@@ -11,6 +11,10 @@ class NoLossError(UnitScalingError):
     """The rehearsed step returned no loss and called no backward."""
 
 
+class WrongGradientsError(UnitScalingError):
+    """Under a plan gradients are not the slope of the loss, though the untouched model's are."""
+
+
 class UncastableError(Exception):
     """Why the operands of a call can't be cast to a narrow format."""
 

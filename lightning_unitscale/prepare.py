@@ -22,12 +22,12 @@ from lightning_unitscale.engine.checks.first_loss import is_far_above, loudest_s
 from lightning_unitscale.engine.checks.first_step import Average, FirstStep, measure_first_step
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
 from lightning_unitscale.engine.checks.verify import verify
-from lightning_unitscale.engine.checks.verify_gradients import GradientsTaken, verify_gradients
+from lightning_unitscale.engine.checks.verify_gradients import GradientsTaken, is_to_be_checked, verify_gradients
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.engine.runtime.kept_copies import kept_copies, rescale_kept
-from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.errors import UnitScalingError, WrongGradientsError
 from lightning_unitscale.in_force import about_to_be_zero, bring_back, forget, put_in_force
 from lightning_unitscale.options import Options
 from lightning_unitscale.record_step import Step, record, record_draws
@@ -46,6 +46,8 @@ def prepare(
     trainer: pl.Trainer | None = None,
     agree: Callable[[dict[str, Any]], dict[str, Any]] = lambda plan: plan,
     average: Average = lambda tensor: tensor,
+    *,
+    trust_functions: bool = True,
 ) -> Plan:
     """Record one step of the model and put its plan in force, in place.
 
@@ -55,6 +57,8 @@ def prepare(
         trainer: the Lightning trainer, if there is one, whose loggers and optimizers the step must not reach.
         agree: makes all processes use one process's plan (data-dependent routing may show each another model).
         average: over all processes; the first step is measured on the global batch.
+        trust_functions: modules that hand-written autograd.Functions run are run again for the backward pass, as
+            checkpoints do; without, no factor is put where another backward pass would not see it.
 
     Raises:
         UnitScalingError: see `unit_scale`.
@@ -68,6 +72,8 @@ def prepare(
             f"{type(module).__name__} is already unit-scaled; call remove_unit_scaling() first to prepare it anew."
         )
     trace, fullest = record_draws(module, step, trainer, agree)
+    if not trust_functions:
+        fullest.distrust_functions()
     plan = make_plan(scheme, module, fullest, options)
     _refuse_nothing(module, trace, plan)
     if plan.changes_training and not plan.keeps_function:
@@ -82,20 +88,32 @@ def prepare(
     rescale_kept(plan, kept)
     put_in_force(module, plan)
     if options.verify:
+        wrong: WrongGradientsError | None = None
         try:
             taken = GradientsTaken(module)
-            after = verify(module, plan, trace, lambda: record(module, step, trainer, taken=taken, may_overflow=True))
+            take = taken if is_to_be_checked(module, plan, trace) else None
+            after = verify(module, plan, trace, lambda: record(module, step, trainer, taken=take, may_overflow=True))
             losses = agree({"before": trace.loss_numbers, "after": after.loss_numbers, "sites": loudest_sites(plan)})
             is_another_function = plan.changes_training and is_far_above(losses["before"], losses["after"])
             less = with_less(module, plan, options, losses) if is_another_function else None
             if less is None:
                 verify_gradients(module, plan, trace, taken, step, trainer)
+        except WrongGradientsError as error:
+            wrong = error
         except UnitScalingError:
             bring_back(module, plan, zeroed, kept)
             raise
+        doubtful = trust_functions and any(call.under_function and not call.in_function for call in trace.calls)
+        retry = doubtful and agree({"wrong": wrong is not None})["wrong"]
+        if retry or wrong is not None:
+            bring_back(module, plan, zeroed, kept)
+        if retry:
+            return prepare(module, step, options, trainer, agree, average, trust_functions=False)
+        if wrong is not None:
+            raise wrong
         if less is not None:
             bring_back(module, plan, zeroed, kept)
-            return prepare(module, step, less, trainer, agree, average)
+            return prepare(module, step, less, trainer, agree, average, trust_functions=trust_functions)
     if untouched is not None:
         scaled = _first_step(module, plan, step, trainer, agree, average)
         if scaled is not None:

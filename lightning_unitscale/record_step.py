@@ -18,7 +18,6 @@ from lightning_unitscale.engine.record.random_draws import draw_anew, random_sta
 from lightning_unitscale.engine.record.recorder import loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.record.trace import Trace
-from lightning_unitscale.engine.runtime.install import rules_in_force
 from lightning_unitscale.errors import NoLossError, UnitScalingError
 
 if TYPE_CHECKING:
@@ -69,15 +68,13 @@ def record(
 
     Args:
         draw: 0 for the random numbers that are next, other numbers for others.
-        taken: takes the gradients of its losses too, if factors are in force.
+        taken: takes the gradients of its losses too.
         may_overflow: whether a loss that is not finite is none of this function's business.
 
     Raises:
         NoLossError: there is none.
         UnitScalingError: the loss is not one number, or not finite.
     """
-    if taken is not None and rules_in_force(module) is None:
-        taken = None
     with rehearsal(module, trainer) as rehearsed, torch.enable_grad(), taken or nullcontext():
         with recording(module) as recorder:
             if draw:

@@ -3,6 +3,7 @@
 What such code knows of a weight's scale is no longer true, and nothing else would say so. Every write in place counts a
 tensor's version up, so one integer a parameter shows it; writes through `.data` don't, so over the first steps, and
 where a version has changed twice (an average swapped in for validation, and out again), norms are compared as well.
+Only what has a gradient is watched: a target network or an average in the model is there to be written to.
 """
 
 from __future__ import annotations
@@ -41,7 +42,15 @@ class WriteWatch:
         if self._done or _is_capturing():
             return
         known = [w for w in watched if id(w.parameter) in self._versions]
-        gone = [w.name for w in known if w.name.rpartition(".")[2] not in w.owner._parameters]
+        found = {w: w.owner._parameters.get(w.name.rpartition(".")[2]) for w in known}
+        if shared := [w.name for w, now in found.items() if now is not None and now is not w.parameter]:
+            self._warn(
+                f"unit scaling: {some(shared)} replaced by another parameter after the model was prepared. Each is "
+                "stored at a scale of its own, so weights shared from here on are another function. Share them before "
+                "the model is prepared, or use scheme='preserve'."
+            )
+            return
+        gone = [w.name for w, now in found.items() if now is None]
         if gone:
             self._warn(
                 f"unit scaling: {some(gone)} pruned or reparametrised after the model was prepared. What compares the "
@@ -57,6 +66,9 @@ class WriteWatch:
         """Remember what the optimizer left."""
         if self._done or _is_capturing():
             return
+        for _, parameter, _ in watched:
+            self._versions.pop(id(parameter), None)
+        watched = [w for w in watched if w.parameter.grad is not None]
         for _, parameter, _ in watched:
             self._versions[id(parameter)] = parameter._version
         self._norms.clear()

@@ -63,7 +63,7 @@ class Branches:
         if found:
             return
         call = next(call for call in residual.calls if value in call.inputs)
-        if reason := no_place(call):
+        if reason := no_place(call) or ("" if call.name == "add" else "it adds to a part, by indices"):
             placed.leave_alone("residual addition", call, reason)
             return
         own = max((source.model_constant for source in self.draft.structure.sources(value)[0]), default=1.0)

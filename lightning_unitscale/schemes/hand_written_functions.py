@@ -29,32 +29,44 @@ def move_out(placed: PlacedFactors) -> None:
             continue
         main = primary_use(placed.uses_of(use.key))
         stored = placed.at_uses[main.calls[0].index, use.key]
+        by_factor: dict[float, list[Call]] = {}
         for call in use.calls:
-            wanted = placed.at_uses[call.index, use.key]
-            if isclose(product(wanted), product(stored), rel_tol=1e-12):
+            by_factor.setdefault(product(placed.at_uses[call.index, use.key]), []).append(call)
+        for wanted, calls in by_factor.items():
+            if isclose(wanted, product(stored), rel_tol=1e-12):
                 continue
-            beyond = [*wanted, *inverse(product(stored), "what the weight stores for its other use")]
-            if _scale_operand(placed, call, beyond):
-                placed.at_uses[call.index, use.key] = list(stored)
+            factors = placed.at_uses[calls[0].index, use.key]
+            beyond = [*factors, *inverse(product(stored), "what the weight stores for its other use")]
+            for together in _together_or_apart(calls):
+                if _scale_operand(placed, together, beyond):
+                    placed.at_uses |= {(call.index, use.key): list(stored) for call in together}
+                    if together is calls:
+                        break
 
 
-def _scale_operand(placed: PlacedFactors, call: Call, factors: list[Factor]) -> bool:
-    """Multiply the activation that a call works on, where it is made, if nothing else uses it."""
+def _together_or_apart(calls: list[Call]) -> list[list[Call]]:
+    """All calls at once, which may be of pieces of one activation; each by itself, where that can't be."""
+    return [calls, *([call] for call in calls)] if len(calls) > 1 else [calls]
+
+
+def _scale_operand(placed: PlacedFactors, calls: list[Call], factors: list[Factor]) -> bool:
+    """Multiply the activation that calls work on, where it is made, if nothing else uses it."""
     draft = placed.draft
-    moving = [v for v in call.inputs if v.is_float and v.requires_grad and not v.parameters]
-    if len(moving) != 1:
+    moving = [v for call in calls for v in call.inputs if v.is_float and v.requires_grad and not v.parameters]
+    if len(moving) != len(calls):
         return False
-    found = pushes(draft, moving[0], {call.index})
+    ends = {call.index for call in calls}
+    found = pushes(draft, moving[0], ends, *moving[1:])
     if placed.are_all_calls(use for push in found for use in push.uses):
         placed.push(found, factors)
         return True
-    sources, passed = draft.structure.sources(moving[0])
+    sources, passed = draft.structure.sources(*moving)
     maker = sources[0].value.producer
     if len(sources) > 1 or maker is None or no_place(maker) or not _is_called_once(draft, maker):
         return False
     site = parameter_free_site(maker, "operand", factors)
     site.reason = "of a matmul inside a hand-written autograd.Function"
-    if site in placed.free or not draft.structure.only_feeds(maker.output, passed, {call.index}):
+    if site in placed.free or not draft.structure.only_feeds(maker.output, passed, ends):
         return False
     placed.free.add(site)
     return True

@@ -32,9 +32,13 @@ class Push:
         return 1.0 if absorbed else self.source.model_constant
 
 
-def pushes(draft: Draft, value: Value, end: Collection[int]) -> list[Push]:
-    """Where a factor of `value`, used by the calls `end` alone, can be pushed to; empty if it can't."""
-    sources, passed = draft.structure.sources(value)
+def pushes(draft: Draft, value: Value, end: Collection[int], *more: Value) -> list[Push]:
+    """Where a factor of `value`, used by the calls `end` alone, can be pushed to; empty if it can't.
+
+    Args:
+        more: values with the same factor: pieces of one activation, say.
+    """
+    sources, passed = draft.structure.sources(value, *more)
     found = []
     for source in sources:
         uses = _uses_at(draft, source.value, {*passed, *end})

@@ -35,7 +35,9 @@ def _place(placed: PlacedFactors, rules: LocalSchemes, addition: Sum, zeros: Col
     if all(found):
         for sources in found:
             placed.push(sources, factors)
-    elif not no_place(addition.call):
+    elif reason := no_place(addition.call):
+        placed.leave_alone("sum", addition.call, reason)
+    else:
         site = parameter_free_site(addition.call, "sum", factors)
         site.reason = "a term is used elsewhere too, or is left alone"
         placed.free.add(site)

@@ -1,4 +1,8 @@
-"""Residual streams: additions in which one term is made into the others, linked from skip to skip."""
+"""Residual streams: additions in which one term is made into the others, linked from skip to skip.
+
+A block that runs on part of the batch or of the tokens (DINOv2's stochastic depth, mixture of depths) is added to that
+part alone, by `index_add` or the like: an addition as any other, though its branch has another shape.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from lightning_unitscale.engine.analysis.attention import AttentionLogits
 from lightning_unitscale.engine.analysis.graph import Graph
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import is_lookup
-from lightning_unitscale.ops.torch_functions import ACTIVATIONS, PASSTHROUGH
+from lightning_unitscale.ops.torch_functions import ACCUMULATES, ACTIVATIONS, PASSTHROUGH
 
 Addition = tuple[tuple[Call, ...], list[Value]]  # its calls, the last of which gives the sum, and its terms
 
@@ -42,11 +46,20 @@ class Stream:
     links: int = 0
 
 
+def adds_to_a_part(call: Call) -> bool:
+    """Whether a call adds its last input to some places of its first."""
+    return call.name in ("index_add", "scatter_add") or (
+        call.name == "index_put" and bool(call.argument(3, "accumulate"))
+    )
+
+
 def find_additions(graph: Graph) -> list[Addition]:
     """Chains of same-shape additions as one: (calls, terms); the last call gives the sum."""
-    found = []
+    found: list[Addition] = []
     absorbed: set[int] = set()
     for call in reversed(graph.calls):
+        if adds_to_a_part(call) and call.output.requires_grad:
+            found.append(((call,), [call.inputs[0], call.inputs[-1]]))
         if call.name != "add" or call.index in absorbed or not call.output.requires_grad:
             continue
         calls, terms, pending = [call], [], list(call.inputs)
@@ -77,12 +90,13 @@ def find_residuals(graph: Graph, logits: AttentionLogits, additions: list[Additi
         output = calls[-1].output
         if calls[-1].index in logits.additions:
             continue
-        same = [v for v in terms if v.shape == output.shape and v.requires_grad and not v.parameters]
+        in_part = adds_to_a_part(calls[-1])
+        same = [v for v in terms if (in_part or v.shape == output.shape) and v.requires_grad and not v.parameters]
         if len(same) < 2:
             continue
         best: tuple[Value, list[Branch]] | None = None
-        for skip in same:
-            origin = _unscaled(graph, origin_of(skip))
+        for skip in same[:1] if in_part else same:
+            origin = _whole(graph, _unscaled(graph, origin_of(skip)))
             branches = [
                 branch
                 for term in same
@@ -116,6 +130,24 @@ def _unscaled(graph: Graph, skip: Value) -> Value:
     if above is None or len(above) != 1 or above[0].value.shape != skip.shape or above[0].value.parameters:
         return skip
     return origin_of(above[0].value)
+
+
+def _whole(graph: Graph, skip: Value) -> Value:
+    """What the skip is a part of, if the same part is taken of it again: x[places] + f(x[places])."""
+    call = skip.producer
+    if call is None or call.name not in ("getitem", "gather", "index_select"):
+        return skip
+    again = (c for c in graph.consumers(call.inputs[0]) if c is not call and c.name == call.name)
+    return call.inputs[0] if any(_are_alike((c.args, c.kwargs), (call.args, call.kwargs)) for c in again) else skip
+
+
+def _are_alike(one: object, other: object) -> bool:
+    """Whether two arguments of calls are the same; arrays of other libraries are so only if they are one."""
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_are_alike, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_are_alike(one[key], other[key]) for key in one)
+    return one is other or (isinstance(one, (int, slice)) and isinstance(other, (int, slice)) and one == other)
 
 
 def _carries(graph: Graph, value: Value, origin: Value) -> bool:
@@ -195,6 +227,10 @@ def _previous(graph: Graph, value: Value, by_output: dict[Value, Residual]) -> t
             if len(moving) != 1:
                 return None, False
             value = moving[0]
+        elif call.name in ACCUMULATES:  # x[places] = x[places] + f(x[places])
+            into, *others = [v for v in call.inputs if v.requires_grad and not v.parameters] or [value]
+            parents = [_previous(graph, v, by_output) for v in (*others[-1:], into) if v is not value]
+            return next((found for found in parents if found[0] is not None), (None, False))
         else:
             return None, False
     return by_output[value], normed

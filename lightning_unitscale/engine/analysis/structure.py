@@ -97,6 +97,8 @@ class Structure(Graph):
             call = calls[-1]
             if call.index in self._residual_calls or call.index not in self.feeds_matmul or len(terms) < 2:
                 continue
+            if call.name != "add":
+                continue
             if call in self.gains or call.output in self.logit_biases or not all(v.requires_grad for v in terms):
                 continue
             origins = [frozenset(source.value for source in self.sources(term)[0]) for term in terms]
@@ -120,14 +122,14 @@ class Structure(Graph):
 
     # --- following linear calls --------------------------------------------------------------------------------
 
-    def sources(self, value: Value) -> tuple[list[Source], frozenset[int]]:
-        """Where `value` comes from through linear calls, and the indices of those calls.
+    def sources(self, *values: Value) -> tuple[list[Source], frozenset[int]]:
+        """Where the values come from through linear calls, and the indices of those calls.
 
         Stops at parameters, at every site (a matmul with a parameter, a norm and its gain) and at residual sums.
         """
         found: dict[Value, Source] = {}
         passed: set[int] = set()
-        pending, seen = [Source(value, 1.0)], {value}
+        pending, seen = [Source(value, 1.0) for value in values], set(values)
         while pending:
             source = pending.pop()
             call = source.value.producer

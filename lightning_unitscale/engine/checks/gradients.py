@@ -91,26 +91,30 @@ def gradients_of(
     seed: float = 1.0,
     *,
     keep_graph: bool = False,
-) -> Sequence[Tensor | None]:
-    """The gradient of the losses' sum with respect to each parameter; inside a rehearsal, which puts `.grad` back.
+) -> list[Tensor | None]:
+    """Gradients of the losses' sum, inside a rehearsal, which puts `.grad` back; None where it depends on none.
 
     What FSDP2 has gathered are other tensors than its parameters, whose gradients come by a backward pass alone.
+    Reversible networks and some checkpoints call `backward` in a Function's backward pass, which leaves gradients of
+    parameters that the graph does not know in `.grad`.
     """
     seeds = [torch.full_like(loss, seed) for loss in losses]
-    if not is_sharded(module):
-        return torch.autograd.grad(losses, parameters, seeds, retain_graph=keep_graph, allow_unused=True)
     for parameter in parameters:
         parameter.grad = None
-    _backward(losses, seeds, retain_graph=keep_graph)
-    gradients = [parameter.grad for parameter in parameters]
+    found: Sequence[Tensor | None] = [None] * len(parameters)
+    if is_sharded(module):
+        _backward(losses, seeds, retain_graph=keep_graph)
+    else:
+        found = torch.autograd.grad(losses, parameters, seeds, retain_graph=keep_graph, allow_unused=True)
+    beside = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    return gradients
+    return [b if a is None else a if b is None else a + b for a, b in zip(found, beside, strict=True)]
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """The same numbers, dense and real: complex ones as pairs, what a sparse gradient leaves out as 0."""
-    tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    """The same numbers, dense, real, of a dimension or more: complex ones as pairs, what a sparse one left out as 0."""
+    tensor = torch.atleast_1d(tensor.to_dense() if tensor.layout is not torch.strided else tensor)
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 

@@ -3,12 +3,15 @@
 A factor that the forward pass has and a backward pass has not (one put inside a hand-written autograd.Function, or an
 operation that takes it wrongly) leaves every loss as it is and makes gradients wrong. So they are compared with what
 does not use any backward pass: with the change of the loss as parameters are moved (`engine.checks.slopes`), in a few
-sets, one more forward pass each. Without scopes nothing stands in the model's code, and nothing is to be checked.
+sets, one more forward pass each. Without scopes nothing stands in the model's code, and without hand-written Functions
+and hooks on tensors nothing is to be checked.
 
 Some gradients are meant to be others than the slope (straight-through estimators, gradient reversal, detached
 targets). So where they disagree the untouched model is asked the same, on the same batch with the same random numbers:
 what disagrees there too is left to its author, with a note in the plan. It takes the model's weights brought back to
-what they were, to rounding, and back again bit for bit.
+what they were, to rounding, and back again bit for bit. A reversal may weigh little in the untouched model and much
+under the plan. So what is left is compared with the gradients of the same function as a plain module, all factors in
+its weights, where it can be one: where these are the same, no factor is missing, and the step's own code decides them.
 
 Each of the losses of manual optimization is looked at by itself: a generator's gradients are no slope of the sum.
 Nothing is sent to other processes. A step that does so of its own accord is not checked, as the number of forward
@@ -17,7 +20,8 @@ passes depends on what they show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -30,17 +34,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_unitscale.engine.checks.gradients import rehearsed_losses, sampled_gradients
 from lightning_unitscale.engine.checks.slopes import Reach, Slopes
+from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import install, rules_in_force, uninstall, untouched_factors
-from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.errors import WrongGradientsError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 _ROUNDS = 2  # sets that disagree in the untouched model too are looked at once more, by halves
 _NAMED = 8
+_SLIGHTLY = 2.0  # a gradient that is so many times another than the slope may be meant so
 
 Step = Callable[[Rehearsal], Any]
 
@@ -85,6 +91,11 @@ class GradientsTaken(TorchDispatchMode):
         return result
 
 
+def is_to_be_checked(module: nn.Module, plan: Plan, before: Trace) -> bool:
+    """Whether anything can make gradients wrong: a factor in the code, or code that has a backward pass of its own."""
+    return rules_in_force(module) is not None or (plan.changes_training and bool(before.functions or before.hooked))
+
+
 def verify_gradients(
     module: nn.Module,
     plan: Plan,
@@ -101,19 +112,26 @@ def verify_gradients(
         step: the same step.
 
     Raises:
-        UnitScalingError: gradients are not the slope of the loss, though the untouched model's are.
+        WrongGradientsError: gradients are not the slope of the loss, though the untouched model's are.
+
+    Warns:
+        of such that are far off and the step's own code decides: it inverts layers or iterates to a fixed point, say.
     """
-    if rules_in_force(module) is None:
+    if not is_to_be_checked(module, plan, before):
         return
     try:
-        wrong = {} if taken.problem else _Gate(module, plan, step, trainer).wrong_gradients(taken)
+        gate = _Gate(module, plan, step, trainer)
+        wrong = {} if taken.problem else gate.wrong_gradients(taken)
+        is_own = bool(wrong) and gate.are_as_folded(taken)
     except Exception as error:  # of the model's own code, where it meets another value
         taken.problem = _said(error)
     if taken.problem:
         plan.notes.append(f"gradients were not checked: {taken.problem}")
         return
-    if wrong:
-        raise UnitScalingError(_message(module, plan, before, wrong))
+    if is_own:
+        _leave_to_its_author(module, plan, before, wrong)
+    elif wrong:
+        raise WrongGradientsError(_message(module, plan, before, wrong))
 
 
 class _Gate:
@@ -146,6 +164,35 @@ class _Gate:
             self._note(unknown, [name for _, names in level for name in names])
         return wrong
 
+    def are_as_folded(self, taken: GradientsTaken) -> bool:
+        """Whether the same function as a plain module, without any explicit factor, has the same gradients."""
+        folded = folded_copy(self.plan)
+        if not folded.is_plain:
+            return False
+        if rules_in_force(self.module) is None:
+            return True
+        scales = {name: (p.stored, folded.parameters[name].stored) for name, p in self.plan.parameters.items()}
+        with _weights_multiplied(self.module, self.plan, {n: new / old for n, (old, new) in scales.items()}):
+            other = self._taken()
+        tolerance = Reach.of(taken.eps).tolerance
+        for ours, theirs in zip(taken.gradients, other.gradients, strict=True):
+            expected = {name: gradient * scales[name][1] for name, gradient in theirs.items()}
+            largest = max((float(gradient.norm()) for gradient in expected.values()), default=0.0)
+            for name, gradient in expected.items():
+                off = float((ours[name] * scales[name][0] - gradient).norm())
+                if off > tolerance * max(float(gradient.norm()), 1e-3 * largest):
+                    return False
+        return True
+
+    def _taken(self) -> GradientsTaken:
+        """The gradients of the step as the model is now."""
+        taken = GradientsTaken(self.module)
+        with taken, rehearsed_losses(self.module, self.step, self.trainer) as losses:
+            taken.take(losses)
+        if taken.problem:
+            raise RuntimeError(taken.problem)
+        return taken
+
     def _slopes(self, taken: GradientsTaken) -> list[Slopes]:
         """One for each loss of the step as the model is now."""
         reach = Reach.of(taken.eps)
@@ -162,13 +209,8 @@ class _Gate:
         """Those of the sets whose gradients are the slope of the loss in the untouched model."""
         if not sets:
             return []
-        with _untouched(self.module, self.plan):
-            taken = GradientsTaken(self.module)
-            with taken, rehearsed_losses(self.module, self.step, self.trainer) as losses:
-                taken.take(losses)
-            if taken.problem:
-                raise RuntimeError(taken.problem)
-            theirs = self._slopes(taken)
+        with _weights_multiplied(self.module, self.plan, untouched_factors(self.plan)):
+            theirs = self._slopes(self._taken())
             return [(loss, names) for loss, names in sets if theirs[loss].measure(names).agrees]
 
     def _narrowed(self, ours: list[Slopes], loss: int, names: list[str]) -> dict[str, float]:
@@ -199,10 +241,10 @@ class _Gate:
 
 
 @contextmanager
-def _untouched(module: nn.Module, plan: Plan) -> Iterator[None]:
-    """The model without the plan inside."""
+def _weights_multiplied(module: nn.Module, plan: Plan, factors: Mapping[str, float]) -> Iterator[None]:
+    """The model without the plan's scopes inside, its parameters multiplied: by the untouched model's factors, say."""
     named = dict(module.named_parameters())
-    kept = {name: (named[name].data, factor) for name, factor in untouched_factors(plan).items()}
+    kept = {name: (named[name].data, factor) for name, factor in factors.items() if factor != 1.0}
     before = [(data, data.clone()) for data, _ in kept.values()]
     uninstall(module)
     try:
@@ -213,6 +255,23 @@ def _untouched(module: nn.Module, plan: Plan) -> Iterator[None]:
         for data, saved in before:
             data.copy_(saved)
         install(module, plan)
+
+
+def _leave_to_its_author(module: nn.Module, plan: Plan, before: Trace, wrong: dict[str, float]) -> None:
+    named = _some([f"{name} (× {factor:.3g})" for name, factor in wrong.items()])
+    by = ", ".join(sorted(before.functions)) or "a hook"
+    found = (
+        f"gradients of {named} are not the slope of the loss under the plan, though about that in the untouched model, "
+        f"and no factor is missing in them: {by} of this step decides them"
+    )
+    plan.notes.append(found)
+    if any(not 1 / _SLIGHTLY <= factor <= _SLIGHTLY for factor in wrong.values()):
+        warnings.warn(
+            f"unit scaling: {type(module).__name__}: {found}. If they are meant to be others (a reversal, a "
+            "straight-through estimator), all is well. If that code iterates to a fixed point or inverts layers, it "
+            "may need weights of the size that it was given: list these in skip.",
+            stacklevel=4,
+        )
 
 
 def _message(module: nn.Module, plan: Plan, before: Trace, wrong: dict[str, float]) -> str:

@@ -106,12 +106,16 @@ def _copy_sites(plan: Plan, renaming: _Renaming) -> None:
 
 
 def _copy_free_sites(plan: Plan, renaming: _Renaming) -> None:
-    """Give a module that did not run the parameter-free sites of its sibling, those that no weight takes among them."""
+    """Give a module that did not run the parameter-free sites of its sibling, those that no weight takes among them.
+
+    Where weights behind the siblings take the factor, they have it already.
+    """
     known = {site.place for site in plan.sites}
     for site in list(plan.sites):
         module = renaming.of(site.module)
         if site.ordinal is not None and module != site.module and site.place._replace(module=module) not in known:
-            _twin(plan, site, module)
+            twin = _twin(plan, site, module)
+            twin.fold_into, twin.beside = list(site.fold_into), bool(site.fold_into)
 
 
 def _twin(plan: Plan, site: Site, module: str) -> Site:

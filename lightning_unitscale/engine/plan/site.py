@@ -35,7 +35,8 @@ class Site:
             constant factor; the multiplier is then the factor of the recorded step.
         fold_into: the uses whose multipliers can take the factor; empty where none can.
         folded: nothing stays explicit.
-        beside: a parameter-free site beside the loss, folded into weights that have the factor of one on its path.
+        beside: a parameter-free site that did not decide, folded into weights that have the factor of one on the loss's
+            path: it is beside the loss, or of a module that did not run.
         calls: how often it was called in the recorded step.
         rms_before, rms_after: RMS of its operands and output, untouched and under the plan.
         reason: why it has no factor, or why its factor could not be folded.

@@ -100,6 +100,7 @@ class Recorder(TorchFunctionMode):
             result = function(*args, **kwargs)
         finally:
             self._torch_calls_running -= 1
+        self.trace.hooked |= name == "register_hook"
         if function is torch.autograd.grad:
             self._write_gradients(args, kwargs, result, sys._getframe(1))
         for tensor in written_to(name, FunctionCall(function, args, kwargs)):
@@ -211,6 +212,7 @@ class Recorder(TorchFunctionMode):
             kwargs={key: self._read(argument, inputs) for key, argument in used.kwargs.items()},
             inputs=inputs,
             in_function=in_function,
+            under_function=self._functions_running > 0,
             where=code_place(caller) if any(value.parameters for value in inputs) else "",
         )
         self.trace.calls.append(call)

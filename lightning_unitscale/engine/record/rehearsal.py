@@ -29,6 +29,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_unitscale.engine.record.deep_copies import Copies
+from lightning_unitscale.engine.record.leaf_gradients import add_gradients, leaves_of
 from lightning_unitscale.engine.record.write_guard import WriteGuard, storages
 from lightning_unitscale.namespaces import NAMESPACES, classes
 
@@ -47,8 +48,10 @@ def rehearsal(module: nn.Module, trainer: pl.Trainer | None = None) -> Iterator[
             output = run.training_step(batch, batch_idx)
             trace = recorder.finish(output, run.losses)
 
-    `backward` is noted in `losses` instead of executed; `.grad` is `None` inside until then, zero afterwards.
-    Optimizers evaluate their closure once and step nothing. `torch.autograd.grad` runs as ever.
+    `backward` is noted in `losses` instead of executed; `.grad` of parameters is `None` inside until then, zero
+    afterwards. Tensors of the step's own get their gradient (an adversarial input), and so does everything where the
+    backward pass of a hand-written Function calls `backward`. Optimizers evaluate their closure once and step nothing.
+    `torch.autograd.grad` runs as ever.
 
     Out of reach: what the step does to the world (files, `print`, `wandb.log`), and to Python objects that no
     attribute leads to (globals, class attributes, variables of a closure). Tensors there are put back.
@@ -144,19 +147,30 @@ class Rehearsal:
         """The tensor that one met inside is the copy of; itself if it is none."""
         return self._copies.original(tensor) if self._copies is not None else tensor
 
-    def _record(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        self.losses.append(loss)
-        if self._copies is None:
-            return
-        # Code that clips or logs gradients after backward finds some. The caller's recorder must not see this.
-        with torch._C.DisableTorchFunction():
-            for parameter in self._copies.trained.values():
+    def _record(self, loss: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
+        self._record_all([loss], [gradient])
+
+    def _record_all(
+        self,
+        tensors: Tensor | Sequence[Tensor],
+        grad_tensors: Tensor | Sequence[Tensor | None] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors
+        with torch._C.DisableTorchFunction():  # a recorder must not see this
+            if torch._C._current_graph_task_id() != -1:  # inside a backward pass
+                add_gradients(losses, gradients, leaves_of(losses))
+                return
+            self.losses += losses
+            if self._copies is None:
+                return
+            trained = self._copies.trained
+            add_gradients(losses, gradients, [leaf for leaf in leaves_of(losses) if id(leaf) not in trained])
+            for parameter in trained.values():  # code that clips or logs gradients after backward finds some
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-
-    def _record_all(self, tensors: Tensor | Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
-        for loss in [tensors] if isinstance(tensors, Tensor) else tensors:
-            self._record(loss)
 
     def _shadows(self, host: Any) -> dict[str, Callable[..., Any]]:
         if isinstance(host, Optimizer):
@@ -219,7 +233,7 @@ def _backward_shadowed(run: Rehearsal) -> Iterator[None]:
         return optimizer.step(*args, **kwargs)
 
     shadows: list[tuple[Any, str, Any]] = [
-        (Tensor, "backward", lambda loss, *args, **kwargs: run._record(loss)),
+        (Tensor, "backward", lambda loss, *args, **kwargs: run._record(loss, *args, **kwargs)),
         (torch.autograd, "backward", run._record_all),
         (torch.amp.GradScaler, "step", step),  # would insist on gradients
         (torch.amp.GradScaler, "unscale_", _nothing),

@@ -59,6 +59,7 @@ class Call(FunctionCall):
         ordinal: which call of its function in its frame it was, from 0.
         in_function: made by a hand-written `torch.autograd.Function`, whose backward pass knows nothing of a factor
             put here.
+        under_function: made while one ran, by it or by modules that it runs.
         where: the code that made it, as it is called in messages.
     """
 
@@ -72,6 +73,7 @@ class Call(FunctionCall):
     inputs: list[Value]
     outputs: list[Value] = field(default_factory=list)
     in_function: bool = False
+    under_function: bool = False
     where: str = ""
 
     @property
@@ -100,6 +102,7 @@ class Trace:
         transformed: a transform of torch.func (vmap, grad) ran part of the step on tensors of its own.
         drew: whether the step drew random numbers.
         functions: names of the `torch.autograd.Function`s that were applied.
+        hooked: whether the step put hooks on tensors, which may change gradients.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -114,6 +117,15 @@ class Trace:
     transformed: bool = False
     drew: bool = False
     functions: set[str] = field(default_factory=set)
+    hooked: bool = False
+
+    def distrust_functions(self) -> None:
+        """Take what modules compute inside Functions for the Functions' own: it is not run again for the backward pass.
+
+        A reversible network goes backward by other code than forward.
+        """
+        for call in self.calls:
+            call.in_function |= call.under_function
 
 
 @dataclass(eq=False)

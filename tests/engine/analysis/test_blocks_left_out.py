@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,3 +135,87 @@ def test_a_layer_with_other_parts_is_no_sibling_though_its_weight_is_called_alik
 
     plan = prepared(Net(), 0, storage="unit")
     assert plan.parameters["layers.0.0.weight"].role == "unused"
+
+
+class Growing(nn.Module):
+    """Stages are added in front of those there are, as in progressive growing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stage = 0
+        self.entries = nn.ModuleList(nn.Linear(8, 16) for _ in range(3))
+        self.stages = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.LeakyReLU(0.2)) for _ in range(3))
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.entries[self.stage](x), 0.2)
+        for stage in range(self.stage, -1, -1):
+            x = self.stages[stage](x)
+        return self.last(x)
+
+
+def test_a_stage_added_later_is_one_function_in_both_storages() -> None:
+    """Its activation goes into weights that have the factor of the one before them already."""
+    losses: dict[str, list[float]] = {}
+    for storage in ("folded", "unit"):
+        model = Growing()
+        prepared(model, 0, storage=storage)
+        losses[storage] = []
+        for model.stage in range(3):
+            losses[storage].append(loss_of(model).item())
+    assert losses["folded"] == pytest.approx(losses["unit"], rel=1e-6)
+
+
+def _to_all(x: Tensor, block: nn.Module, rows: Tensor) -> Tensor:
+    return x + block(x)
+
+
+def _by_index_add(x: Tensor, block: nn.Module, rows: Tensor) -> Tensor:
+    return x.index_add(0, rows, block(x[rows]), alpha=len(x) / len(rows))
+
+
+def _by_scatter_add(x: Tensor, block: nn.Module, rows: Tensor) -> Tensor:
+    places = rows[:, None].expand(-1, x.shape[1])
+    return torch.scatter_add(x, 0, places, block(x.gather(0, places)))
+
+
+def _by_index_put(x: Tensor, block: nn.Module, rows: Tensor) -> Tensor:
+    return x.index_put((rows,), block(x[rows]), accumulate=True)
+
+
+def _by_assignment(x: Tensor, block: nn.Module, rows: Tensor) -> Tensor:
+    x = x.clone()
+    x[rows] = x[rows] + block(x[rows])
+    return x
+
+
+class Parted(nn.Module):
+    """Every second block runs on half of the rows, as in DINOv2's stochastic depth and in mixtures of depths."""
+
+    def __init__(self, added: Callable[[Tensor, nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.added = added
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for index, block in enumerate(self.blocks):
+            x = self.added(x, block, x[:, 0].topk(16).indices) if index % 2 else x + block(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+@pytest.mark.parametrize("added", [_by_index_add, _by_scatter_add, _by_index_put, _by_assignment])
+def test_a_block_on_a_part_of_the_batch_is_a_branch(
+    added: Callable[[Tensor, nn.Module, Tensor], Tensor], storage: str
+) -> None:
+    whole, parted = prepared(Parted(_to_all), 0, storage=storage), prepared(Parted(added), 0, storage=storage)
+    names = [f"blocks.{index}.3.weight" for index in range(4)]
+    assert [parted.parameters[name].multiplier for name in names] == pytest.approx(
+        [whole.parameters[name].multiplier for name in names], rel=1e-9
+    )

@@ -186,3 +186,39 @@ def test_a_snapshot_of_a_callback_is_rescaled_with_the_weights(storage: str) -> 
     assert sum("_Snapshot.start" in note for note in callback.plan.notes) == len(snapshot.start)
     for kept, started in zip(snapshot.start, model.start.values(), strict=True):
         assert torch.equal(kept, started)
+
+
+class _Tied(Learner):
+    def __init__(self, **habits: Any) -> None:
+        super().__init__(**habits)
+        self.extra = nn.Linear(32, 32)
+        self.net.insert(2, self.extra)
+
+
+@each_storage
+def test_weights_shared_after_preparation_are_warned_of(storage: str) -> None:
+    _, said = fitted(_Tied(after_step=lambda m: setattr(m.net[3], "weight", m.extra.weight)), storage)
+    assert any("net.3.weight replaced by another parameter" in line for line in said)
+
+
+class _Averaged(Learner):
+    """Moves an average that it registers, as a momentum encoder and `AveragedModel` do."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.average = torch.optim.swa_utils.AveragedModel(self.net)
+        self.write = write
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        with torch.no_grad():
+            for kept, parameter in zip(self.average.module.parameters(), self.net.parameters(), strict=True):
+                self.write(kept, parameter)
+
+
+@each_storage
+@pytest.mark.parametrize(
+    "write", [lambda kept, p: kept.lerp_(p, 0.1), lambda kept, p: setattr(kept, "data", 0.9 * kept.data + 0.1 * p.data)]
+)
+def test_an_average_in_the_model_is_let_be(write: Callable[[Tensor, Tensor], Any], storage: str) -> None:
+    _, said = fitted(_Averaged(write), storage)
+    assert not said

@@ -334,3 +334,19 @@ def test_no_trace_is_left(sabotaged: bool) -> None:
 class _Apply(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return Through.apply(x)  # type: ignore[no-any-return]
+
+
+def test_a_single_number_is_moved_like_any_parameter() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+            self.gate = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.gate * self.first(x).relu())
+
+    model = Gated()
+    assert prepare(model) == []
+    assert model.gate.item() == 0.5
