@@ -1,4 +1,4 @@
-"""A model is prepared whole, and may be sharded or split afterwards."""
+"""A model may be sharded or split before it is prepared, or afterwards."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
-from lightning_unitscale import UnitScalingError, scale_learning_rates, unit_scale
+from lightning_unitscale import scale_learning_rates, unit_scale
 
 STORAGES = ("folded", "unit")
 
@@ -73,16 +73,17 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceMesh]:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize(("distribute", "how"), [(split, "tensor parallelism.*parallelize_module"), (shard, "FSDP2")])
-def test_what_is_distributed_already_is_refused(
-    mesh: DeviceMesh, distribute: Distribute, how: str, storage: str
+@pytest.mark.parametrize("distribute", [split, shard])
+def test_what_is_distributed_already_gets_the_plan_of_the_whole(
+    mesh: DeviceMesh, distribute: Distribute, storage: str
 ) -> None:
-    module = Net()
+    whole, module = Net(), Net()
     distribute(module, mesh)
-    with pytest.raises(UnitScalingError, match=how):
-        unit_scale(module, loss_of, storage=storage)
-    for parameter, untouched in zip(module.parameters(), Net().parameters(), strict=True):
-        assert torch.equal(parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter, untouched)
+    plans = [unit_scale(one, loss_of, storage=storage).to_dict() for one in (whole, module)]
+    for name, parameter in plans[0]["parameters"].items():
+        assert plans[1]["parameters"][name]["multiplier"] == pytest.approx(parameter["multiplier"], rel=1e-6)
+    for parameter, other in zip(module.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter, other)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
