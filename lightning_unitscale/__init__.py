@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_unitscale.errors import UnitScalingError
     from lightning_unitscale.monitor import ScaleMonitor
     from lightning_unitscale.non_finite_steps import NonFiniteSteps
-    from lightning_unitscale.optim.scaled_step import scale_learning_rates
+    from lightning_unitscale.optim.scale_learning_rates import scale_learning_rates
     from lightning_unitscale.plain_torch import recalibrating, remove_unit_scaling, unit_scale
 
 __all__ = [
@@ -60,7 +60,7 @@ _HOMES = {
     "WeightScaling": "blocks",
     "scale_activation": "blocks",
     "scale_gradient": "blocks",
-    "scale_learning_rates": "optim.scaled_step",
+    "scale_learning_rates": "optim.scale_learning_rates",
     "scale_weight": "blocks",
     "unit_scale": "plain_torch",
 }

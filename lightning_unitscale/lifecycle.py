@@ -52,7 +52,8 @@ from lightning_unitscale.namespaces import callbacks_of, classes
 from lightning_unitscale.optim.families import check_family, optimizer_family
 from lightning_unitscale.optim.late_parameters import may_learn_late
 from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
-from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps, scale_learning_rates
+from lightning_unitscale.optim.scale_learning_rates import scale_learning_rates
+from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps
 from lightning_unitscale.options import PLAN_OPTIONS, Options
 from lightning_unitscale.prepare import prepare
 from lightning_unitscale.record_step import Step

@@ -34,10 +34,8 @@ from torch.optim import Optimizer
 from lightning_unitscale.engine.checks.trained_weights import rescaled
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, PLAIN, StepScale
-from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.divided_gradients import DividedGradients
-from lightning_unitscale.optim.families import check_family, optimizer_family
 from lightning_unitscale.optim.late_parameters import LateParameters
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup
 from lightning_unitscale.optim.write_watch import Watched, WriteWatch
@@ -45,74 +43,6 @@ from lightning_unitscale.optim.write_watch import Watched, WriteWatch
 _ATTRIBUTE = "_unit_scaled_step"  # where an optimizer keeps its ScaledStep
 _WATCH = "_write_watch"  # where a plan in force keeps what its optimizers left
 _AT_WORK: weakref.WeakSet[ScaledStep] = weakref.WeakSet()
-
-
-def scale_learning_rates(
-    optimizer: Optimizer, plan: Plan, *, module: nn.Module | None = None, family: str | None = None
-) -> ScaledStep:
-    """Make every `optimizer.step()` use the plan's learning-rate multipliers; the parameter groups stay as they are.
-
-    ```python
-    plan = unit_scale(model, step)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    scale_learning_rates(optimizer, plan)
-    ```
-
-    `lr`, `weight_decay` and `eps` in the groups keep the user's values, so any scheduler works, made before or after
-    this call, and so do checkpoints, loggers, `add_param_group`, `GradScaler`, closures, and fused, foreach and
-    capturable implementations. Calling it again on the same optimizer replaces the multipliers. A copy of the
-    optimizer (`copy.deepcopy`, `pickle`) is a plain optimizer on other parameters: call it again for the copy.
-
-    Args:
-        optimizer: any `torch.optim.Optimizer`; what Lightning, Fabric or `ZeroRedundancyOptimizer` put around one
-            is looked through.
-        plan: what `unit_scale` returned, or `callback.plan`. Parameters it doesn't name take plain steps.
-        module: where the plan's parameter names are looked up; default: the module the plan was made for.
-        family: `"adam"`, `"sgd"` or `"muon"`, for a class `optimizer_family` doesn't know. Weight decay then counts as
-            coupled to the gradient unless the group says `decoupled_weight_decay=True`.
-
-    Returns:
-        The attachment; its `remove()` gives the plain optimizer back.
-
-    Raises:
-        UnitScalingError: the family is unknown; none of the optimizer's parameters is the plan's; multipliers differ
-            but the optimizer takes a single step size (LBFGS) or is not stepped by torch's own `step` machinery; a
-            module that the plan has put a factor on was replaced.
-
-    Warns:
-        of parameters of the plan that the module has not got any more, or in another shape.
-    """
-    optimizer = _innermost(optimizer)
-    check_family(family, "family")
-    prepared = plan.model if module is None else module
-    check_placement(prepared)
-    _warn_of_replaced(prepared, plan)
-    return ScaledStep(optimizer, plan, family or _family_under(plan, optimizer), module)
-
-
-def _warn_of_replaced(module: nn.Module, plan: Plan) -> None:
-    differences = plan.differences(module)
-    for kind, consequence in (
-        ("missing", "what took their place has no learning-rate multiplier"),
-        ("other shape", "they take the learning-rate multipliers of what was there before"),
-    ):
-        names = differences[kind]
-        if names and plan.changes_training:
-            warnings.warn(
-                f"unit scaling: {type(module).__name__} was changed since it was prepared ({kind}: "
-                f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}); {consequence}. Change a model before it is "
-                "prepared, or between remove_unit_scaling(model) and preparing it anew.",
-                stacklevel=3,
-            )
-
-
-def _family_under(plan: Plan, optimizer: Optimizer) -> str:
-    try:
-        return optimizer_family(optimizer)
-    except UnitScalingError:
-        if changes_steps(plan):
-            raise
-        return next(iter(FAMILIES))  # where no multiplier differs from 1, all families are the same
 
 
 def changes_steps(plan: Plan) -> bool:
@@ -134,13 +64,6 @@ def _watch_of(plan: Plan) -> WriteWatch:
 def parameters_with_scaled_steps() -> set[Tensor]:
     """The parameters of all optimizers that use a plan's multipliers."""
     return {parameter for step in list(_AT_WORK) for parameter in step.parameters()}
-
-
-def _innermost(optimizer: Optimizer) -> Optimizer:
-    for attribute in ("optimizer", "optim"):  # Lightning, Fabric; torch's ZeroRedundancyOptimizer
-        if isinstance(inner := getattr(optimizer, attribute, None), Optimizer):
-            return _innermost(inner)
-    return optimizer
 
 
 class ScaledStep:

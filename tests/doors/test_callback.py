@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from lightning_unitscale import UnitScaling, lifecycle, unit_scale
 from lightning_unitscale.engine.plan.plan import plan_of
-from lightning_unitscale.optim.scaled_step import scale_learning_rates
+from lightning_unitscale.optim.scale_learning_rates import scale_learning_rates
 from lightning_unitscale.strategy import UnitScalingStrategy
 
 STORAGES = ("folded", "unit")

@@ -28,7 +28,8 @@ from torch.optim import lr_scheduler as schedules
 from lightning_unitscale.engine.plan.step_scales import StepScale
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.families import optimizer_family
-from lightning_unitscale.optim.scaled_step import ScaledStep, scale_learning_rates
+from lightning_unitscale.optim.scale_learning_rates import scale_learning_rates
+from lightning_unitscale.optim.scaled_step import ScaledStep
 
 STEPS = 6
 
