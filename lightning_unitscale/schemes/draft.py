@@ -22,7 +22,7 @@ from lightning_unitscale.options import Options
 from lightning_unitscale.schemes.by_hand import find_by_hand
 from lightning_unitscale.schemes.casting import Casting
 from lightning_unitscale.schemes.left_alone import IN_TRANSFORM, LEFT_ALONE_ROLES, SKIPPED
-from lightning_unitscale.schemes.overrides import matches, overrides_by_parameter
+from lightning_unitscale.schemes.overrides import matches, override_roles, overrides_by_parameter
 
 
 class Draft:
@@ -55,9 +55,7 @@ class Draft:
         self.overrides = overrides_by_parameter(module, trace, options)
         self.readings = find_readings(self.structure)
         self.uses = find_uses(self.structure, self.readings)
-        for use in self.uses.values():
-            for name in use.parameters:
-                use.role = self.overrides.get(name, {}).get("role", use.role)
+        override_roles(self.uses.values(), self.structure, options)
         self.roles = self._roles()
         as_they_are = {} if homeless is None else {**self.readings.left_alone, **homeless}
         self.left_alone = {**as_they_are, **self._left_alone()}

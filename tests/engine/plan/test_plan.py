@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import zoo
 from support.prepared import build, prepared
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_unitscale import Plan, UnitScalingError, remove_unit_scaling, scale_learning_rates, unit_scale
 from lightning_unitscale.engine.plan.plan import plan_of
@@ -119,6 +119,41 @@ def test_override_of_a_role() -> None:
 
     assert site(plain) == pytest.approx(1 / 16)
     assert site(plan) == pytest.approx(16**-0.5)
+
+
+def test_the_role_of_a_weight_said_of_its_whole_layer_leaves_the_bias_a_bias() -> None:
+    plain = unit_scale(mlp(), step)
+    plan = unit_scale(mlp(), step, overrides={"4": {"role": "hidden"}}, verify=False)
+    assert plan.roles == plain.roles | {"4.weight": "hidden"}
+
+
+@pytest.mark.parametrize("name", ["1", "1.weight", "0.bias"])
+def test_what_is_no_weight_of_a_matmul_is_refused_the_role_of_one(name: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    x = torch.randn(8, 16)
+    with pytest.raises(UnitScalingError, match=rf"overrides\['{name}'\]: role='hidden' is for weights of matmuls"):
+        unit_scale(model, lambda net: net(x).square().mean(), overrides={name: {"role": "hidden"}})
+
+
+class OneOfTwoExperts(nn.Module):
+    """The second expert gets nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.experts[0](x).relu())
+
+
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+def test_an_expert_without_data_is_left_alone_where_all_weights_are(storage: str) -> None:
+    model, x = OneOfTwoExperts(), torch.randn(8, 16)
+    before = copy.deepcopy(model.experts)
+    plan = unit_scale(model, lambda net: net(x).square().mean(), weights=False, storage=storage)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), model.experts.parameters(), strict=True))
+    assert plan.lr_multipliers["experts.1.weight"] == plan.lr_multipliers["experts.0.weight"] == 1.0
 
 
 @pytest.mark.parametrize("storage", ["folded", "unit"])
