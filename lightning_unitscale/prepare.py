@@ -88,37 +88,49 @@ def prepare(
     rescale_kept(plan, kept)
     put_in_force(module, plan)
     if options.verify:
-        wrong: WrongGradientsError | None = None
+        less, wrong = options, None
         try:
-            taken = GradientsTaken(module)
-            take = taken if is_to_be_checked(module, plan, trace) else None
-            after = verify(module, plan, trace, lambda: record(module, step, trainer, taken=take, may_overflow=True))
-            losses = agree({"before": trace.loss_numbers, "after": after.loss_numbers, "sites": loudest_sites(plan)})
-            is_another_function = plan.changes_training and is_far_above(losses["before"], losses["after"])
-            less = with_less(module, plan, options, losses) if is_another_function else None
-            if less is None:
-                verify_gradients(module, plan, trace, taken, step, trainer)
+            less = _gate(module, plan, trace, step, options, trainer, agree)
         except WrongGradientsError as error:
             wrong = error
         except UnitScalingError:
             bring_back(module, plan, zeroed, kept)
             raise
         doubtful = trust_functions and any(call.under_function and not call.in_function for call in trace.calls)
-        retry = doubtful and agree({"wrong": wrong is not None})["wrong"]
-        if retry or wrong is not None:
+        distrust = doubtful and agree({"wrong": wrong is not None})["wrong"]
+        if distrust or wrong is not None or less is not options:
             bring_back(module, plan, zeroed, kept)
-        if retry:
-            return prepare(module, step, options, trainer, agree, average, trust_functions=False)
-        if wrong is not None:
+        if wrong is not None and not distrust:
             raise wrong
-        if less is not None:
-            bring_back(module, plan, zeroed, kept)
-            return prepare(module, step, less, trainer, agree, average, trust_functions=trust_functions)
+        if distrust or less is not options:
+            again = options if distrust else less
+            trusted = trust_functions and not distrust
+            return prepare(module, step, again, trainer, agree, average, trust_functions=trusted)
     if untouched is not None:
         scaled = _first_step(module, plan, step, trainer, agree, average)
         if scaled is not None:
             limit_steps(plan, untouched, scaled)
     return plan
+
+
+def _gate(
+    module: nn.Module,
+    plan: Plan,
+    trace: Trace,
+    step: Step,
+    options: Options,
+    trainer: pl.Trainer | None,
+    agree: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Options:
+    """The same step under the plan: whether it does what it says; returns options that leave more alone, or these."""
+    taken = GradientsTaken(module)
+    take = taken if is_to_be_checked(module, plan, trace) else None
+    after = verify(module, plan, trace, lambda: record(module, step, trainer, taken=take, may_overflow=True))
+    losses = agree({"before": trace.loss_numbers, "after": after.loss_numbers, "sites": loudest_sites(plan)})
+    if plan.changes_training and is_far_above(losses["before"], losses["after"]):
+        return with_less(module, plan, options, losses)
+    verify_gradients(module, plan, trace, taken, step, trainer)
+    return options
 
 
 def _first_step(

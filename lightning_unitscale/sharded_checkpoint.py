@@ -70,7 +70,7 @@ def full_states_unmarked(module: nn.Module) -> Iterator[None]:
     It does so one parameter at a time, past the hook that takes the mark off (see `engine.plan.state_dict`).
     """
     fabrics = [sys.modules[name] for name in _FABRIC if name in sys.modules]
-    originals = [fabric._load_raw_module_state for fabric in fabrics]  # type: ignore[attr-defined]
+    originals = [fabric._load_raw_module_state for fabric in fabrics]
     try:
         for fabric, original in zip(fabrics, originals, strict=True):
             fabric._load_raw_module_state = partial(_load_unmarked, original, module)  # type: ignore[attr-defined]

@@ -130,7 +130,8 @@ def _over(namespace: ModuleType, title: str, name: str, mixin: type[Any], base: 
 
 
 def _over_each(title: str, name: str, base: str, mixin: type[Any] = UnitScalingMixin) -> type[Any]:
-    return [_over(namespace, title, name, mixin, base) for namespace in NAMESPACES][0]
+    first, *_ = [_over(namespace, title, name, mixin, base) for namespace in NAMESPACES]
+    return first
 
 
 UnitScalingStrategy = _over_each("UnitScalingStrategy", "unitscale", "SingleDeviceStrategy", OneDeviceMixin)

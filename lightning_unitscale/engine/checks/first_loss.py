@@ -74,7 +74,7 @@ def with_less(module: nn.Module, plan: Plan, options: Options, losses: Mapping[s
             replace(options, scheme="preserve", hyperparameters={}),
             "the whole model, which trains as if untouched",
         )
-    warnings.warn(f"unit scaling: {found}; outputs far above RMS 1: {named}. Left alone: {left}.", stacklevel=4)
+    warnings.warn(f"unit scaling: {found}; outputs far above RMS 1: {named}. Left alone: {left}.", stacklevel=5)
     return less
 
 

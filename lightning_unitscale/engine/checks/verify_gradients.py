@@ -270,7 +270,7 @@ def _leave_to_its_author(module: nn.Module, plan: Plan, before: Trace, wrong: di
             f"unit scaling: {type(module).__name__}: {found}. If they are meant to be others (a reversal, a "
             "straight-through estimator), all is well. If that code iterates to a fixed point or inverts layers, it "
             "may need weights of the size that it was given: list these in skip.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

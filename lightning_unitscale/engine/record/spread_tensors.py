@@ -3,7 +3,7 @@
     FSDP2 (`fully_shard`)      between steps a parameter is a DTensor; while its module runs, a plain tensor gathered
                                from all processes stands in its place (`gathering_modules` says where)
     tensor parallelism         weights and activations are DTensors all along, with the shape of the whole; what makes
-    (`parallelize_module`)     them of plain tensors, and plain tensors of them, moves numbers and changes none (`MOVES`)
+    (`parallelize_module`)     them of plain tensors, and plain tensors of them, moves numbers, changing none (`MOVES`)
 
 What is read of such a tensor, its RMS say, is the whole's: reduced over the processes that hold its parts, all of which
 must ask for it. No process ever holds more than its part for that.
