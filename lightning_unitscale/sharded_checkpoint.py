@@ -73,11 +73,11 @@ def full_states_unmarked(module: nn.Module) -> Iterator[None]:
     originals = [fabric._load_raw_module_state for fabric in fabrics]
     try:
         for fabric, original in zip(fabrics, originals, strict=True):
-            fabric._load_raw_module_state = partial(_load_unmarked, original, module)  # type: ignore[attr-defined]
+            fabric._load_raw_module_state = partial(_load_unmarked, original, module)  # type: ignore[attr-defined]  # a module
         yield
     finally:
         for fabric, original in zip(fabrics, originals, strict=True):
-            fabric._load_raw_module_state = original  # type: ignore[attr-defined]
+            fabric._load_raw_module_state = original  # type: ignore[attr-defined]  # a module
 
 
 def _load_unmarked(

@@ -32,7 +32,7 @@ def multiplies_groups(a: Cast, b: Cast, dtype: torch.dtype) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
 def _has_kernel(device: torch.device) -> bool:
     return _is_hopper(device)
 

@@ -50,7 +50,7 @@ class ScaledProduct(torch.autograd.Function):
 
 
 # `Function.apply` asks for this signature at every call, and working it out costs as much as a small product.
-ScaledProduct.forward.__signature__ = inspect.signature(ScaledProduct.forward)  # type: ignore[attr-defined]
+vars(ScaledProduct.forward)["__signature__"] = inspect.signature(ScaledProduct.forward)
 
 
 def _product(left: Tensor, right: Tensor, a: float) -> Tensor:
@@ -69,5 +69,5 @@ def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: f
         bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return scaled_linear(x, weight, bias, a, b)
-    y: Tensor = ScaledProduct.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b)  # type: ignore[no-untyped-call]
+    y: Tensor = ScaledProduct.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b)  # type: ignore[no-untyped-call]  # torch's
     return y.reshape(*x.shape[:-1], weight.shape[0])

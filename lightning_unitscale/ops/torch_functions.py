@@ -36,7 +36,7 @@ def short_name(function: Callable[..., Any]) -> str:
     """The short name of a torch function as `__torch_function__` receives it."""
     name = getattr(function, "__name__", type(function).__name__)
     if name in ("__get__", "__set__"):
-        owner = getattr(function.__self__, "__name__", "property")  # type: ignore[attr-defined]
+        owner = getattr(function.__self__, "__name__", "property")  # type: ignore[attr-defined]  # a slot
         return owner if name == "__get__" else f"set_{owner}"
     return _ALIASES.get(name, name)
 

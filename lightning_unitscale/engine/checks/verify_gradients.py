@@ -64,7 +64,7 @@ class GradientsTaken(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.module, self.eps, self.problem = module, 0.0, ""
         self.losses: list[tuple[float, float]] = []
         self.gradients: list[dict[str, Tensor]] = []

@@ -140,7 +140,7 @@ class AttentionCast(CastSite):
         operands = op.multiplicands(call)
         scales = self._scales_on(next(iter(operands.values())).device)
         rounded = [
-            (operand, Rounded.apply(operand, self.format.numbers(label), scales[label]))  # type: ignore[no-untyped-call]
+            (operand, Rounded.apply(operand, self.format.numbers(label), scales[label]))  # type: ignore[no-untyped-call]  # torch's
             for label, operand in operands.items()
         ]
         return call.with_each(lambda argument: next((new for old, new in rounded if old is argument), argument))
@@ -148,7 +148,7 @@ class AttentionCast(CastSite):
     def rounded_gradient(self, result: Tensor) -> Tensor:
         """The result of the call; the gradient that comes back to it is rounded."""
         scale = self._scales_on(result.device)["gradient"]
-        y: Tensor = RoundedGradient.apply(result, self.format.gradient, scale)  # type: ignore[no-untyped-call]
+        y: Tensor = RoundedGradient.apply(result, self.format.gradient, scale)  # type: ignore[no-untyped-call]  # torch's
         return y
 
 

@@ -52,7 +52,7 @@ def run_graph_inside(context: ComptimeContext, around: Callable[[], AbstractCont
 
         return run
 
-    compile_graph._runs_inside = around  # type: ignore[attr-defined]
+    compile_graph._runs_inside = around  # type: ignore[attr-defined]  # a mark
     output.compiler_fn = compile_graph
 
 

@@ -19,6 +19,7 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.record.held_tensors import held_tensors, is_copy
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.namespaces import callbacks_of
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -76,7 +77,7 @@ def _tensors_beside(module: nn.Module, trainer: pl.Trainer | None) -> Iterator[t
     if trainer is None:
         return
     inside.add(id(trainer))
-    for held in (*trainer.callbacks, *trainer.optimizers):  # type: ignore[attr-defined]
+    for held in (*callbacks_of(trainer), *trainer.optimizers):
         if isinstance(average := getattr(held, "_average_model", None), nn.Module):
             inside.add(id(average))  # is given the plan as a whole
         yield from held_tensors(held, type(held).__name__, inside)

@@ -102,11 +102,11 @@ class OperandObserver(TorchFunctionMode):
         for buffer in self._module.buffers():  # only now: a rehearsed step has buffers of its own
             self._parameters[buffer] = ()
         _ENTERED.append(self)
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]  # torch's
         _ENTERED.pop()
 
     def __torch_function__(

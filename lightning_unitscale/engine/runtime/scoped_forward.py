@@ -28,11 +28,11 @@ class ScopedForward(Scope):
         """
         function = FunctionType(ScopedForward.__call__.__code__, globals(), "bound")  # pickle looks it up by this name
         if self.replaced is None:
-            function.__wrapped__ = getattr(type(self.module), self.method)  # type: ignore[attr-defined]
+            vars(function)["__wrapped__"] = getattr(type(self.module), self.method)
         else:
             given = inspect.signature(self.replaced)
             owner = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-            function.__signature__ = given.replace(parameters=(owner, *given.parameters.values()))  # type: ignore[attr-defined]
+            vars(function)["__signature__"] = given.replace(parameters=(owner, *given.parameters.values()))
         return MethodType(function, self)
 
     @staticmethod
