@@ -35,7 +35,7 @@ from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import ParameterKey
-from lightning_unitscale.engine.record.recorder import rms
+from lightning_unitscale.engine.record.tensor_facts import rms
 from lightning_unitscale.errors import InputError, UnitScalingError
 from lightning_unitscale.formats import FORMATS, cast, exponent
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import inf
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -31,11 +28,13 @@ from lightning_unitscale.engine.record.keys import (
     parameters_of_result,
 )
 from lightning_unitscale.engine.record.places import Frame
-from lightning_unitscale.engine.record.spread_tensors import MOVES, gathering_modules, over_parts, part_of, whole
-from lightning_unitscale.engine.record.trace import Call, GradientTaken, ModuleSpan, ParameterFacts, Trace, Value
-from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
+from lightning_unitscale.engine.record.spread_tensors import MOVES, gathering_modules, whole
+from lightning_unitscale.engine.record.tensor_facts import is_alias, largest, number, parameter_facts, rms
+from lightning_unitscale.engine.record.tensors_of_calls import has_ordinal, tensors_in, tensors_made, written_to
+from lightning_unitscale.engine.record.trace import Call, GradientTaken, ModuleSpan, Trace, Value
+from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.attention import open_multi_head_attention
-from lightning_unitscale.ops.torch_functions import ACTIVATIONS, PASSTHROUGH, RETURN_NOTHING, is_in_place, short_name
+from lightning_unitscale.ops.torch_functions import ACTIVATIONS, PASSTHROUGH, is_in_place, short_name
 
 MODULE_CALL = frozenset({nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__})
 
@@ -134,7 +133,7 @@ class Recorder(TorchFunctionMode):
                 if not self._functions_running:  # inside another one autograd is off still
                     self._values[output].requires_grad = output.requires_grad
                 continue
-            source = next((tensor for tensor in given if _is_alias(output, tensor)), None)
+            source = next((tensor for tensor in given if is_alias(output, tensor)), None)
             frame = sys._getframe(2)  # that called `apply`
             if source is not None and not (source in self._values and self._values[source].parameters):
                 self._write("alias", function, (source,), {}, [output], frame)
@@ -295,7 +294,7 @@ class Recorder(TorchFunctionMode):
             expression=expression and bool(parameters),
             constant=constant,
             is_complex=tensor.is_complex(),
-            number=_number(tensor) if constant else None,
+            number=number(tensor) if constant else None,
         )
         self._values[tensor] = value
         return value
@@ -359,114 +358,3 @@ def loss_tensors(output: Any, backwards: list[Tensor]) -> list[Tensor]:
     """What a step's backward passes start from: what backward was called on, and what the step returned."""
     loss = output.get("loss") if isinstance(output, dict) else output
     return [tensor for tensor in (*backwards, loss) if isinstance(tensor, Tensor)]
-
-
-def tensors_made(op: str, args: tuple[Any, ...], result: Any) -> list[Tensor]:
-    """The tensors that a call returned, or wrote to if it returns nothing."""
-    return list(tensors_in(args[0] if result is None and op in RETURN_NOTHING else result))
-
-
-def written_to(op: str, call: FunctionCall) -> Iterator[Tensor]:
-    """The tensors whose elements a call changes; a lookup with `max_norm` does so to rows of its table."""
-    if op in RETURN_NOTHING or (is_in_place(call.function) and op not in PASSTHROUGH):
-        yield from tensors_in(call.args[:1])
-    elif is_lookup(op) and call.argument(3, "max_norm") is not None:
-        yield from tensors_in(call.args[1:2])
-
-
-def has_ordinal(args: tuple[Any, ...]) -> bool:
-    """Whether a call counts among the calls of its function in a frame: those on indices and masks do not."""
-    first = next(tensors_in(args), None)
-    return first is not None and (first.is_floating_point() or first.is_complex())
-
-
-def parameter_facts(module: nn.Module) -> dict[str, ParameterFacts]:
-    """What each parameter is like now, by its first name."""
-    names: dict[int, list[str]] = {}
-    parameters: dict[int, Tensor] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-        parameters[id(parameter)] = parameter
-    return {
-        first: ParameterFacts(
-            shape=tuple(parameters[key].shape),
-            rms=rms(parameters[key]),
-            trainable=parameters[key].requires_grad,
-            is_constant=_is_constant(parameters[key]),
-            largest=largest(parameters[key]),
-            aliases=tuple(aliases),
-        )
-        for key, (first, *aliases) in names.items()
-    }
-
-
-def rms(tensor: Tensor) -> float:
-    """Root mean square of a tensor's elements; 0 of none, of other than floating point, or of what can't be read."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or not _is_readable(tensor):
-        return 0.0
-    with torch.no_grad():
-        norm = torch.linalg.vector_norm(part_of(tensor), dtype=_wide(tensor))
-        if isinstance(tensor, DTensor):
-            norm = over_parts(norm.square(), tensor).sqrt()
-        return float(norm / tensor.numel() ** 0.5)
-
-
-def largest(tensor: Tensor) -> float:
-    """The largest magnitude of a tensor's elements; 0 as for `rms`."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or not _is_readable(tensor):
-        return 0.0
-    part = part_of(tensor.detach()).abs()
-    return float(over_parts(part.amax() if part.numel() else part.new_zeros(()), tensor, dist.ReduceOp.MAX))
-
-
-def _is_readable(tensor: Tensor) -> bool:
-    """Whether a tensor has elements, and memory with their values: not on meta, nor inside vmap or the like."""
-    return tensor.numel() > 0 and not tensor.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    if tensor.is_complex():
-        return torch.complex128 if tensor.dtype == torch.complex128 else torch.complex64
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _is_alias(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same numbers in the same memory."""
-    return (
-        one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.device == other.device
-        and _is_readable(one)
-        and _is_readable(other)
-        and one.data_ptr() == other.data_ptr() != 0
-    )
-
-
-def _is_constant(tensor: Tensor) -> bool:
-    if not _is_readable(tensor):
-        return False
-    if isinstance(tensor, DTensor):
-        part = part_of(tensor.detach())
-        ends = [part.amax(), -part.amin()] if part.numel() else [part.new_tensor(-inf)] * 2
-        highest, lowest = over_parts(torch.stack(ends), tensor, dist.ReduceOp.MAX).tolist()
-        return bool(highest == -lowest)
-    flat = tensor.detach().reshape(-1)
-    return bool((flat == flat[0]).all())
-
-
-def _number(tensor: Tensor) -> float | None:
-    if tensor.numel() != 1 or tensor.is_complex() or not _is_readable(tensor):
-        return None
-    return float(whole(tensor.detach()))
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and dicts."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors_in(item)

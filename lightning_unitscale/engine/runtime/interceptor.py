@@ -28,7 +28,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 
 from lightning_unitscale.engine.record.keys import UseId
-from lightning_unitscale.engine.record.recorder import tensors_in
+from lightning_unitscale.engine.record.tensors_of_calls import tensors_in
 from lightning_unitscale.engine.runtime.casts import WeightCast
 from lightning_unitscale.engine.runtime.compilation import only_inside_others, run_graph_inside
 from lightning_unitscale.engine.runtime.free_factor import add_with_constant, run_with_factor, scaled_output

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_unitscale.engine.record.keys import TensorInput, arguments_used, is_made_of_parameters
-from lightning_unitscale.engine.record.recorder import tensors_in
+from lightning_unitscale.engine.record.tensors_of_calls import tensors_in
 from lightning_unitscale.engine.runtime.compilation import only_inside_others
 from lightning_unitscale.engine.runtime.made_of import MadeOf
 from lightning_unitscale.ops import FunctionCall

@@ -32,8 +32,8 @@ from lightning_unitscale.engine.record.keys import (
     is_constant_result,
     parameters_of_result,
 )
-from lightning_unitscale.engine.record.recorder import tensors_in, tensors_made
 from lightning_unitscale.engine.record.spread_tensors import name_of_gathered
+from lightning_unitscale.engine.record.tensors_of_calls import tensors_in, tensors_made
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
 from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.attention import open_multi_head_attention

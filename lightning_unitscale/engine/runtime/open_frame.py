@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from lightning_unitscale.engine.record.places import EVERY_CALL
-from lightning_unitscale.engine.record.recorder import MODULE_CALL, has_ordinal
+from lightning_unitscale.engine.record.recorder import MODULE_CALL
+from lightning_unitscale.engine.record.tensors_of_calls import has_ordinal
 from lightning_unitscale.engine.runtime.compilation import only_inside_others
 from lightning_unitscale.engine.runtime.scope import FreeSite, Scope
 from lightning_unitscale.errors import UnitScalingError
