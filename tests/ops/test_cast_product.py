@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
 from lightning_unitscale import UnitScalingError, unit_scale
@@ -312,6 +313,28 @@ def test_what_is_padded_and_what_is_left_alone(inputs: int, outputs: int, format
     site = next(site for site in plan.sites if site.params[0] == "0.weight")
     assert site.format_reason == reason
     assert site.format == (None if reason else format)
+
+
+def test_compiled_for_tensor_cores_there_is_nothing_but_casts_and_products() -> None:
+    """What the compiler gets of it; "meta" stands for CUDA."""
+    graphs: list[list[str]] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        graphs.append([name.split(".")[1] for name in names if "fp8_cast" in name or "_mm" in name or "copy" in name])
+        return graph.forward
+
+    with torch.device("meta"):
+        x, w = (torch.empty(rows, 64, dtype=torch.bfloat16, requires_grad=True) for rows in (40, 48))
+        on_meta = Scales(*(scale.to("meta") for scale in scales()))
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    run = torch.compile(
+        lambda x, w: cast_product(x, w, MatrixProducts(), FP8, on_meta), backend=backend, fullgraph=True
+    )
+    y = run(x, w)
+    y.backward(torch.empty_like(y))
+    assert graphs == [["fp8_cast", "fp8_cast", "_scaled_mm_v2"], ["fp8_cast", "_scaled_mm_v2", "_scaled_mm_v2"]]
+    torch._dynamo.reset()
 
 
 def test_the_meta_device_does_enforce_layouts() -> None:
