@@ -55,5 +55,5 @@ def test_aim_in_a_folder(tmp_path: Path) -> None:
 def test_a_logger_whose_package_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("aim", "aim.pytorch_lightning"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(SystemExit, match="needs the package aim, which is missing: pip install aim"):
+    with pytest.raises(SystemExit, match="needs the package aim, which is not installed: pip install aim"):
         run_recipe("pretrain", tmp_path, "experiment=tiny", "logger=aim")
