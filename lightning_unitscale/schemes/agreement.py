@@ -12,16 +12,10 @@ from lightning_unitscale.schemes.scheme import Scheme
 def check_agreement(scheme: Scheme, options: Options) -> None:
     """
     Raises:
-        UnitScalingError: rates in the scheme's own units, of which it has none, or of weights that it is to leave
-            alone; everything is switched off; or a hyperparameter is given of what is switched off.
+        UnitScalingError: rates are in the scheme's own units, of weights that it is to leave alone; everything is
+            switched off; or a hyperparameter is given of what is switched off.
     """
-    in_own_units = options.lr_units == "umup"
-    if in_own_units and not scheme.changes_training:
-        raise UnitScalingError(
-            f"lr_units='umup' contradicts scheme={scheme.name!r}, which has no learning rates of its own: take "
-            "lr_units='standard'."
-        )
-    if in_own_units and not options.weights:
+    if scheme.changes_training and options.lr_units == "umup" and not options.weights:
         raise UnitScalingError(
             "lr_units='umup' contradicts weights=False: the scheme's learning rates are those of weights that it has "
             "scaled. Use lr_units='standard', or weights=True."

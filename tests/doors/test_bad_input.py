@@ -41,7 +41,6 @@ DOORS = {
         ({"skip": ["head", 3]}, r"skip=\['head', 3\] must be globs"),
         ({"overrides": ["head*"]}, r"overrides=\['head\*'\] must map globs to settings"),
         ({"overrides": {"head*": 2.0}}, r"overrides=.* must map globs to settings"),
-        ({"lr_units": "umup", "scheme": "preserve"}, "lr_units='umup' contradicts scheme='preserve'"),
         ({"lr_units": "umup", "weights": False}, "lr_units='umup' contradicts weights=False"),
         ({"weights": False, "activations": False}, "leave scheme='umup' nothing to do"),
         ({"weights": False, "activations": False, "gradients": False, "scheme": "amax"}, "leave scheme='amax' nothing"),
