@@ -63,6 +63,7 @@ from lightning_unitscale.sharded_checkpoint import (
     all_but_weights,
     full_states_unmarked,
     loads_weights_with_file,
+    refuse_flattening,
 )
 from lightning_unitscale.whole_checkpoints import read_whole, write_whole
 from lightning_unitscale.wrapped_methods import WrappedMethods
@@ -111,7 +112,12 @@ class Lifecycle:
     # --- before and after a run -------------------------------------------------------------------------------
 
     def wrap(self, strategy: Strategy) -> None:
-        """Take over the methods of a strategy instance that is not a `UnitScalingMixin`."""
+        """Take over the methods of a strategy instance that is not a `UnitScalingMixin`.
+
+        Raises:
+            UnitScalingError: it takes parameters apart before there is a batch to make a plan with.
+        """
+        refuse_flattening(strategy)
         if self._wrapped is None or self._wrapped.strategy is not strategy:
             self._wrapped = WrappedMethods(
                 strategy,

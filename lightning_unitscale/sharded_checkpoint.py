@@ -38,6 +38,22 @@ def loads_weights_with_file(strategy: Strategy) -> bool:
     return any(isinstance(strategy, classes(path)) for path in _LOADERS)
 
 
+def refuse_flattening(strategy: Strategy) -> None:
+    """
+    Raises:
+        UnitScalingError: FSDP1 or DeepSpeed, which make flat pieces of parameters, without shapes or names, before the
+            first batch; no plan can be made of those, and no multiplier finds its weight in them.
+    """
+    for path, name in (("strategies.FSDPStrategy", "FSDP1"), ("strategies.DeepSpeedStrategy", "DeepSpeed")):
+        if isinstance(strategy, classes(path)):
+            raise UnitScalingError(
+                f"{name} flattens parameters before the first batch, and unit scaling needs them by name and shape. "
+                "Use strategy='unitscale_model_parallel' (or Lightning's ModelParallelStrategy with the callback) and "
+                "call torch.distributed.fsdp.fully_shard in configure_model: the same sharding, FSDP2. Nothing was "
+                "changed."
+            )
+
+
 def all_but_weights(path: Path) -> Mapping[str, Any]:
     """What a checkpoint holds; of a folder what is beside the shards.
 

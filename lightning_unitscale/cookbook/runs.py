@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_unitscale.cookbook.callbacks import Diverged, Interrupted, LastCheckpoint, Stopped, StopWhenDiverged
@@ -89,6 +90,9 @@ def show(module: Task, batches: DataLoader[Any], folder: Path, settings: dict[st
         folder: files go to its folder `shown`.
         settings: those of the group `task`.
     """
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        print("no samples: the model is spread over processes; unitscale inference reads its checkpoint")
+        return []
     files = folder / "shown"
     files.mkdir(parents=True, exist_ok=True)
     module.eval()

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric
 
@@ -22,6 +23,7 @@ from lightning_unitscale.cookbook.data.examples import Batch
 from lightning_unitscale.cookbook.heads import new_model
 from lightning_unitscale.cookbook.learning_rate_schedule import warm_up_and_decay
 from lightning_unitscale.cookbook.pretrained import Pretrained
+from lightning_unitscale.cookbook.spreading import spread
 from lightning_unitscale.cookbook.tokenizers import load_tokenizer
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import example_inputs
@@ -84,6 +86,12 @@ class Task(pl.LightningModule):
         self.optimizer = optimizer
         self.schedule = schedule
         self.held_out_loss = MeanMetric()
+
+    def configure_model(self) -> None:
+        """Under a strategy with a mesh of processes (`trainer=fsdp2`, …) the model is spread over them, once."""
+        mesh = self.device_mesh
+        if mesh is not None and not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            spread(self.model, mesh)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
