@@ -10,7 +10,14 @@ from typing import Any
 
 from lightning_unitscale.errors import UnitScalingError
 
-FORMATS = ("fp8", "fp8_e4m3", "mxfp8", "nvfp4", "fp16", "bf16")  # the names in `formats.FORMATS`, which needs torch
+FORMAT_NAMES = (
+    "fp8",
+    "fp8_e4m3",
+    "mxfp8",
+    "nvfp4",
+    "fp16",
+    "bf16",
+)  # the names in `formats.FORMATS`, which needs torch
 ATTENTION_FORMATS = ("fp8", "fp8_e4m3", "fp16", "bf16")  # of attention's own products: none in blocks
 STORAGES = ("folded", "unit")
 LR_UNITS = ("standard", "umup")
@@ -109,7 +116,7 @@ class Options:
         choose("storage", self.storage, STORAGES)
         choose("lr_units", self.lr_units, LR_UNITS)
         if self.format is not None:
-            choose("format", self.format, FORMATS)
+            choose("format", self.format, FORMAT_NAMES)
         for name in ("weights", "activations", "gradients", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise UnitScalingError(f"{name}={getattr(self, name)!r} must be True or False.")
@@ -120,7 +127,7 @@ class Options:
             _check_override(glob, value)
             if "role" in value:
                 choose(f"overrides[{glob!r}] role", value["role"], ROLES)
-            for key, formats in (("format", FORMATS), ("attention_format", ATTENTION_FORMATS)):
+            for key, formats in (("format", FORMAT_NAMES), ("attention_format", ATTENTION_FORMATS)):
                 if value.get(key) is not None:
                     choose(f"overrides[{glob!r}] {key}", value[key], formats)
         object.__setattr__(self, "overrides", overrides)

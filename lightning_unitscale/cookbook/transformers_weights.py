@@ -14,7 +14,7 @@ from lightning_unitscale.cookbook.heads import auto_class, own_head
 from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tokenizers import load_tokenizer
 from lightning_unitscale.errors import InputError, first_line
-from lightning_unitscale.export.fp8_weights import load_narrow
+from lightning_unitscale.export.fp8_weights import load_fp8
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 # Config arguments that are no plain fields of it.
@@ -42,7 +42,7 @@ def from_fp8(folder: Path, head: str | None, changes: Mapping[str, Any]) -> Pret
             "the checkpoint that they were exported from"
         )
     model = auto_class(own, config).from_config(config)
-    load_narrow(model, folder)
+    load_fp8(model, folder)
     return Pretrained(model, None, _tokenizer_in(str(folder)), str(folder), own, weights="fp8")
 
 

@@ -80,7 +80,7 @@ class _RoundedInput:
 # In memory
 
 
-def narrow_weights(model: nn.Module, format: str, plan: Plan | None = None) -> None:
+def quantize_weights(model: nn.Module, format: str, plan: Plan | None = None) -> None:
     """Keep every weight of at least two dimensions in another format, in place; for inference alone.
 
     Args:
@@ -109,7 +109,7 @@ def narrow_weights(model: nn.Module, format: str, plan: Plan | None = None) -> N
         for site in sites
     }
     modules = dict(model.named_modules())
-    _narrow(model, dtype, scales, {name: cast for name, cast in inputs.items() if name in modules})
+    _quantize(model, dtype, scales, {name: cast for name, cast in inputs.items() if name in modules})
 
 
 def _plain_cast_sites(plan: Plan) -> list[Site]:
@@ -126,8 +126,8 @@ def _plain_cast_sites(plan: Plan) -> list[Site]:
     ]
 
 
-def _narrow(model: nn.Module, dtype: torch.dtype, scales: Mapping[str, float], casts: Casts) -> None:
-    """Narrow the weights, with these scales where there are any (by name), and cast the inputs of these modules."""
+def _quantize(model: nn.Module, dtype: torch.dtype, scales: Mapping[str, float], casts: Casts) -> None:
+    """Quantize the weights, with these scales where there are any (by name), and cast the inputs of these modules."""
     uses: dict[nn.Parameter, list[tuple[nn.Module, str, str]]] = defaultdict(list)
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -163,11 +163,11 @@ def stored_bytes(model: nn.Module) -> int:
 # On disk
 
 
-def save_narrow(model: PreTrainedModel, folder: Path) -> None:
+def save_fp8(model: PreTrainedModel, folder: Path) -> None:
     """Write a model whose weights are kept in fp8, with its config; see above.
 
     Args:
-        model: after `narrow_weights(model, "fp8")`.
+        model: after `quantize_weights(model, "fp8")`.
         folder: made if it is not there.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,12 +194,12 @@ def save_narrow(model: PreTrainedModel, folder: Path) -> None:
     save_file(tensors, folder / FP8_FILE, metadata)
 
 
-def load_narrow(model: PreTrainedModel, folder: Path) -> None:
-    """Give a model the weights of `save_narrow`, kept as they are on disk.
+def load_fp8(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the weights of `save_fp8`, kept as they are on disk.
 
     Args:
         model: plain, as its config builds it.
-        folder: that `save_narrow` wrote.
+        folder: that `save_fp8` wrote.
 
     Raises:
         InputError: the file cannot be read, or is of another model.
@@ -225,4 +225,4 @@ def load_narrow(model: PreTrainedModel, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             places[name].copy_(tensor.to(places[name].dtype) * inverse.get(name, 1.0))
-    _narrow(model, WEIGHT_FORMATS["fp8"], {name: 1 / scale for name, scale in inverse.items()}, casts)
+    _quantize(model, WEIGHT_FORMATS["fp8"], {name: 1 / scale for name, scale in inverse.items()}, casts)

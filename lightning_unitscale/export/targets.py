@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export.examples import DYNAMIC, Logits, example_inputs, logits_of
-from lightning_unitscale.export.fp8_weights import load_narrow, narrow_weights, save_narrow
+from lightning_unitscale.export.fp8_weights import load_fp8, quantize_weights, save_fp8
 from lightning_unitscale.export.plain import check_same, relative_difference, to_plain
 
 Inputs = dict[str, Tensor]
@@ -68,7 +68,7 @@ def export(
     plain: Any = to_plain(model, partial(logits_of, inputs=inputs_of(model)))
     write = _WRITERS[format]
     if dtype == FP8:
-        narrow_weights(plain, "fp8", plan_of(model))
+        quantize_weights(plain, "fp8", plan_of(model))
         write = _write_fp8
     else:
         plain = plain.to(dtype)
@@ -119,9 +119,9 @@ def _write_hugging_face(model: PreTrainedModel, folder: Path, inputs: Inputs) ->
 
 
 def _write_fp8(model: PreTrainedModel, folder: Path, inputs: Inputs) -> Run:
-    save_narrow(model, folder)
+    save_fp8(model, folder)
     found = type(model)(model.config).eval()
-    load_narrow(found, folder)
+    load_fp8(found, folder)
     return partial(logits_of, found)
 
 

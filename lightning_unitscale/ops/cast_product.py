@@ -22,8 +22,8 @@ from torch import Tensor
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import Format
 from lightning_unitscale.ops.autocast import autocast_dtype
+from lightning_unitscale.ops.cast_for_products import CastOperand, cast_for_products
 from lightning_unitscale.ops.multiply import Cast
-from lightning_unitscale.ops.narrow import Narrow, narrow
 from lightning_unitscale.ops.products import Products
 
 
@@ -47,16 +47,16 @@ class CastProduct(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        narrow_weight: Narrow | None,
+        narrow_weight: CastOperand | None,
         products: Products,
         format: Format,
         dtype: torch.dtype,
         *scales: Tensor,
     ) -> Tensor:
         s, (needs_x, needs_weight) = Scales(*scales), ctx.needs_input_grad[:2]
-        narrow_x = narrow(x, "x", format, s.x, products, backward=needs_weight)
+        narrow_x = cast_for_products(x, "x", format, s.x, products, backward=needs_weight)
         if narrow_weight is None:
-            narrow_weight = narrow(weight, "weight", format, s.weight, products, backward=needs_x)
+            narrow_weight = cast_for_products(weight, "weight", format, s.weight, products, backward=needs_x)
         x_for_weight = narrow_x.second if needs_weight else None
         weight_for_x = narrow_weight.second if needs_x else None
         ctx.save_for_backward(x_for_weight, weight_for_x, *scales)
@@ -74,7 +74,9 @@ class CastProduct(torch.autograd.Function):
         s, products = Scales(*scales), ctx.products
         x_shape, weight_shape, x_dtype, weight_dtype = ctx.like
         (gradient,), (needs_x, needs_weight) = gradients, ctx.needs_input_grad[:2]
-        g = narrow(gradient, "gradient", ctx.format, s.gradient, products, forward=needs_x, backward=needs_weight)
+        g = cast_for_products(
+            gradient, "gradient", ctx.format, s.gradient, products, forward=needs_x, backward=needs_weight
+        )
         gx = gw = None
         if needs_x:
             weight = Cast(narrow_weight, s.one_over_weight, weight_shape)
@@ -102,7 +104,12 @@ def refuse_second_derivative() -> None:
 
 
 def cast_product(
-    x: Tensor, weight: Tensor, products: Products, format: Format, scales: Scales, narrow_weight: Narrow | None = None
+    x: Tensor,
+    weight: Tensor,
+    products: Products,
+    format: Format,
+    scales: Scales,
+    narrow_weight: CastOperand | None = None,
 ) -> Tensor:
     """`x · weight` with cast operands, in the dtype that autocast or x gives.
 

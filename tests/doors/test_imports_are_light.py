@@ -83,4 +83,4 @@ def test_the_marks_of_a_plan_are_the_same() -> None:
 
 
 def test_formats_have_one_list_of_names() -> None:
-    assert tuple(formats.FORMATS) == options.FORMATS
+    assert tuple(formats.FORMATS) == options.FORMAT_NAMES

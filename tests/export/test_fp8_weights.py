@@ -22,7 +22,7 @@ from lightning_unitscale.cookbook.model_path import load_pretrained
 from lightning_unitscale.cookbook.tokenizers import byte_tokenizer
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import export, logits_of, to_plain
-from lightning_unitscale.export.fp8_weights import FP8_FILE, load_narrow, narrow_weights, save_narrow, stored_bytes
+from lightning_unitscale.export.fp8_weights import FP8_FILE, load_fp8, quantize_weights, save_fp8, stored_bytes
 from lightning_unitscale.formats import cast
 
 SPEECH = {
@@ -51,7 +51,7 @@ def test_narrow_weights(format: str, bytes_each: int, error: float, tied: bool) 
     narrow, exact = plain_model(tied), plain_model(tied)
     full = stored_bytes(narrow)
     matrices = sum(p.numel() for p in narrow.parameters() if p.dim() == 2)
-    narrow_weights(narrow, format)
+    quantize_weights(narrow, format)
     scales = 4 * (len([p for p in exact.parameters() if p.dim() == 2]))
     assert full - stored_bytes(narrow) == (4 - bytes_each) * matrices - scales
     with torch.no_grad():
@@ -75,9 +75,9 @@ def prepared_model(**options: Any) -> tuple[LlamaForCausalLM, Any]:
 def test_activations_are_rounded_with_the_scales_of_the_plan() -> None:
     model, plan = prepared_model(format="fp8")
     with pytest.raises(UnitScalingError, match="to_plain"):
-        narrow_weights(model, "fp8", plan)
+        quantize_weights(model, "fp8", plan)
     narrow: Any = to_plain(model, lambda m: logits_of(m, {"input_ids": IDS}))
-    narrow_weights(narrow, "fp8", plan)
+    quantize_weights(narrow, "fp8", plan)
     layer, name = narrow.model.layers[0].mlp.up_proj, "model.layers.0.mlp.up_proj.weight"
     (site,) = [site for site in plan.cast_sites if name in site.params]
     scale = site.operand_scales["x"]
@@ -93,7 +93,7 @@ def test_the_numerics_are_those_of_training() -> None:
     model, plan = prepared_model(format="fp8")
     narrow: Any = to_plain(model, lambda m: logits_of(m, {"input_ids": IDS}))
     exact = narrow(IDS).logits
-    narrow_weights(narrow, "fp8", plan)
+    quantize_weights(narrow, "fp8", plan)
     model.eval().model.embed_tokens.weight.copy_(narrow.model.embed_tokens.weight)
     expected = model(IDS).logits
     torch.testing.assert_close(narrow(IDS).logits, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
@@ -110,7 +110,7 @@ def test_the_numerics_are_those_of_training() -> None:
 def test_what_is_read_back_is_what_was_kept(options: dict[str, Any] | None, tmp_path: Path) -> None:
     model, plan = prepared_model(**options) if options is not None else (plain_model(), None)
     narrow: Any = to_plain(model, lambda m: logits_of(m, {"input_ids": IDS}))
-    narrow_weights(narrow, "fp8", plan)
+    quantize_weights(narrow, "fp8", plan)
     difference = export(model, tmp_path / "fp8", tokenizer=byte_tokenizer(), dtype=torch.float8_e4m3fn)
     assert 1e-3 < difference < 0.2
     found = load_pretrained(str(tmp_path / "fp8"))
@@ -139,17 +139,17 @@ def test_buffers_and_made_weights_survive(tmp_path: Path) -> None:
     model = ResNetForImageClassification(config)
     pixels = {"pixel_values": torch.randn(4, 3, 16, 16)}
     model.train()(**pixels)
-    narrow_weights(model.eval(), "fp8")
-    save_narrow(model, tmp_path / "fp8")
+    quantize_weights(model.eval(), "fp8")
+    save_fp8(model, tmp_path / "fp8")
     found = load_pretrained(str(tmp_path / "fp8"))
     assert found.head == "AutoModelForImageClassification"
     assert torch.equal(found.model(**pixels).logits, model(**pixels).logits)
 
     speech = Wav2Vec2Model(Wav2Vec2Config(**SPEECH)).eval()
-    narrow_weights(speech, "fp8")
-    save_narrow(speech, tmp_path / "speech")
+    quantize_weights(speech, "fp8")
+    save_fp8(speech, tmp_path / "speech")
     again = Wav2Vec2Model(Wav2Vec2Config(**SPEECH)).eval()
-    load_narrow(again, tmp_path / "speech")
+    load_fp8(again, tmp_path / "speech")
     sound = torch.randn(2, 4000)
     assert torch.equal(again(sound).last_hidden_state, speech(sound).last_hidden_state)
 
@@ -164,7 +164,7 @@ def test_nobody_takes_the_numbers_without_their_scales(tmp_path: Path) -> None:
         load_pretrained(str(tmp_path / "fp8"), "AutoModelForSequenceClassification")
     other = LlamaForCausalLM(LlamaConfig(vocab_size=257, hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
     with pytest.raises(InputError, match="is not of a LlamaForCausalLM"):
-        load_narrow(other, tmp_path / "fp8")
+        load_fp8(other, tmp_path / "fp8")
     (tmp_path / "fp8" / FP8_FILE).write_bytes(b"no tensors")
     with pytest.raises(InputError, match="cannot be read"):
         load_pretrained(str(tmp_path / "fp8"))

@@ -15,7 +15,7 @@ from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tokenizers import make_able_to_pad
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import logits_of, to_plain
-from lightning_unitscale.export.fp8_weights import narrow_weights
+from lightning_unitscale.export.fp8_weights import quantize_weights
 
 
 def weight_formats(cfg: DictConfig) -> list[str | None]:
@@ -37,7 +37,7 @@ def load(cfg: DictConfig, path: str, weights: str | None) -> Pretrained:
             raise InputError(f"model.path={path} has weights in {found.weights}; leave out weights={weights}")
         inputs = task_of(found).example_inputs(found.model)
         found.model = cast(PreTrainedModel, to_plain(found.model, partial(logits_of, inputs=inputs)))
-        narrow_weights(found.model, str(weights), found.plan)
+        quantize_weights(found.model, str(weights), found.plan)
         found.weights = str(weights)
     device = "cuda" if cfg.device == "auto" and torch.cuda.is_available() else cfg.device.replace("auto", "cpu")
     torch.nn.Module.to(found.model, device)

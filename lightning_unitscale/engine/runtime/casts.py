@@ -28,8 +28,8 @@ from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.formats import FORMATS, OPERANDS, Format
 from lightning_unitscale.ops import FunctionCall, Matmul
+from lightning_unitscale.ops.cast_for_products import CastOperand, cast_for_products
 from lightning_unitscale.ops.cast_product import Scales, cast_product
-from lightning_unitscale.ops.narrow import Narrow, narrow
 from lightning_unitscale.ops.products import Products
 from lightning_unitscale.ops.round_trip import Rounded, RoundedGradient
 
@@ -116,7 +116,9 @@ class WeightCast(CastSite):
         if self._weight is None or not self._weight.holds(weight, backward):
             assert self.scales is not None
             with torch.no_grad():
-                cast = narrow(weight, "weight", self.format, self.scales["weight"], products, backward=backward)
+                cast = cast_for_products(
+                    weight, "weight", self.format, self.scales["weight"], products, backward=backward
+                )
             self._weight = _CachedCast(cast, _state(weight), backward)
         return self._weight
 
@@ -162,7 +164,7 @@ class _CachedCast:
         spent: a backward pass has come back to it.
     """
 
-    narrow: Narrow
+    narrow: CastOperand
     source: tuple[Any, ...]
     backward: bool
     spent: bool = False

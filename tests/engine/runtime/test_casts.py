@@ -242,7 +242,7 @@ def test_weights_are_cast_once_for_accumulated_batches(monkeypatch: pytest.Monke
         counted.append(tuple(tensor.shape))
         return cast(tensor, *args)
 
-    monkeypatch.setattr("lightning_unitscale.ops.narrow.cast", counting)
+    monkeypatch.setattr("lightning_unitscale.ops.cast_for_products.cast", counting)
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
     for _ in range(2):
         counted.clear()

@@ -17,7 +17,7 @@ from lightning_unitscale.ops.multiply import ALIGNMENT, has_tensor_cores
 from lightning_unitscale.ops.products import MatrixProducts, Products
 
 
-class Narrow(NamedTuple):
+class CastOperand(NamedTuple):
     """A cast operand, both of the operand's own orientation; empty where nobody asked for it.
 
     Attributes:
@@ -29,7 +29,7 @@ class Narrow(NamedTuple):
     second: Tensor
 
 
-def narrow(
+def cast_for_products(
     tensor: Tensor,
     operand: str,
     format: Format,
@@ -38,7 +38,7 @@ def narrow(
     *,
     forward: bool = True,
     backward: bool = True,
-) -> Narrow:
+) -> CastOperand:
     """Cast an operand, reading it once.
 
     Args:
@@ -51,12 +51,12 @@ def narrow(
         return _in_blocks(tensor * scale, operand, numbers, forward, backward)
     if isinstance(products, MatrixProducts) and numbers in FP8 and has_tensor_cores(tensor.device):
         rows, columns, _ = fp8_cast(tensor, scale, numbers, rows=forward, columns=backward, alignment=ALIGNMENT)
-        return Narrow(rows, columns.t())
+        return CastOperand(rows, columns.t())
     values = cast(tensor, numbers, scale)
-    return Narrow(values, values)
+    return CastOperand(values, values)
 
 
-def _in_blocks(matrix: Tensor, operand: str, numbers: BlockNumbers, forward: bool, backward: bool) -> Narrow:
+def _in_blocks(matrix: Tensor, operand: str, numbers: BlockNumbers, forward: bool, backward: bool) -> CastOperand:
     """Blocks lie along what a product sums over, so the second rounding is another than the first.
 
     The gradient is rounded at random, and what is summed over in the weight's gradient is rotated, where the format's
@@ -72,4 +72,4 @@ def _in_blocks(matrix: Tensor, operand: str, numbers: BlockNumbers, forward: boo
         rounded = numbers.rounded_at_random if operand == "gradient" else numbers.rounded
         first = rounded(matrix, 1) if forward else empty
         second = rounded(rotated(matrix), 0) if backward else empty
-    return Narrow(first.bfloat16(), second.bfloat16())
+    return CastOperand(first.bfloat16(), second.bfloat16())
