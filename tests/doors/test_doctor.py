@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 from typing import Any
 
@@ -12,12 +11,8 @@ import torch
 from packaging.requirements import Requirement
 
 from lightning_unitscale import cli
-from lightning_unitscale.cookbook.config import shipped
-
-
-@pytest.fixture
-def doctor() -> dict[str, Any]:
-    return runpy.run_path(str(shipped("recipes") / "doctor.py"))
+from lightning_unitscale.cookbook import devices
+from lightning_unitscale.cookbook.requirements import is_met, requirements, state
 
 
 def test_it_prints_versions_devices_and_formats(
@@ -36,33 +31,31 @@ def test_it_prints_versions_devices_and_formats(
         assert "fp8 on cuda" not in lines
 
 
-def test_a_requirement_is_met_by_its_version_alone(doctor: dict[str, Any]) -> None:
-    met = {text: doctor["is_met"](Requirement(text)) for text in ("torch", "torch>=999", "there-is-no-such-package")}
+def test_a_requirement_is_met_by_its_version_alone() -> None:
+    met = {text: is_met(Requirement(text)) for text in ("torch", "torch>=999", "there-is-no-such-package")}
     assert met == {"torch": True, "torch>=999": False, "there-is-no-such-package": False}
-    assert "pip install 'lightning-unitscale[mine]' for torch>=999" in doctor["state"](
+    assert "pip install 'lightning-unitscale[mine]' for torch>=999" in state(
         "mine", [Requirement("torch"), Requirement("torch>=999; extra == 'mine'")]
     )
 
 
-def test_extras_are_those_of_the_metadata(doctor: dict[str, Any]) -> None:
+def test_extras_are_those_of_the_metadata() -> None:
     lines = ["torch>=2", "wandb>=1; extra == 'wandb'", "lightning-unitscale[wandb]; extra == 'test'"]
     lines += ["pytest; extra == 'test'", "old; python_version < '3'"]
-    needed, optional = doctor["requirements"](lines)
+    needed, optional = requirements(lines)
     assert [one.name for one in needed] == ["torch"]
     assert {extra: [one.name for one in parts] for extra, parts in optional.items()} == {"wandb": ["wandb"]}
 
 
-def test_a_format_whose_product_fails_is_told_with_the_reason(
-    doctor: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_format_whose_product_fails_is_told_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> torch.Tensor:
         raise RuntimeError("no kernel here\nfile 3")
 
-    verdict, cpu = doctor["verdict"], torch.device("cpu")
+    verdict, cpu = devices.verdict, torch.device("cpu")
     assert verdict("fp8", cpu).startswith("yes")
-    monkeypatch.setitem(verdict.__globals__, "cast_product", fails)
+    monkeypatch.setattr(devices, "cast_product", fails)
     assert verdict("fp8", cpu) == "no: its product fails: no kernel here"
-    monkeypatch.setitem(verdict.__globals__, "cast_product", lambda *_: torch.zeros(32, 32))
+    monkeypatch.setattr(devices, "cast_product", lambda *_: torch.zeros(32, 32))
     assert verdict("fp8", cpu) == "no: its product is wrong"
-    monkeypatch.setitem(verdict.__globals__, "supports", lambda *_: False)
+    monkeypatch.setattr(devices, "supports", lambda *_: False)
     assert verdict("fp8", cpu) == "no: this device has no torch.float8_e4m3fn"
