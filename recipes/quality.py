@@ -2,7 +2,7 @@
 
     unitscale quality                                       # = python recipes/quality.py; hours on one core
     unitscale quality quality.jobs=[llama,vit] quality.seeds=[1] processes=2
-    unitscale quality variants=schemes quality.jobs=[llama,vit,resnet]  # all schemes beside the untouched model
+    unitscale quality compare=schemes quality.jobs=[llama,vit,resnet]  # all schemes beside the untouched model
     unitscale quality only_report=true                      # table and page of what is finished
     unitscale quality '+jobs.mine={_target_: my_package.MyJob, width: 64, depth: 2, steps: 100, batch_size: 16}'
 
@@ -12,7 +12,7 @@ Variants of each job of `conf/quality.yaml`, on the same data, steps and batches
     fan-in      matrices drawn with std fan_in^-1/2, branch outputs smaller by sqrt(2 depth), embeddings with std 1
     umup        UnitScaling(lr_units="umup"), at learning rates in u-muP's units
     drop-in     UnitScaling(), at the learning rates of the untouched model
-    <scheme>    as unitscale=<scheme> gives it; variants=schemes has all of them in place of drop-in
+    <scheme>    as unitscale=<scheme> gives it; compare=schemes has all of them in place of drop-in
 
 and two goals: umup at its best is not worse than the better of standard and fan-in at theirs; drop-in is not worse than
 standard at any rate at which that trains. A second table has the processor time of a step. A finished run is one line

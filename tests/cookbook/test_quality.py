@@ -128,7 +128,7 @@ def test_a_run_is_measured_before_and_after_and_again_the_same(variant: str) -> 
 
 
 def test_every_scheme_is_a_variant_with_the_options_that_its_name_gives_elsewhere() -> None:
-    variants = composed("variants=schemes").variants
+    variants = composed("compare=schemes").variants
     trained = {name for name, scheme in SCHEMES.items() if scheme.changes_training}
     assert set(variants) == {"standard", "fan-in"} | trained
     for name in trained:
