@@ -190,7 +190,14 @@ class Recorder(TorchFunctionMode):
                 ):  # as the calls that made it have it
                     self._add(tensor, None, parameters=(known,))
 
-    def _write(
+    def _write(self, *what: Any) -> None:
+        self._torch_calls_running += 1  # reading a tensor that is spread over processes moves it
+        try:
+            self._write_call(*what)
+        finally:
+            self._torch_calls_running -= 1
+
+    def _write_call(
         self,
         name: str,
         function: Any,
