@@ -171,6 +171,7 @@ class ScaleMonitor(Callback):
             return
         plan = plan_of(module)
         updates = updates_since(before, module, probes.linear_inputs(), plan.roles if plan is not None else {})
+        probes.observer.forget_parameters()
         probes.include_other_processes()
         if not trainer.is_global_zero:
             return

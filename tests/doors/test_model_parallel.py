@@ -92,9 +92,10 @@ def train(
         torch.manual_seed(0)
         module = Spread(batch_norm=False, optimizer=optimizer, lr=1e-2)
         module.checkpointing, module.compiled = checkpointing, compiled
+        begun = HALF if resume else 0  # a resumed epoch begins its loader anew
         data = [
             {name: value.chunk(pieces)[piece] for name, value in global_batch(step).items()}
-            for step in range(STEPS)
+            for step in [*range(begun, STEPS), *range(begun)]
             for piece in range(pieces)
         ]
         loop = trainer(

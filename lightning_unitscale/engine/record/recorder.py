@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import nan
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -152,7 +153,9 @@ class Recorder(TorchFunctionMode):
         """Mark the losses (what the step returned, or its "loss", and what backward was called on)."""
         tensors = loss_tensors(output, backwards)
         self.trace.losses = [self._values[tensor] for tensor in tensors if tensor in self._values]
-        self.trace.loss_numbers = [float(whole(tensor.detach().double().sum())) for tensor in tensors]
+        self.trace.loss_numbers = [
+            nan if tensor.is_meta else float(whole(tensor.detach().double().sum())) for tensor in tensors
+        ]
         self._frames.clear()
         return self.trace
 
@@ -187,7 +190,14 @@ class Recorder(TorchFunctionMode):
                 ):  # as the calls that made it have it
                     self._add(tensor, None, parameters=(known,))
 
-    def _write(
+    def _write(self, *what: Any) -> None:
+        self._torch_calls_running += 1  # reading a tensor that is spread over processes moves it
+        try:
+            self._write_call(*what)
+        finally:
+            self._torch_calls_running -= 1
+
+    def _write_call(
         self,
         name: str,
         function: Any,

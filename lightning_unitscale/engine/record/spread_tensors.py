@@ -23,7 +23,10 @@ MOVES = frozenset({"_FromTorchTensor", "_ToTorchTensor", "Redistribute"})  # aut
 
 def part_of(tensor: Tensor) -> Tensor:
     """The part of a tensor that is in this process, in the same memory where it is a part or a copy of the whole."""
-    return settled(tensor).to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return settled(tensor).to_local()
 
 
 def settled(tensor: DTensor) -> DTensor:

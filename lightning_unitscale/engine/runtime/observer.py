@@ -109,6 +109,10 @@ class OperandObserver(TorchFunctionMode):
         super().__exit__(*exception)  # type: ignore[no-untyped-call]  # torch's
         _ENTERED.pop()
 
+    def forget_parameters(self) -> None:
+        """Let go of the model: torch moves no sharded parameter to which there is a weak reference."""
+        self._parameters.clear()
+
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
