@@ -88,6 +88,7 @@ def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
         def entry() -> None:
             register()
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning 2.6 on torch 2.13
+            warnings.filterwarnings("ignore", message="The dirpath has changed")  # each run has a folder of its own
             traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes errors on instead of printing them
             sys.argv[1:] = for_hydra(config_name, sys.argv[1:])
