@@ -32,6 +32,7 @@ from lightning_unitscale.engine.record.deep_copies import Copies
 from lightning_unitscale.engine.record.leaf_gradients import add_gradients, leaves_of
 from lightning_unitscale.engine.record.write_guard import WriteGuard, storages
 from lightning_unitscale.namespaces import NAMESPACES, classes
+from lightning_unitscale.ops.flex_attention import gradients_on_every_device
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -95,6 +96,7 @@ def rehearsal(module: nn.Module, trainer: pl.Trainer | None = None) -> Iterator[
         stack.enter_context(_sharded_again(module))
         stack.enter_context(_backward_shadowed(run))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(gradients_on_every_device())
         stack.enter_context(guard)
         yield run
 
