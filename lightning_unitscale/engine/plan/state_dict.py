@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from lightning_unitscale.errors import UnitScalingError
 
 PLAN_KEY = ATTRIBUTE
 Carried = Tensor | str  # a plan inside a state dict
+_in_pieces: list[nn.Module] = []  # what is being loaded so
 
 
 def encode(plan: Plan) -> Tensor:
@@ -109,7 +111,7 @@ class _MarkPart:
         self.part = part
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        if not prefix:
+        if not prefix and not _in_pieces:
             _mark_as(self.part.plan(), state, prefix, metadata)
 
 
@@ -120,7 +122,7 @@ class _CheckPart:
         self.part = part
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        if not prefix:
+        if not prefix and not _in_pieces:
             _check_against(self.part.plan(), module, state, prefix)
 
 
@@ -165,8 +167,11 @@ def _check_against(plan: Plan, module: nn.Module, state: dict[str, Any], prefix:
             state[key] = state[key].squeeze(0)
 
 
-def unmarked(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+@contextmanager
+def loaded_in_pieces(module: nn.Module, state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """A state dict of a module whose plan is in force, as that of a plain module, for code that loads it in pieces.
+
+    Inside, state dicts of parts are those of plain modules too.
 
     Raises:
         UnitScalingError: these are plain weights, or were stored under another plan.
@@ -174,7 +179,11 @@ def unmarked(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     plain = dict(state)
     if (plan := plan_of(module)) is not None and not plan.is_plain:
         _check(module, plain, "")
-    return plain
+    _in_pieces.append(module)
+    try:
+        yield plain
+    finally:
+        _in_pieces.pop()
 
 
 def _parameters_in(state: dict[str, Any], plan: Plan, prefix: str) -> Iterator[tuple[str, int]]:
