@@ -93,7 +93,7 @@ def prepare(
             less = _gate(module, plan, trace, step, options, trainer, agree)
         except WrongGradientsError as error:
             wrong = error
-        except UnitScalingError:
+        except BaseException:  # the model's own code may object too, to other values or to a mode around it
             bring_back(module, plan, zeroed, kept)
             raise
         doubtful = trust_functions and any(call.under_function and not call.in_function for call in trace.calls)
@@ -166,5 +166,6 @@ def _refuse_nothing(module: nn.Module, trace: Trace, plan: Plan) -> None:
         reasons = "; ".join(sorted({p.reason for p in plan.parameters.values() if p.reason})) or "it has no parameters"
         raise UnitScalingError(
             f"nothing in {type(module).__name__} can be scaled ({reasons}; {len(trace.calls)} torch calls were seen). "
-            "Check that the step runs the model, and that skip does not cover all of it."
+            "Check that the step runs the model, and that skip does not cover all of it; scheme='preserve' trains it "
+            "as it is."
         )

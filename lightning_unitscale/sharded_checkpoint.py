@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, encode, unmarked
+from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, encode, loaded_in_pieces
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.namespaces import classes
 
@@ -99,4 +99,5 @@ def full_states_unmarked(module: nn.Module) -> Iterator[None]:
 def _load_unmarked(
     load: Callable[..., None], module: nn.Module, state: dict[str, Any], *args: Any, **kwargs: Any
 ) -> None:
-    load(unmarked(module, state), *args, **kwargs)
+    with loaded_in_pieces(module, state) as plain:
+        load(plain, *args, **kwargs)

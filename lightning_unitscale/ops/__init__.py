@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._higher_order_ops.flex_attention import flex_attention
 
 from lightning_unitscale.ops.attention import DotProductAttention
 from lightning_unitscale.ops.call import FunctionCall
@@ -11,6 +12,7 @@ from lightning_unitscale.ops.chain import Chain
 from lightning_unitscale.ops.convolution import Convolution
 from lightning_unitscale.ops.einsum import Einsum
 from lightning_unitscale.ops.embedding import Embedding
+from lightning_unitscale.ops.flex_attention import FlexAttention
 from lightning_unitscale.ops.linear import (
     AddMm,
     Bilinear,
@@ -48,6 +50,7 @@ MATMULS: dict[str, Matmul] = {
         Embedding("embedding", indices="input", weight="weight"),
         Embedding("embedding_bag", indices="input", weight="weight"),
         DotProductAttention("scaled_dot_product_attention", query="query", key="key", value="value"),
+        FlexAttention("flex_attention", flex_attention, query="query", key="key", value="value"),
     )
 }
 

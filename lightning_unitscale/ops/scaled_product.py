@@ -34,6 +34,19 @@ class ScaledProduct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, ctx.a, ctx.b = inputs
         ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None, *_: Any
+    ) -> Tensor:
+        x, weight = ctx.saved_tensors
+        terms = [
+            None if x_tangent is None else _product(x_tangent, weight.t(), ctx.a),
+            None if weight_tangent is None else _product(x, weight_tangent.t(), ctx.a),
+            None if bias_tangent is None else (ctx.b * bias_tangent).expand(len(x), -1),
+        ]
+        return torch.stack([term for term in terms if term is not None]).sum(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:

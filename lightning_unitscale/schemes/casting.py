@@ -96,6 +96,8 @@ class Casting:
             site.format_reason = reason
         elif any(value.is_complex for value in call.inputs):
             site.format_reason = "complex numbers, which no narrow format has"
+        elif len(call.outputs) > 1:
+            site.format_reason = "more than one output, whose gradients one cast can't round"
         else:
             site.format = format
             site.operands = [*MATMULS[call.name].multiplicands(call), "gradient"]

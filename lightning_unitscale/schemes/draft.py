@@ -104,6 +104,8 @@ class Draft:
                 reasons[name] = FROZEN
             elif name in self.by_hand.weights:
                 reasons[name] = self.by_hand.weights[name]
+            elif name in self.trace.in_transforms:
+                reasons[name] = self.readings.left_alone[name]
             elif self.roles[name] in LEFT_ALONE_ROLES:
                 hidden = self.roles[name] == "unused" and self.trace.transformed
                 reasons[name] = IN_TRANSFORM if hidden else LEFT_ALONE_ROLES[self.roles[name]]

@@ -82,7 +82,8 @@ def _uses_at(draft: Draft, value: Value, consumers: set[int]) -> list[CallUse]:
         return takers(draft, call)
     made_of = draft.structure.norms[call].x if call in draft.structure.norms else None
     uses: list[CallUse] = [(call.index, v.key) for v in dict.fromkeys(call.inputs) if v.parameters and v is not made_of]
-    if call in draft.structure.gains and call.name == "add":  # a norm's bias comes after its gain
+    if call in draft.structure.gains and call.name == "add":  # a norm's bias comes after its gain, if it has one
         above = next((v for v in call.inputs if not v.parameters), None)
-        uses += _uses_at(draft, above, consumers) if above is not None else []
+        of_norm = _uses_at(draft, above, consumers) if above is not None else []
+        return uses + of_norm if of_norm else []
     return uses

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from support.random_modules import AROUND, BESIDE, LAYERS, PENALTIES, READOUTS, Batch, Net, Part, Program, plain
 from torch import Tensor, nn
@@ -113,6 +113,9 @@ def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(programs)
+@example(  # a bias behind a norm without gain takes no factor that the norm can't
+    Program((Part("post-norm residual", inner=(Part("linear"),)), Part("position")), readout="fused", tied=True)
+)
 def test_a_few_random_modules_keep_every_property(program: Program) -> None:
     check(program)
 

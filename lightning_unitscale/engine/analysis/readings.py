@@ -90,6 +90,8 @@ def find_readings(graph: Graph) -> Readings:
         else:
             _hand_over(graph, readings, name, found)
     _note_gradients(graph, readings)
+    for name, where in graph.trace.in_transforms.items():
+        readings.left_alone[name] = f"{where} has torch.func (grad, vmap, jvp) run on tensors made of it"
     readings.ends |= set(_looks(graph))
     return readings
 

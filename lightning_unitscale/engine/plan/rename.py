@@ -10,7 +10,7 @@ from collections.abc import Callable
 from copy import deepcopy
 
 from lightning_unitscale.engine.plan.plan import FramePlan, Plan
-from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 
 Rename = Callable[[str], str]
@@ -43,6 +43,51 @@ def plan_inside(plan: Plan, child: str) -> Plan:
     kept.sites = [site for site in kept.sites if is_inside(site.module) or site.name in explicit]
     kept.frames = [frame for frame in kept.frames if is_inside(frame.module)]
     return _renamed(kept, inner)
+
+
+def plan_of_part(plan: Plan, child: str) -> Plan:
+    """What a plan says of one module among others; what it says of the others is dropped.
+
+    Raises:
+        ValueError: a factor outside the child belongs to its weights, which are another function without it.
+    """
+    prefix = f"{child}."
+
+    def is_inside(key: ParameterKey) -> bool:
+        return all(name.startswith(prefix) for name in key.names)
+
+    part = Plan.from_dict(plan.to_dict())
+    part.parameters = {name: p for name, p in part.parameters.items() if name.startswith(prefix)}
+    for parameter in part.parameters.values():
+        parameter.aliases = [alias for alias in parameter.aliases if alias.startswith(prefix)]
+    if outside := factors_outside(plan, child):
+        raise ValueError(f"{outside[0].name} has a factor for weights of {child}")
+    part.sites = [s for s in part.sites if f"{s.module}.".startswith(prefix) and all(map(is_inside, s.params))]
+    for site in part.sites:
+        site.fold_into = [use for use in site.fold_into if is_inside(ParameterKey(use.key))]
+    part.frames = [
+        FramePlan(f.module, f.method, [key for key in f.keys if is_inside(key)])
+        for f in part.frames
+        if f"{f.module}.".startswith(prefix)
+    ]
+    return _renamed(part, lambda name: name[len(prefix) :])
+
+
+def factors_outside(plan: Plan, child: str) -> list[Site]:
+    """The sites outside a module at which its weights have explicit factors."""
+    prefix = f"{child}."
+    return [
+        site
+        for site in plan.explicit_sites
+        if site.role != READING
+        and not f"{site.module}.".startswith(prefix)
+        and any(name.startswith(prefix) for key in site.params for name in key.names)
+    ]
+
+
+def factors_inside(plan: Plan, child: str) -> list[Site]:
+    """The sites inside a module with explicit factors."""
+    return [s for s in plan.explicit_sites if s.role != READING and f"{s.module}.".startswith(f"{child}.")]
 
 
 def plan_around(plan: Plan, child: str) -> Plan:

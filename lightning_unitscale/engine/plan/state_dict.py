@@ -13,22 +13,28 @@ with one more dimension, of size 1:
 A plain module refuses both: the plan as an unexpected key, and, under `strict=False` or for a part of the weights, the
 shapes. Loading plain weights into a prepared model fails here. `loading` puts either kind of plan in force on a plain
 module before its weights are loaded.
+
+The state dict of a *part* of the model (the network inside a LightningModule, of which `save_pretrained` asks) carries
+that part's plan in the same way, if factors stand inside it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_unitscale.engine.plan.plan import ATTRIBUTE, Plan, plan_of
+from lightning_unitscale.engine.plan.rename import factors_inside, factors_outside, plan_of_part
 from lightning_unitscale.errors import UnitScalingError
 
 PLAN_KEY = ATTRIBUTE
 Carried = Tensor | str  # a plan inside a state dict
+_in_pieces: list[nn.Module] = []  # what is being loaded so
 
 
 def encode(plan: Plan) -> Tensor:
@@ -52,24 +58,81 @@ def carried_plans(state: Mapping[str, Any]) -> dict[str, Carried]:
 
 
 def add_marker(module: nn.Module, plan: Plan) -> None:
-    """Make the module's state dict carry the plan, and its loading ask for it where weights alone say too little."""
+    """Make the state dicts of the module and its parts carry the plan, and loading ask for it where weights need it."""
     module.register_state_dict_post_hook(_mark)
-    if not plan.is_plain:
-        module.register_load_state_dict_pre_hook(_check)
+    if plan.is_plain:
+        return
+    module.register_load_state_dict_pre_hook(_check)
+    for name, child in module.named_modules():
+        if name and (factors_inside(plan, name) or factors_outside(plan, name)):
+            part = _Part(plan, name)
+            child.register_state_dict_post_hook(_MarkPart(part))
+            child.register_load_state_dict_pre_hook(_CheckPart(part))
 
 
 def remove_marker(module: nn.Module) -> None:
     """Undo `add_marker`, on the module or on a copy of it."""
-    for hooks, ours in ((module._state_dict_hooks, _mark), (module._load_state_dict_pre_hooks, _check)):
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) is ours:
-                del hooks[key]
+    for child in module.modules():
+        for hooks in (child._state_dict_hooks, child._load_state_dict_pre_hooks):
+            for key, hook in list(hooks.items()):
+                ours = getattr(hook, "hook", hook)
+                if isinstance(ours, (_MarkPart, _CheckPart)) or (child is module and ours in (_mark, _check)):
+                    del hooks[key]
+
+
+class _Part:
+    """The plan of a part of a model, made anew when the model's plan has changed."""
+
+    def __init__(self, whole: Plan, name: str) -> None:
+        self.whole, self.name = whole, name
+        self._made: tuple[str, Plan] | None = None
+
+    def plan(self) -> Plan:
+        """
+        Raises:
+            UnitScalingError: the part alone is no function that could be loaded.
+        """
+        text = self.whole.to_json()
+        if self._made is None or self._made[0] != text:
+            try:
+                self._made = text, plan_of_part(self.whole, self.name)
+            except ValueError as error:
+                raise UnitScalingError(
+                    f"the state dict of {self.name} alone is not its function: {error}. Take that of the whole "
+                    "prepared model, or make it plain first: remove_unit_scaling, or unitscale export."
+                ) from None
+        return self._made[1]
+
+
+class _MarkPart:
+    """After the state dict of a part was taken on its own."""
+
+    def __init__(self, part: _Part) -> None:
+        self.part = part
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if not prefix and not _in_pieces:
+            _mark_as(self.part.plan(), state, prefix, metadata)
+
+
+class _CheckPart:
+    """Before a state dict is loaded into a part on its own."""
+
+    def __init__(self, part: _Part) -> None:
+        self.part = part
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        if not prefix and not _in_pieces:
+            _check_against(self.part.plan(), module, state, prefix)
 
 
 def _mark(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     plan = plan_of(module)
-    if plan is None:
-        return
+    if plan is not None:
+        _mark_as(plan, state, prefix, metadata)
+
+
+def _mark_as(plan: Plan, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     if plan.is_plain:
         metadata[PLAN_KEY] = plan.to_json()
         return
@@ -80,8 +143,11 @@ def _mark(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
 
 def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     plan = plan_of(module)
-    if plan is None:
-        return
+    if plan is not None:
+        _check_against(plan, module, state, prefix)
+
+
+def _check_against(plan: Plan, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
     marker = state.pop(prefix + PLAN_KEY, None)
     if marker is None:
         raise UnitScalingError(
@@ -101,8 +167,11 @@ def _check(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
             state[key] = state[key].squeeze(0)
 
 
-def unmarked(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+@contextmanager
+def loaded_in_pieces(module: nn.Module, state: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """A state dict of a module whose plan is in force, as that of a plain module, for code that loads it in pieces.
+
+    Inside, state dicts of parts are those of plain modules too.
 
     Raises:
         UnitScalingError: these are plain weights, or were stored under another plan.
@@ -110,7 +179,11 @@ def unmarked(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     plain = dict(state)
     if (plan := plan_of(module)) is not None and not plan.is_plain:
         _check(module, plain, "")
-    return plain
+    _in_pieces.append(module)
+    try:
+        yield plain
+    finally:
+        _in_pieces.pop()
 
 
 def _parameters_in(state: dict[str, Any], plan: Plan, prefix: str) -> Iterator[tuple[str, int]]:

@@ -210,6 +210,8 @@ class Recorder(TorchFunctionMode):
         if any(isinstance(output, nn.Parameter) and output in self._values for output in outputs):
             return  # a parameter that the step writes to (an average of others, say) stays itself
         used = arguments_used(name, FunctionCall(function, args, kwargs))
+        for tensor in tensors_in((*used.args, *used.kwargs.values())):
+            self._note_transformed(name, tensor, caller)
         inputs: list[Value] = []
         call = Call(
             index=len(self.trace.calls),
@@ -253,16 +255,42 @@ class Recorder(TorchFunctionMode):
         by = args[1] if len(args) > 1 else kwargs["inputs"]
         by = [by] if isinstance(by, Tensor) else list(by)
         known = [self._values[tensor].parameters if tensor in self._values else () for tensor in by]
-        found = [(names, result) for names, result in zip(known, results, strict=True) if names and result is not None]
-        if found:
-            names = tuple(name for names, _ in found for name in names)
-            values = [self._add(result, None) for _, result in found]
+        found = [
+            (names, self._add(result, None)) for names, result in zip(known, results, strict=True) if result is not None
+        ]
+        made_of = self._ancestors([*tensors_in(args), *tensors_in(kwargs)])
+        for taken in self.trace.gradients:
+            if made_of.intersection(taken.results):  # a gradient of a gradient
+                taken.results += [value for _, value in found]
+        names = tuple(name for names, _ in found for name in names)
+        if names:
+            values = [value for names, value in found if names]
             self.trace.gradients.append(GradientTaken(names, values, code_place(caller)))
+
+    def _ancestors(self, tensors: Sequence[Tensor]) -> set[Value]:
+        """The values that tensors are made of, themselves among them."""
+        found: set[Value] = set()
+        pending = [self._values[tensor] for tensor in tensors if tensor in self._values]
+        while pending:
+            value = pending.pop()
+            if value not in found:
+                found.add(value)
+                pending += value.producer.inputs if value.producer is not None else ()
+        return found
 
     def _note_written(self, tensor: Tensor, caller: FrameType) -> None:
         for name in self._values[tensor].parameters if tensor in self._values else ():
             if self.trace.facts[name].trainable:
                 self.trace.written.setdefault(name, code_place(caller))
+
+    def _note_transformed(self, op: str, tensor: Tensor, caller: FrameType) -> None:
+        """Note the parameters that a transform of torch.func has made a tensor of its own of."""
+        if op != "_make_dual" and tensor in self._values:
+            return
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor) and tensor not in self._values:
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        for name in self._values[tensor].parameters if tensor in self._values else ():
+            self.trace.in_transforms.setdefault(name, code_place(caller))
 
     def _measure(self, call: Call, tensors: FunctionCall, output: Tensor) -> None:
         op = MATMULS[call.name]
@@ -346,14 +374,18 @@ class Recorder(TorchFunctionMode):
 
 
 def code_place(caller: FrameType) -> str:
-    """The first function outside torch that led to a call, as it is called in messages."""
+    """The first function outside torch, and outside our stand-ins for its methods, that led to a call; for messages."""
     frame: FrameType | None = caller
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+    while frame is not None and _is_between(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
     if frame is None:
         return "torch"
     code = frame.f_code
     return f"{code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
+
+
+def _is_between(module: str) -> bool:
+    return module.partition(".")[0] == "torch" or module.startswith("lightning_unitscale.engine.record.")
 
 
 def _is_method(owner: Any, name: str) -> bool:

@@ -32,6 +32,7 @@ from lightning_unitscale.engine.record.deep_copies import Copies
 from lightning_unitscale.engine.record.leaf_gradients import add_gradients, leaves_of
 from lightning_unitscale.engine.record.write_guard import WriteGuard, storages
 from lightning_unitscale.namespaces import NAMESPACES, classes
+from lightning_unitscale.ops.flex_attention import gradients_on_every_device
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -95,6 +96,7 @@ def rehearsal(module: nn.Module, trainer: pl.Trainer | None = None) -> Iterator[
         stack.enter_context(_sharded_again(module))
         stack.enter_context(_backward_shadowed(run))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(gradients_on_every_device())
         stack.enter_context(guard)
         yield run
 
@@ -148,17 +150,24 @@ class Rehearsal:
         return self._copies.original(tensor) if self._copies is not None else tensor
 
     def _record(self, loss: Tensor, gradient: Tensor | None = None, *args: Any, **kwargs: Any) -> None:
-        self._record_all([loss], [gradient])
+        self._record_all([loss], [gradient], *args, **kwargs)
 
     def _record_all(
         self,
         tensors: Tensor | Sequence[Tensor],
         grad_tensors: Tensor | Sequence[Tensor | None] | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
         *args: Any,
         **kwargs: Any,
     ) -> None:
         losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         gradients = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors
+        if create_graph and self._copies is not None:  # the step goes on with what it finds in `.grad`
+            by = [parameter for parameter in self._copies.trained.values() if parameter.requires_grad]
+            found = torch.autograd.grad(losses, by, gradients, create_graph=True, allow_unused=True)
+            for parameter, made in zip(by, found, strict=True):
+                parameter.grad = made
         with torch._C.DisableTorchFunction():  # a recorder must not see this
             if torch._C._current_graph_task_id() != -1:  # inside a backward pass
                 add_gradients(losses, gradients, leaves_of(losses))

@@ -100,6 +100,7 @@ class Trace:
         gradients: what `torch.autograd.grad` took of parameters.
         written: trainable parameters that the step's own code writes to, and that code.
         transformed: a transform of torch.func (vmap, grad) ran part of the step on tensors of its own.
+        in_transforms: the parameters that were among these, with the code that used them there.
         drew: whether the step drew random numbers.
         functions: names of the `torch.autograd.Function`s that were applied.
         hooked: whether the step put hooks on tensors, which may change gradients.
@@ -115,6 +116,7 @@ class Trace:
     gradients: list[GradientTaken] = field(default_factory=list)
     written: dict[str, str] = field(default_factory=dict)
     transformed: bool = False
+    in_transforms: dict[str, str] = field(default_factory=dict)
     drew: bool = False
     functions: set[str] = field(default_factory=set)
     hooked: bool = False
