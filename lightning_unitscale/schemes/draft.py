@@ -60,7 +60,8 @@ class Draft:
                 use.role = self.overrides.get(name, {}).get("role", use.role)
         self.roles = self._roles()
         as_they_are = {} if homeless is None else {**self.readings.left_alone, **homeless}
-        self.left_alone = {**as_they_are, **self._left_alone()}
+        alone = self._left_alone()
+        self.left_alone = {**alone, **{n: why for n, why in as_they_are.items() if alone.get(n, UNUSED) == UNUSED}}
         self.casting = Casting(options, self.overrides, self.left_alone, cast)
 
     def is_left_alone(self, key: str) -> bool:

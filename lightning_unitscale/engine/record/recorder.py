@@ -27,6 +27,7 @@ from lightning_unitscale.engine.record.held_tensors import is_copy
 from lightning_unitscale.engine.record.keys import (
     arguments_used,
     is_constant_result,
+    is_noise,
     is_parametrization,
     parameters_of_result,
 )
@@ -218,7 +219,7 @@ class Recorder(TorchFunctionMode):
         self.trace.calls.append(call)
         for value in dict.fromkeys(inputs):
             value.consumers.append(call)
-        constant = is_constant_result(name, inputs)
+        constant, noise = is_constant_result(name, inputs), is_noise(name, inputs)
         parameters = parameters_of_result(
             name, call, inputs, lambda: frame is not None and is_parametrization(frame.module)
         )
@@ -226,6 +227,7 @@ class Recorder(TorchFunctionMode):
         in_place = used.args and isinstance(args[0], Tensor) and outputs[0] is args[0]
         for tensor in outputs:
             call.outputs.append(self._add(tensor, call, parameters, expression, constant))
+            call.outputs[-1].noise = noise and not parameters
         if in_place and args[0]._base is not None and args[0]._base in self._values:
             self._add(args[0]._base, call, parameters, expression, constant)
         if name in MATMULS and not parameters:

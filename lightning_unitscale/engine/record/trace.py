@@ -25,6 +25,7 @@ class Value:
         expression: something else than views and casts was done to the parameters (1 + w, weight norm).
         is_complex: its elements are complex numbers, which `is_float` counts in.
         constant: no parameter and no input of the step went into it.
+        noise: random numbers went into it, and nothing else but constants.
         number: its value, when it is a 0-dim constant.
         rms: root mean square, taken only for operands and outputs of matmul-like calls.
         largest: of the magnitudes of its elements, taken only for outputs of elementwise functions.
@@ -38,6 +39,7 @@ class Value:
     parameters: tuple[str, ...] = ()
     expression: bool = False
     constant: bool = False
+    noise: bool = False
     is_complex: bool = False
     number: float | None = None
     rms: float | None = None
