@@ -151,11 +151,16 @@ class Recorder(TorchFunctionMode):
         return result
 
     def finish(self, output: Any, backwards: list[Tensor]) -> Trace:
-        """Mark the losses (what the step returned, or its "loss", and what backward was called on)."""
+        """Mark the losses (what the step returned, or its "loss", and what backward was called on) of one step.
+
+        Another may follow, and is a part of the same trace.
+        """
         tensors = loss_tensors(output, backwards)
-        self.trace.losses = [self._values[tensor] for tensor in tensors if tensor in self._values]
-        self.trace.loss_numbers = [float(whole(tensor.detach().double().sum())) for tensor in tensors]
+        self.trace.losses += [self._values[tensor] for tensor in tensors if tensor in self._values]
+        self.trace.loss_numbers += [float(whole(tensor.detach().double().sum())) for tensor in tensors]
+        self.trace.ends.append(len(self.trace.calls))
         self._frames.clear()
+        self._ordinals.clear()
         return self.trace
 
     def watch(self, name: str, module: nn.Module) -> Iterator[Any]:

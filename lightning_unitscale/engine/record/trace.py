@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,9 +92,10 @@ class Call(FunctionCall):
 
 @dataclass
 class Trace:
-    """The calls of one step, in order, and the values that are its losses.
+    """The calls of one step, or of a few in a row, in order, and the values that are its losses.
 
     Attributes:
+        ends: how many calls there were when each step ended.
         touched: for each frame, the keys of the parameters, and of what is made of them, that its own code hands to
             torch functions.
         spans: runs of modules that have neither parameters nor children.
@@ -108,6 +110,7 @@ class Trace:
     """
 
     calls: list[Call] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     losses: list[Value] = field(default_factory=list)
     loss_numbers: list[float] = field(default_factory=list)
     touched: dict[Frame, list[ParameterKey]] = field(default_factory=dict)
@@ -120,6 +123,10 @@ class Trace:
     drew: bool = False
     functions: set[str] = field(default_factory=set)
     hooked: bool = False
+
+    def step_of(self, call: Call) -> int:
+        """Which of the steps in a row made a call, from 0."""
+        return bisect_right(self.ends, call.index)
 
     def distrust_functions(self) -> None:
         """Take what modules compute inside Functions for the Functions' own: it is not run again for the backward pass.
