@@ -8,7 +8,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.checks.gradients import differentiable_losses
@@ -62,13 +62,13 @@ def _unheard_of(trace: Trace) -> set[str]:
     }
 
 
-def _run_later_steps(recorder: Recorder, rehearsed: Rehearsal, step: Step, *, alone: bool) -> None:
+def _run_later_steps(recorder: Recorder, rehearsed: Rehearsal, step: Step) -> None:
     """Run the steps after the one recorded, each as the next batch's and under other random numbers, on the same data.
 
     They end when nothing is left that no step used, or when a few have brought nothing new. As other processes may wait
     for a step, they are so many in all where there are others.
     """
-    last = LATER_STEPS
+    last, alone = LATER_STEPS, not distributed.is_initialized() or distributed.get_world_size() == 1
     while rehearsed.later < last and (_unheard_of(recorder.trace) or not alone):
         used = used_parameters(recorder.trace)
         rehearsed.losses.clear()
@@ -109,7 +109,7 @@ def record(
             output = step(rehearsed)
             trace = recorder.finish(output, rehearsed.losses)
             if later_steps:
-                _run_later_steps(recorder, rehearsed, step, alone=trainer is None or trainer.world_size == 1)
+                _run_later_steps(recorder, rehearsed, step)
         if taken is not None:
             taken.take(differentiable_losses(output, rehearsed))
         trace.drew = random_state() != before

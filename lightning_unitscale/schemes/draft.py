@@ -11,7 +11,7 @@ from lightning_unitscale.engine.analysis.readings import find_readings
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.factors import Factor, averaged
-from lightning_unitscale.engine.plan.parameter_plan import FROZEN, ParameterPlan
+from lightning_unitscale.engine.plan.parameter_plan import FROZEN, UNUSED, ParameterPlan
 from lightning_unitscale.engine.plan.plan import FramePlan, Plan
 from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
