@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.checks.gradients import differentiable_losses
 from lightning_unitscale.engine.checks.verify_gradients import GradientsTaken
 from lightning_unitscale.engine.plan.siblings import differ_in_a_number
 from lightning_unitscale.engine.record.random_draws import draw_anew, random_state
-from lightning_unitscale.engine.record.recorder import loss_tensors, recording
+from lightning_unitscale.engine.record.recorder import Recorder, loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.errors import NoLossError, UnitScalingError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 MORE_DRAWS = 3
+LATER_STEPS = 5  # that bring nothing new
 Step = Callable[[Rehearsal], Any]  # runs one step's forward pass and returns its loss, or a dict with it
 
 
@@ -33,13 +34,19 @@ def record_draws(
     """The step as its own random numbers have it, and as it ran most of the model (stochastic depth, LayerDrop).
 
     Other numbers are drawn, a few times, only where a step that draws any leaves parameters unused that no sibling
-    speaks for.
+    speaks for. What is then left may have its turn in a later step, or by another draw (the head of a task): so a few
+    steps in a row are recorded as one.
     """
     first = record(module, step, trainer)
     traces = [first]
     while len(traces) <= MORE_DRAWS and agree({"again": first.drew and bool(_unheard_of(traces[-1]))})["again"]:
         traces.append(record(module, step, trainer, draw=len(traces)))
-    return first, max(traces, key=lambda trace: len(used_parameters(trace)))
+    fullest = max(traces, key=lambda trace: len(used_parameters(trace)))
+    if agree({"again": bool(_unheard_of(fullest))})["again"]:
+        with suppress(Exception):  # what a step's code objects to where it is not the next one
+            several = record(module, step, trainer, later_steps=True)
+            fullest = several if used_parameters(several) > used_parameters(fullest) else fullest
+    return first, fullest
 
 
 def _unheard_of(trace: Trace) -> set[str]:
@@ -55,12 +62,30 @@ def _unheard_of(trace: Trace) -> set[str]:
     }
 
 
+def _run_later_steps(recorder: Recorder, rehearsed: Rehearsal, step: Step) -> None:
+    """Run the steps after the one recorded, each as the next batch's and under other random numbers, on the same data.
+
+    They end when nothing is left that no step used, or when a few have brought nothing new. As other processes may wait
+    for a step, they are so many in all where there are others.
+    """
+    last, alone = LATER_STEPS, not distributed.is_initialized() or distributed.get_world_size() == 1
+    while rehearsed.later < last and (_unheard_of(recorder.trace) or not alone):
+        used = used_parameters(recorder.trace)
+        rehearsed.losses.clear()
+        rehearsed.later += 1
+        draw_anew(rehearsed.later)
+        recorder.finish(step(rehearsed), rehearsed.losses)
+        if alone and used_parameters(recorder.trace) > used:
+            last = rehearsed.later + LATER_STEPS
+
+
 def record(
     module: nn.Module,
     step: Step,
     trainer: pl.Trainer | None = None,
     draw: int = 0,
     *,
+    later_steps: bool = False,
     taken: GradientsTaken | None = None,
     may_overflow: bool = False,
 ) -> Trace:
@@ -68,6 +93,7 @@ def record(
 
     Args:
         draw: 0 for the random numbers that are next, other numbers for others.
+        later_steps: record steps after it with it, as one, see `_run_later_steps`.
         taken: takes the gradients of its losses too.
         may_overflow: whether a loss that is not finite is none of this function's business.
 
@@ -82,6 +108,8 @@ def record(
             before = random_state()
             output = step(rehearsed)
             trace = recorder.finish(output, rehearsed.losses)
+            if later_steps:
+                _run_later_steps(recorder, rehearsed, step)
         if taken is not None:
             taken.take(differentiable_losses(output, rehearsed))
         trace.drew = random_state() != before

@@ -97,10 +97,12 @@ class Branches:
 
 
 def _steps(draft: Draft, stream: Stream) -> list[Step]:
+    trace = draft.trace
     used: dict[int, frozenset[str]] = {}
+    here = trace.step_of(stream.residuals[0].calls[0])
     for use in draft.uses.values():
         for call in use.calls:
-            used[call.index] = used.get(call.index, frozenset()).union(use.parameters)
-    shapes = {name: facts.shape for name, facts in draft.trace.facts.items()}
-    unused = frozenset(name for name, role in draft.roles.items() if role == "unused")
-    return steps_of(stream, used, shapes, unused)
+            if trace.step_of(call) == here:
+                used[call.index] = used.get(call.index, frozenset()).union(use.parameters)
+    shapes = {name: facts.shape for name, facts in trace.facts.items()}
+    return steps_of(stream, used, shapes, frozenset(shapes).difference(*used.values()))

@@ -11,7 +11,7 @@ from lightning_unitscale.engine.analysis.readings import find_readings
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.factors import Factor, averaged
-from lightning_unitscale.engine.plan.parameter_plan import FROZEN, ParameterPlan
+from lightning_unitscale.engine.plan.parameter_plan import FROZEN, UNUSED, ParameterPlan
 from lightning_unitscale.engine.plan.plan import FramePlan, Plan
 from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
@@ -58,7 +58,8 @@ class Draft:
         override_roles(self.uses.values(), self.structure, options)
         self.roles = self._roles()
         as_they_are = {} if homeless is None else {**self.readings.left_alone, **homeless}
-        self.left_alone = {**as_they_are, **self._left_alone()}
+        alone = self._left_alone()
+        self.left_alone = {**alone, **{n: why for n, why in as_they_are.items() if alone.get(n, UNUSED) == UNUSED}}
         self.casting = Casting(options, self.overrides, self.left_alone, cast)
 
     def is_left_alone(self, key: str) -> bool:

@@ -31,6 +31,10 @@ def _place(placed: PlacedFactors, rules: LocalSchemes, addition: Sum, zeros: Col
     factors = rules.ask_at(addition.call, lambda scheme: scheme.sum(terms)) if terms > 1 else []
     if not factors:
         return
+    parts = set().union(*(draft.structure.parts(term) for term in addition.terms))
+    for reason in [why for name, why in draft.readings.left_alone.items() if name in parts][:1]:
+        placed.leave_alone("sum", addition.call, reason)
+        return
     found = [pushes(draft, term, set(addition.chain)) for term in addition.terms]
     if all(found):
         for sources in found:

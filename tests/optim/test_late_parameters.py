@@ -46,7 +46,7 @@ def step(net: Net, optimizer: torch.optim.Optimizer, use_other: bool = False) ->
     return [str(warning.message) for warning in caught]
 
 
-def test_the_head_of_a_loss_that_comes_later_is_named_once() -> None:
+def test_the_head_of_a_loss_that_comes_much_later_is_named_once() -> None:
     net = Net()
     optimizer = prepared(net)
     assert not step(net, optimizer)

@@ -78,6 +78,29 @@ class LinearCrossEntropy(torch.autograd.Function):
         return gradient * of_x, gradient * of_weight, None
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The same, some rows at a time, so that the logits never exist at once (Liger)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, chunks: int = 3) -> Tensor:
+        of_x, of_weight, losses = torch.zeros_like(x), torch.zeros_like(weight), []
+        size = -(-len(x) // chunks)
+        for start in range(0, len(x), size):
+            rows, aims = x[start : start + size], target[start : start + size]
+            logits = rows @ weight.t()
+            losses.append(F.cross_entropy(logits, aims, reduction="sum") / len(x))
+            d = (logits.softmax(-1) - F.one_hot(aims, len(weight))) / len(x)
+            of_x[start : start + size] = d @ weight
+            of_weight += torch.mm(d.t(), rows)
+        ctx.save_for_backward(of_x, of_weight)
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        of_x, of_weight = ctx.saved_tensors
+        return gradient * of_x, gradient * of_weight, None, None
+
+
 class Gelu(torch.autograd.Function):
     """GELU that computes its slope in the backward pass."""
 

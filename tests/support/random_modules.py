@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support.functions import (
     Alias,
+    ChunkedCrossEntropy,
     Gelu,
     GradientScale,
     Linear,
@@ -78,7 +79,7 @@ def plain(program: Program) -> Program:
     return replace(
         program,
         parts=_plain(program.parts),
-        readout="linear" if program.readout in ("own linear", "fused") else program.readout,
+        readout="linear" if program.readout in ("own linear", "fused", "in chunks") else program.readout,
         beside=(),
     )
 
@@ -175,6 +176,11 @@ class Calls(Layer):
         return self.call(x, self.a, self.b)
 
 
+def _noise() -> Tensor:
+    """The same each time, for slopes are taken of it; to torch it is drawn."""
+    return torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
 def _attended(x: Tensor, scores: Tensor) -> Tensor:
     return (scores / WIDTH**0.5).softmax(-1) @ x
 
@@ -195,6 +201,8 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "sum of weights": lambda x, a, b: x @ (a + b),
     "part of a weight": lambda x, a, b: torch.cat([x @ a[:, :3], x @ b[:, 3:]], -1),
     "learned gate": lambda x, a, b: x @ a * torch.sigmoid(x @ b),
+    "noise on a weight": lambda x, a, b: x @ (a + 0.1 * _noise()),
+    "mask on a weight": lambda x, a, b: F.linear(x, a * (_noise() > -1)),
     "outer sum": lambda x, a, b: x @ a + torch.relu(x) @ b,
 }
 
@@ -337,6 +345,12 @@ class Around(nn.Module):
         return self.run(self.chain, x)
 
 
+def _assigned(chain: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:2] = x[:2] + chain(x[:2])
+    return x
+
+
 CHECKPOINTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "reentrant": lambda chain, x: checkpoint(chain, x, use_reentrant=True),
     "checkpointed": lambda chain, x: checkpoint(chain, x, use_reentrant=False),
@@ -350,6 +364,8 @@ AROUND: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
     "called twice": lambda chain, x: chain(chain(x)),
     "called on two inputs": lambda chain, x: chain(x) + chain(x.flip(1)),
     "multiplied": lambda chain, x: x * torch.sigmoid(chain(x)),
+    "on a part": lambda chain, x: x.index_add(0, torch.tensor([0, 2]), chain(x[[0, 2]])),
+    "assigned to a part": lambda chain, x: _assigned(chain, x),
 }
 
 
@@ -369,6 +385,7 @@ READOUTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "linear": lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target),
     "own linear": lambda x, weight, target: F.cross_entropy(Linear.apply(x, weight, None), target),
     "fused": lambda x, weight, target: LinearCrossEntropy.apply(x, weight, target),
+    "in chunks": lambda x, weight, target: ChunkedCrossEntropy.apply(x, weight, target),
     "regression": lambda x, weight, target: F.linear(x, weight).square().mean() + F.linear(x, weight)[0, 0],
 }
 PENALTIES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {

@@ -126,6 +126,12 @@ class Graph:
     def _sites(self) -> dict[int, Call]:
         return {call.index: call for call in self.calls if self.weights_of(call)}
 
+    @cached_property
+    def bare_weights(self) -> set[str]:
+        """Names of the parameters that some matmul multiplies by as they are."""
+        weights = (value for call in self.sites for value in self.weights_of(call))
+        return {name for value in weights if not value.expression for name in value.parameters}
+
     @property
     def sites(self) -> list[Call]:
         """The matmul-like calls with a parameter, in order."""
@@ -237,6 +243,29 @@ class Graph:
             if not consumers:
                 return False
         return reached
+
+    # --- what no data go into ----------------------------------------------------------------------------------
+
+    @cached_property
+    def data_free(self) -> set[Value]:
+        """What is made of parameters, constants and random numbers alone, also where it counts as an activation."""
+        found: set[Value] = set()
+        for call in self.trace.calls:
+            if all(value.parameters or value.constant or value in found for value in call.inputs):
+                found.update(call.outputs)
+        return found
+
+    def parts(self, value: Value) -> set[str]:
+        """Names of the parameters that a value without data is made of."""
+        found, pending, seen = set(value.parameters), [value], {value}
+        while pending:
+            current = pending.pop()
+            for above in current.producer.inputs if current.producer and current in self.data_free else ():
+                found.update(above.parameters)
+                if above not in seen:
+                    seen.add(above)
+                    pending.append(above)
+        return found
 
     # --- the way to the loss -----------------------------------------------------------------------------------
 

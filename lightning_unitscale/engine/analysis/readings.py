@@ -9,6 +9,9 @@ activation. What is right depends on where it ends:
     in the function (log |det W| of a     the weight is left alone, value and all factors (`left_alone`): the function
       flow, a gate made of its norm)      and what is said of it must be of one weight
     where no factor can stand             the same
+
+What is made of weights alone is one weight to the model (a flow's P L U, whose log-determinant is read off its
+factors): where one of them is left alone for what the function says of it, all are.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ _DETERMINANTS = frozenset({
     "det", "logdet", "slogdet", "linalg_det", "linalg_slogdet", "linalg_lu", "linalg_lu_factor", "lu", "inverse",
     "linalg_inv", "linalg_solve", "linalg_solve_triangular", "cholesky", "linalg_cholesky",
 })  # fmt: skip
+_KEEP_SIGN = PASSTHROUGH | {"add", "sub", "rsub", "neg", "mul", "div", "sum", "mean", "diag", "abs", "log"}
 _PUTS_TOGETHER = PASSTHROUGH | JOINS | ACCUMULATES | {"add", "sub", "rsub", "where", "masked_scatter"}
 
 
@@ -71,6 +75,7 @@ class _End:
 def find_readings(graph: Graph) -> Readings:
     """The readings of every parameter that is also used otherwise, or that is an array which nothing else uses."""
     readings = Readings()
+    said_of: set[str] = set()
     by_name: dict[str, list[_End]] = defaultdict(list)
     for end in _ends(graph):
         for name in end.value.parameters:
@@ -87,8 +92,11 @@ def find_readings(graph: Graph) -> Readings:
         readings.ends |= {(end.call.index, end.value) for end in found if end.call is not None}
         if reason := _why_not_handed(graph, name, found, proper):
             readings.left_alone[name] = reason
+            if len(penalties) < len(found) or _takes_determinant(found) or _is_told(found):
+                said_of.add(name)
         else:
             _hand_over(graph, readings, name, found)
+    _leave_companions(graph, readings, said_of)
     _note_gradients(graph, readings)
     for name, where in graph.trace.in_transforms.items():
         readings.left_alone[name] = f"{where} has torch.func (grad, vmap, jvp) run on tensors made of it"
@@ -148,8 +156,14 @@ def _is_proper(graph: Graph, end: _End) -> bool:
 
 
 def _is_probe(graph: Graph, call: Call, value: Value) -> bool:
-    """Whether a weight is multiplied by a vector that no input or parameter made, as power iteration does."""
+    """Whether a weight is multiplied by a vector that no input or parameter made, as power iteration does.
+
+    Or by what no data went into, in another form than the one in which the model multiplies data by it (a path norm is
+    the network of |W| on ones).
+    """
     others = [v for v in MATMULS[call.name].multiplicands(call).values() if isinstance(v, Value) and v is not value]
+    if value.expression and graph.bare_weights.issuperset(value.parameters):
+        return all(other.parameters or other.constant or other in graph.data_free for other in others)
     return (
         len(others) == 1
         and len(others[0].shape) == 1
@@ -170,7 +184,8 @@ def _is_penalty(graph: Graph, end: _End) -> bool:
     made, pending = {end.value}, [end.call]
     while pending:
         call = pending.pop()
-        if any(_is_activation(graph, value) and value not in made for value in call.inputs):
+        met = (value for value in call.inputs if value not in made and value not in graph.data_free)
+        if any(_is_activation(graph, value) for value in met):
             if prod(call.output.shape) != 1 or call.index in graph.feeds_matmul:
                 return False
             continue
@@ -185,12 +200,14 @@ def _why_not_handed(graph: Graph, name: str, found: list[_End], proper: list[_En
     """Why the readings of a parameter must meet it as it is; empty if they need not."""
     entries = [call for end in found for call, value in end.entries() if name in value.parameters]
     where = entries[0].where if entries else "the step"
-    if any(call.name in _DETERMINANTS for end in found for call in _calls_behind(end)):
+    if _takes_determinant(found):
         return f"{where} takes its determinant or inverse, which must be of the weight that the model uses"
+    if _is_told(found):
+        return f"{where} reads it as it is, as a log-determinant is read off the factors of a weight"
     if not all(_is_penalty(graph, end) for end in found):
         return f"{where} uses its value beside its products"
     if any(call.frame is None for call in entries):
-        return f"{where} reads its value outside the methods of the model, where it can't be handed over unscaled"
+        return f"{where} reads its value outside the methods of the model, where (unlike in one) it can't be unscaled"
     if any(call.in_function for call in entries):
         return f"{where} reads its value in a hand-written autograd.Function"
     ops = {call.name for call in entries}
@@ -198,6 +215,33 @@ def _why_not_handed(graph: Graph, name: str, found: list[_End], proper: list[_En
     if same:
         return f"{where} reads its value by a function, {same[0].name}, that the model uses it in too"
     return ""
+
+
+def _takes_determinant(found: list[_End]) -> bool:
+    return any(call.name in _DETERMINANTS for end in found for call in _calls_behind(end))
+
+
+def _is_told(found: list[_End]) -> bool:
+    """Whether a sum goes into the loss with its sign, or of logarithms, and so without bounds: no penalty does."""
+    return any(_has_sign(end) for end in found if end.value.expression and prod(end.value.shape) == 1)
+
+
+def _has_sign(end: _End) -> bool:
+    calls = [call for call in _calls_behind(end) if call is not end.call]
+    ops = {call.name for call in calls}
+    squares = any(sum(bool(v.parameters) for v in call.inputs) > 1 for call in calls if call.name == "mul")
+    return not squares and ops <= _KEEP_SIGN and ("abs" not in ops or "log" in ops)
+
+
+def _leave_companions(graph: Graph, readings: Readings, said_of: set[str]) -> None:
+    for call in graph.calls if said_of else ():
+        if all(value.parameters or value.constant or value in graph.data_free for value in call.inputs):
+            continue
+        for value in call.inputs:
+            parts = graph.parts(value) if value.parameters or value in graph.data_free else set()
+            for known in sorted(parts & said_of)[:1]:
+                for name in parts - said_of:
+                    readings.left_alone.setdefault(name, f"it is one weight with {known}: {readings.left_alone[known]}")
 
 
 def _calls_behind(end: _End) -> Iterator[Call]:

@@ -81,6 +81,10 @@ class Input(Protocol):
         """Whether no parameter and no input of the step went into it."""
 
     @property
+    def noise(self) -> bool:
+        """Whether random numbers went into it, and nothing else but constants."""
+
+    @property
     def is_float(self) -> bool:
         """Whether its elements are of floating point, complex ones too."""
 
@@ -96,6 +100,7 @@ class TensorInput(NamedTuple):
     constant: bool
     is_float: bool
     shape: tuple[int, ...]
+    noise: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor, parameters: tuple[Any, ...], constant: bool) -> TensorInput:
@@ -129,8 +134,9 @@ def is_made_of_parameters(
 ) -> bool:
     """Whether the output of a call is made of those parameters that its inputs are made of, and of nothing else.
 
-    It is, if all inputs are made of parameters or constant. A slice at a place that the data choose is one too: an
-    expert's part of a 3-D weight. It ends where weights make an activation.
+    It is, if all inputs are made of parameters or constant, or noise that is drawn for them (noisy layers, masks on
+    weights). A slice at a place that the data choose is one too: an expert's part of a 3-D weight. It ends where
+    weights make an activation.
 
     Args:
         op: short name of the function.
@@ -141,9 +147,27 @@ def is_made_of_parameters(
     if op == "grad" or not any(value.parameters for value in inputs):
         return False
     made_of = inputs[:1] if op == "getitem" and all(map(_is_index, inputs[1:])) else inputs
-    if not all(value.constant or value.parameters for value in made_of):
+    weights = [value.shape for value in made_of if value.parameters]
+    if not all(
+        value.constant or value.parameters or (value.noise and _fits(value.shape, weights)) for value in made_of
+    ):
         return False
     return not _makes_activation(op, call, inputs, in_parametrization)
+
+
+def _fits(noise: tuple[int, ...], weights: Sequence[tuple[int, ...]]) -> bool:
+    """Whether noise has the shape of one of the weights, or is spread over it."""
+    return any(
+        len(noise) <= len(weight) and all(a in (1, b) for a, b in zip(reversed(noise), reversed(weight), strict=False))
+        for weight in weights
+    )
+
+
+def is_noise(op: str, inputs: Sequence[Input]) -> bool:
+    """Whether a call draws random numbers, or makes something of such and of constants alone."""
+    if op in RANDOM:
+        return all(value.constant or value.noise or value.parameters for value in inputs)
+    return any(value.noise for value in inputs) and all(value.constant or value.noise for value in inputs)
 
 
 def _is_index(value: Input) -> bool:
@@ -164,7 +188,7 @@ def _makes_activation(
         return False
     if "weight" in MATMULS[op].operands(call):
         return True
-    return any(value.constant and value.is_float and len(value.shape) > 1 for value in inputs)
+    return any((value.constant or value.noise) and value.is_float and len(value.shape) > 1 for value in inputs)
 
 
 def is_parametrization(module: str) -> bool:

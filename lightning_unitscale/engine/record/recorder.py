@@ -25,6 +25,7 @@ from lightning_unitscale.engine.record.held_tensors import is_copy
 from lightning_unitscale.engine.record.keys import (
     arguments_used,
     is_constant_result,
+    is_noise,
     is_parametrization,
     parameters_of_result,
 )
@@ -150,13 +151,18 @@ class Recorder(TorchFunctionMode):
         return result
 
     def finish(self, output: Any, backwards: list[Tensor]) -> Trace:
-        """Mark the losses (what the step returned, or its "loss", and what backward was called on)."""
+        """Mark the losses (what the step returned, or its "loss", and what backward was called on) of one step.
+
+        Another may follow, and is a part of the same trace.
+        """
         tensors = loss_tensors(output, backwards)
-        self.trace.losses = [self._values[tensor] for tensor in tensors if tensor in self._values]
-        self.trace.loss_numbers = [
+        self.trace.losses += [self._values[tensor] for tensor in tensors if tensor in self._values]
+        self.trace.loss_numbers += [
             nan if tensor.is_meta else float(whole(tensor.detach().double().sum())) for tensor in tensors
         ]
+        self.trace.ends.append(len(self.trace.calls))
         self._frames.clear()
+        self._ordinals.clear()
         return self.trace
 
     def watch(self, name: str, module: nn.Module) -> Iterator[Any]:
@@ -229,7 +235,7 @@ class Recorder(TorchFunctionMode):
         self.trace.calls.append(call)
         for value in dict.fromkeys(inputs):
             value.consumers.append(call)
-        constant = is_constant_result(name, inputs)
+        constant, noise = is_constant_result(name, inputs), is_noise(name, inputs)
         parameters = parameters_of_result(
             name, call, inputs, lambda: frame is not None and is_parametrization(frame.module)
         )
@@ -237,6 +243,7 @@ class Recorder(TorchFunctionMode):
         in_place = used.args and isinstance(args[0], Tensor) and outputs[0] is args[0]
         for tensor in outputs:
             call.outputs.append(self._add(tensor, call, parameters, expression, constant))
+            call.outputs[-1].noise = noise and not parameters
         if in_place and args[0]._base is not None and args[0]._base in self._values:
             self._add(args[0]._base, call, parameters, expression, constant)
         if name in MATMULS and not parameters:

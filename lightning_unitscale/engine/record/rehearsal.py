@@ -106,10 +106,12 @@ class Rehearsal:
 
     Attributes:
         losses: what `backward` or `manual_backward` was called on, in order; detached when the rehearsal ends.
+        later: how many batches after the given one the step is to think it is at.
     """
 
     def __init__(self, module: nn.Module, trainer: pl.Trainer | None, copies: Copies) -> None:
         self.losses: list[Tensor] = []
+        self.later = 0
         self._module = module
         self._trainer = trainer
         self._copies: Copies | None = copies
@@ -141,7 +143,7 @@ class Rehearsal:
         with torch._C.DisableTorchFunction():  # a recorder must meet the copy as an input, not see it made
             arguments = [self._copies.of(batch, "batch")]
         if _is_parameter(step, "batch_idx", min_args=2):
-            arguments.append(batch_idx)
+            arguments.append(batch_idx + self.later)
         with torch.enable_grad(), self._trainer.precision_plugin.train_step_context():
             return step(*arguments)
 

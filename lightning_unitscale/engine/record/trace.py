@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ class Value:
         expression: something else than views and casts was done to the parameters (1 + w, weight norm).
         is_complex: its elements are complex numbers, which `is_float` counts in.
         constant: no parameter and no input of the step went into it.
+        noise: random numbers went into it, and nothing else but constants.
         number: its value, when it is a 0-dim constant.
         rms: root mean square, taken only for operands and outputs of matmul-like calls.
         largest: of the magnitudes of its elements, taken only for outputs of elementwise functions.
@@ -38,6 +40,7 @@ class Value:
     parameters: tuple[str, ...] = ()
     expression: bool = False
     constant: bool = False
+    noise: bool = False
     is_complex: bool = False
     number: float | None = None
     rms: float | None = None
@@ -89,9 +92,10 @@ class Call(FunctionCall):
 
 @dataclass
 class Trace:
-    """The calls of one step, in order, and the values that are its losses.
+    """The calls of one step, or of a few in a row, in order, and the values that are its losses.
 
     Attributes:
+        ends: how many calls there were when each step ended.
         touched: for each frame, the keys of the parameters, and of what is made of them, that its own code hands to
             torch functions.
         spans: runs of modules that have neither parameters nor children.
@@ -107,6 +111,7 @@ class Trace:
     """
 
     calls: list[Call] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
     losses: list[Value] = field(default_factory=list)
     loss_numbers: list[float] = field(default_factory=list)
     touched: dict[Frame, list[ParameterKey]] = field(default_factory=dict)
@@ -120,6 +125,10 @@ class Trace:
     drew: bool = False
     functions: set[str] = field(default_factory=set)
     hooked: bool = False
+
+    def step_of(self, call: Call) -> int:
+        """Which of the steps in a row made a call, from 0."""
+        return bisect_right(self.ends, call.index)
 
     def distrust_functions(self) -> None:
         """Take what modules compute inside Functions for the Functions' own: it is not run again for the backward pass.

@@ -85,16 +85,56 @@ def test_drawing_again_leaves_the_random_numbers_alone() -> None:
     assert random_state() == before
 
 
-def test_a_step_that_draws_nothing_is_recorded_once() -> None:
-    class Unused(Net):
-        def __init__(self) -> None:
-            super().__init__(-1.0)
-            self.blocks = nn.ModuleList()
-            self.calls, self.spare = [0], nn.Linear(3, 3)
-
-    model, calls = Unused(), []
-    unit_scale(model, lambda m: (calls.append(1), loss_of(m))[1], lr_units="umup", verify=False)
+def test_a_step_that_uses_every_parameter_is_recorded_once() -> None:
+    calls: list[int] = []
+    unit_scale(Net(-1.0), lambda m: (calls.append(1), loss_of(m))[1], lr_units="umup", verify=False)
     assert len(calls) == 1
+
+
+class Tasks(nn.Module):
+    """One of three heads in each step, in turn or by chance, behind blocks that may be left out."""
+
+    def __init__(self, turn: Callable[[Tasks], int], share: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.turn, self.step = turn, 0
+        self.net = Net(share)
+        self.heads = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 1), "c": nn.Linear(4, 8)})
+
+    def loss(self, tasks: str) -> Tensor:
+        h = F.relu(self.net(X))
+        losses = {
+            "a": lambda: F.cross_entropy(self.heads["a"](h), Y),
+            "b": lambda: F.mse_loss(self.heads["b"](h)[:, 0], X[:, 0]),
+            "c": lambda: F.mse_loss(self.heads["c"](h), X),
+        }
+        return torch.stack([losses[task]() for task in tasks]).sum()
+
+    def forward(self) -> Tensor:
+        self.step += 1
+        return self.loss("abc"[self.turn(self)])
+
+
+TURNS: dict[str, Callable[[Tasks], int]] = {
+    "in turn": lambda m: m.step % 3,
+    "by chance": lambda m: int(torch.randint(0, 3, ())),
+    "seldom": lambda m: 2 if m.step % 4 == 0 else m.step % 2,
+}
+
+
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("turn", TURNS)
+def test_heads_that_have_their_turn_later_are_planned_as_if_all_had_it_at_once(
+    turn: str, share: float, storage: str
+) -> None:
+    options = {"storage": storage, "lr_units": "umup", "verify": False}
+    torch.manual_seed(0)
+    model = Tasks(TURNS[turn], share)
+    plan = unit_scale(model, lambda m: m(), **options)  # type: ignore[arg-type]
+    at_once = unit_scale(Tasks(TURNS[turn]), lambda m: m.loss("abc"), **options)  # type: ignore[arg-type]
+    assert model.step == 0
+    assert constants(plan) == constants(at_once)
 
 
 def test_a_block_left_out_that_is_to_be_skipped_is_skipped() -> None:

@@ -26,6 +26,7 @@ PENALTIES: dict[str, Callable[[Net], Tensor]] = {
     "orthogonal": lambda m: (m.net[2].weight @ m.net[2].weight.T - torch.eye(16)).square().sum(),
     "logdet": lambda m: torch.linalg.slogdet(m.net[2].weight)[1],
     "spectral": lambda m: torch.linalg.matrix_norm(m.net[2].weight, 2),
+    "path norm": lambda m: m.paths().sum(),
 }
 
 
@@ -38,6 +39,13 @@ class Net(nn.Module):
         self.kind = kind
         self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
         self.start = [p.detach().clone() for p in self.net.parameters()]
+
+    def paths(self) -> Tensor:
+        """The network of the weights' magnitudes, on ones."""
+        x = torch.ones(1, 8)
+        for layer in self.net:
+            x = F.linear(x, layer.weight.abs(), layer.bias.abs()) if isinstance(layer, nn.Linear) else x
+        return x
 
     def penalty(self) -> Tensor:
         return PENALTIES[self.kind](self)
@@ -124,3 +132,70 @@ def test_an_inner_gradient_step_is_refused_by_the_name_of_its_code() -> None:
         unit_scale(model, adapted)
     assert all(map(torch.equal, before, model.parameters()))
     unit_scale(model, adapted, scheme="preserve")
+
+
+class Flow(nn.Module):
+    """A linear map as P L U, whose log-determinant is read off its factors (Glow), and an additive shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        p, lower, upper = torch.linalg.lu(torch.linalg.qr(torch.randn(8, 8))[0])
+        self.register_buffer("p", p)
+        self.register_buffer("signs", upper.diag().sign())
+        self.lower, self.upper = nn.Parameter(lower.tril(-1)), nn.Parameter(upper.triu(1))
+        self.logs = nn.Parameter(upper.diag().abs().log())
+        self.shift = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4))
+
+    def map(self, x: Tensor) -> Tensor:
+        upper = self.upper.triu(1) + torch.diag(self.signs * self.logs.exp())
+        return x @ (self.p @ (self.lower.tril(-1) + torch.eye(8)) @ upper).T
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.map(x).chunk(2, -1)
+        return 0.5 * torch.cat([a, b + self.shift(a)], -1).square().sum(-1).mean() - self.logs.sum()
+
+
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+@pytest.mark.filterwarnings("ignore:unit scaling")
+def test_a_determinant_read_off_the_factors_of_a_weight_is_that_of_the_weight(storage: str) -> None:
+    model, x = Flow(), torch.randn(12, 8)
+    before = model.map(x)
+    plan = unit_scale(model, lambda m: m(x), storage=storage, verify=False)
+    torch.testing.assert_close(model.map(x), before)
+    assert "log-determinant" in plan.parameters["logs"].reason
+    assert all("one weight with logs" in plan.parameters[name].reason for name in ("lower", "upper"))
+    assert not plan.parameters["shift.0.weight"].reason
+
+
+class Noisy(nn.Linear):
+    """Noise on the weight: none, added, multiplied or as a mask, or drawn into a buffer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(16, 16)
+        self.kind = kind
+        self.register_buffer("noise", torch.zeros(16, 16))
+
+    def drawn(self) -> Tensor:
+        weight = self.weight
+        if self.kind == "added":
+            return weight + 1e-3 * torch.randn_like(weight)
+        if self.kind == "by rows":
+            return weight * (1 + 1e-3 * torch.randn(16, 1))
+        if self.kind == "masked":
+            return weight * (torch.rand_like(weight) > 1e-3)
+        return weight + 1e-3 * self.noise.normal_() if self.kind == "in a buffer" else weight * torch.ones(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.drawn(), self.bias)
+
+
+@pytest.mark.parametrize("kind", ["added", "by rows", "masked", "in a buffer"])
+def test_a_weight_with_noise_is_a_weight(kind: str) -> None:
+    found = []
+    for noise in ("none", kind):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), Noisy(noise), nn.ReLU(), nn.Linear(16, 4))
+        plan = unit_scale(model, lambda m: F.cross_entropy(m(torch.ones(12, 8)), torch.arange(12) % 4))
+        found.append([(p.role, round(p.multiplier, 3)) for p in plan.parameters.values()])
+    assert found[0] == found[1]

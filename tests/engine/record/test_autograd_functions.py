@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.functions import Alias, View
+from support.functions import Alias, ChunkedCrossEntropy, View
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -119,7 +119,7 @@ class Language(nn.Module):
     def __init__(
         self,
         own_blocks: bool = False,
-        fused: bool = False,
+        fused: type[torch.autograd.Function] | None = None,
         tied: bool = True,
         norm: bool = False,
         run: Callable[[nn.Module, Tensor], Tensor] | None = None,
@@ -141,8 +141,8 @@ class Language(nn.Module):
             x = block(x) if self.run is None else self.run(block, x)
             x = x if self.between is None else self.between(x)
         x = self.norm(x)
-        if self.fused:
-            return LinearCrossEntropy.apply(x, self.head.weight, target)
+        if self.fused is not None:
+            return self.fused.apply(x, self.head.weight, target)
         return F.cross_entropy(self.head(x), target)
 
 
@@ -192,11 +192,12 @@ def multipliers(plan: Plan) -> dict[str, float]:
 
 
 CASES: dict[str, Callable[[], Language]] = {
-    "tied fused readout": lambda: Language(fused=True),
-    "tied fused readout after a norm": lambda: Language(fused=True, norm=True),
-    "untied fused readout": lambda: Language(fused=True, tied=False),
+    "tied fused readout": lambda: Language(fused=LinearCrossEntropy),
+    "tied fused readout after a norm": lambda: Language(fused=LinearCrossEntropy, norm=True),
+    "tied readout in chunks": lambda: Language(fused=ChunkedCrossEntropy, norm=True),
+    "untied fused readout": lambda: Language(fused=LinearCrossEntropy, tied=False),
     "own linear layers": lambda: Language(own_blocks=True),
-    "all of it": lambda: Language(own_blocks=True, fused=True, norm=True),
+    "all of it": lambda: Language(own_blocks=True, fused=LinearCrossEntropy, norm=True),
     "checkpointed": lambda: Language(run=lambda block, x: checkpoint(block, x, use_reentrant=True)),
     "checkpointed by hand": lambda: Language(run=lambda block, x: Rerun.apply(block, x, *block.parameters())),
 }
@@ -249,8 +250,9 @@ def test_the_plan_is_that_of_the_model_without_the_function(twin: Language) -> N
     assert multipliers(prepared(twin.double())) == pytest.approx(multipliers(prepared(Language())), rel=1e-6)
 
 
-def test_a_fused_tied_readout_trains_as_the_plain_one_does() -> None:
-    models = [Language(fused=fused, norm=True) for fused in (False, True)]
+@pytest.mark.parametrize("function", [LinearCrossEntropy, ChunkedCrossEntropy])
+def test_a_fused_tied_readout_trains_as_the_plain_one_does(function: type[torch.autograd.Function]) -> None:
+    models = [Language(fused=fused, norm=True) for fused in (None, function)]
     plain, fused = (losses(model, prepared(model)) for model in models)
     assert plain == pytest.approx(fused, rel=1e-2)  # the factor goes to the norm's gain: its rate is rounded
 
