@@ -20,9 +20,10 @@ from lightning_unitscale.engine.checks.beside import warn_of_code_beside
 from lightning_unitscale.engine.checks.calibration import check_device
 from lightning_unitscale.engine.checks.first_loss import is_far_above, loudest_sites, with_less
 from lightning_unitscale.engine.checks.first_step import Average, FirstStep, measure_first_step
+from lightning_unitscale.engine.checks.gradients_taken import GradientsTaken, take_gradients
 from lightning_unitscale.engine.checks.trained_weights import refuse_trained
 from lightning_unitscale.engine.checks.verify import verify
-from lightning_unitscale.engine.checks.verify_gradients import GradientsTaken, is_to_be_checked, verify_gradients
+from lightning_unitscale.engine.checks.verify_gradients import is_to_be_checked, verify_gradients
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import rescale_parameters
@@ -71,7 +72,9 @@ def prepare(
         raise UnitScalingError(
             f"{type(module).__name__} is already unit-scaled; call remove_unit_scaling() first to prepare it anew."
         )
-    trace, fullest = record_draws(module, step, trainer, agree)
+    limits_steps = scheme.changes_training and not scheme.keeps_function and options.lr_units == "standard"
+    taken = GradientsTaken(module, whole=limits_steps)
+    trace, fullest = record_draws(module, step, trainer, agree, taken)
     if not trust_functions:
         fullest.distrust_functions()
     plan = make_plan(scheme, module, fullest, options)
@@ -82,15 +85,17 @@ def prepare(
     check_device(module, plan)
     kept = kept_copies(module, plan, trace, trainer)
     warn_of_code_beside(module, plan, trace)
-    untouched = _first_step(module, plan, step, trainer, agree, average)
+    untouched = _first_step(module, plan, taken, step, trainer, agree, average) if limits_steps else None
     zeroed = about_to_be_zero(module, plan)
     rescale_parameters(module, plan)
     rescale_kept(plan, kept)
     put_in_force(module, plan)
+    to_be_checked = options.verify and is_to_be_checked(module, plan, trace)
+    taken = GradientsTaken(module, whole=untouched is not None, by_loss=to_be_checked)
     if options.verify:
         less, wrong = options, None
         try:
-            less = _gate(module, plan, trace, step, options, trainer, agree)
+            less = _gate(module, plan, trace, taken, step, options, trainer, agree)
         except WrongGradientsError as error:
             wrong = error
         except BaseException:  # the model's own code may object too, to other values or to a mode around it
@@ -106,8 +111,10 @@ def prepare(
             again = options if distrust else less
             trusted = trust_functions and not distrust
             return prepare(module, step, again, trainer, agree, average, trust_functions=trusted)
+    elif untouched is not None:
+        taken = take_gradients(module, step, trainer, whole=True)
     if untouched is not None:
-        scaled = _first_step(module, plan, step, trainer, agree, average)
+        scaled = _first_step(module, plan, taken, step, trainer, agree, average)
         if scaled is not None:
             limit_steps(plan, untouched, scaled)
     return plan
@@ -117,15 +124,14 @@ def _gate(
     module: nn.Module,
     plan: Plan,
     trace: Trace,
+    taken: GradientsTaken,
     step: Step,
     options: Options,
     trainer: pl.Trainer | None,
     agree: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Options:
     """The same step under the plan: whether it does what it says; returns options that leave more alone, or these."""
-    taken = GradientsTaken(module)
-    take = taken if is_to_be_checked(module, plan, trace) else None
-    after = verify(module, plan, trace, lambda: record(module, step, trainer, taken=take, may_overflow=True))
+    after = verify(module, plan, trace, lambda: record(module, step, trainer, taken=taken, may_overflow=True))
     losses = agree({"before": trace.loss_numbers, "after": after.loss_numbers, "sites": loudest_sites(plan)})
     if plan.changes_training and is_far_above(losses["before"], losses["after"]):
         return with_less(module, plan, options, losses)
@@ -136,20 +142,19 @@ def _gate(
 def _first_step(
     module: nn.Module,
     plan: Plan,
+    taken: GradientsTaken,
     step: Step,
     trainer: pl.Trainer | None,
     agree: Callable[[dict[str, Any]], dict[str, Any]],
     average: Average,
 ) -> FirstStep | None:
-    """What a step of the model does as it is now, where the plan's rates depend on that."""
-    if not plan.changes_training or plan.keeps_function or plan.lr_units != "standard":
-        return None
+    """What a step of the model does as it is now; None, with a note in the plan, if that can't be measured."""
     measured: dict[str, Any] = {}
     is_prepared = plan_of(module) is not None
     scales = plan.step_scales("adam", decoupled_decay=True)
     rates = {name: scales[name].lr if is_prepared else 1.0 for name in limited(plan)}
     try:
-        measured = asdict(measure_first_step(module, step, rates, trainer, average))
+        measured = asdict(measure_first_step(module, taken, step, rates, trainer, average))
     except RuntimeError as error:
         measured = {"failed": str(error)}
     measured = agree(measured)

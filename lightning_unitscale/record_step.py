@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ from torch import distributed, nn
 
 from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.checks.gradients import differentiable_losses
-from lightning_unitscale.engine.checks.verify_gradients import GradientsTaken
+from lightning_unitscale.engine.checks.gradients_taken import GradientsTaken
 from lightning_unitscale.engine.plan.siblings import differ_in_a_number
+from lightning_unitscale.engine.record.autograd_functions import reentrant_checkpoints_opened
 from lightning_unitscale.engine.record.random_draws import draw_anew, random_state
 from lightning_unitscale.engine.record.recorder import Recorder, loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
@@ -29,15 +30,19 @@ Step = Callable[[Rehearsal], Any]  # runs one step's forward pass and returns it
 
 
 def record_draws(
-    module: nn.Module, step: Step, trainer: pl.Trainer | None, agree: Callable[[dict[str, Any]], dict[str, Any]]
+    module: nn.Module,
+    step: Step,
+    trainer: pl.Trainer | None,
+    agree: Callable[[dict[str, Any]], dict[str, Any]],
+    taken: GradientsTaken | None = None,
 ) -> tuple[Trace, Trace]:
     """The step as its own random numbers have it, and as it ran most of the model (stochastic depth, LayerDrop).
 
     Other numbers are drawn, a few times, only where a step that draws any leaves parameters unused that no sibling
     speaks for. What is then left may have its turn in a later step, or by another draw (the head of a task): so a few
-    steps in a row are recorded as one.
+    steps in a row are recorded as one. Gradients are taken of the first.
     """
-    first = record(module, step, trainer)
+    first = record(module, step, trainer, taken=taken)
     traces = [first]
     while len(traces) <= MORE_DRAWS and agree({"again": first.drew and bool(_unheard_of(traces[-1]))})["again"]:
         traces.append(record(module, step, trainer, draw=len(traces)))
@@ -101,7 +106,13 @@ def record(
         NoLossError: there is none.
         UnitScalingError: the loss is not one number, or not finite.
     """
-    with rehearsal(module, trainer) as rehearsed, torch.enable_grad(), taken or nullcontext():
+    taken = taken or GradientsTaken(module)
+    with (
+        rehearsal(module, trainer) as rehearsed,
+        torch.enable_grad(),
+        reentrant_checkpoints_opened(),
+        taken.watching(),
+    ):
         with recording(module) as recorder:
             if draw:
                 draw_anew(draw)
@@ -110,9 +121,8 @@ def record(
             trace = recorder.finish(output, rehearsed.losses)
             if later_steps:
                 _run_later_steps(recorder, rehearsed, step)
-        if taken is not None:
-            taken.take(differentiable_losses(output, rehearsed))
         trace.drew = random_state() != before
+        taken.take(differentiable_losses(output, rehearsed))
         trace.copies = [(value, rehearsed.original(tensor)) for value, tensor in trace.copies]
         backwards = bool(rehearsed.losses)
     if not trace.loss_numbers:

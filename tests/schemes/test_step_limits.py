@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from lightning_unitscale import Plan, scale_learning_rates, unit_scale
 from lightning_unitscale.engine.checks.first_step import TRIAL, measure_first_step
+from lightning_unitscale.engine.checks.gradients_taken import take_gradients
 from lightning_unitscale.schemes.step_limits import LARGEST, MOST_RAISED, limited, role_factors
 
 
@@ -114,7 +115,8 @@ def test_the_first_step_of_a_linear_model_is_the_closed_form() -> None:
         covariance = x.t() @ x / len(x)
         gradient = covariance @ before[0]
         loss = 0.5 * before[0] @ gradient
-        measured = measure_first_step(model, lambda _: 0.5 * model(x).square().mean(), {"weight": 2.0})
+        step = lambda _: 0.5 * model(x).square().mean()  # noqa: E731
+        measured = measure_first_step(model, take_gradients(model, step, whole=True), step, {"weight": 2.0})
         d = gradient.sign()
         fall = 2.0 * gradient.abs().sum()
         length = TRIAL * loss / fall

@@ -17,7 +17,7 @@ import torch
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import install
 from lightning_unitscale.options import Options
-from lightning_unitscale.prepare import record
+from lightning_unitscale.record_step import record
 from lightning_unitscale.schemes import scheme_of
 from lightning_unitscale.schemes.planner import make_plan
 

@@ -11,12 +11,12 @@ the loss should fall by `TRIAL` of itself. The share of it that does not come tr
 
     1 - (true fall) / (predicted fall)  ≈  ½ s · dᵀHd / Σ lr·|g|,        d = lr · sign(g)
 
-It takes one backward and one more forward pass, and leaves no trace.
+It takes one more forward pass than the gradients did, and leaves no trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_unitscale.engine.checks.gradients import as_real, gradients_of, rehearsed_losses
+from lightning_unitscale.engine.checks.gradients import as_real, rehearsed_losses
+from lightning_unitscale.engine.checks.gradients_taken import GradientsTaken, number_of, said
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
-from lightning_unitscale.engine.record.spread_tensors import over_parts, part_of, whole
+from lightning_unitscale.engine.record.spread_tensors import over_parts, part_of
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -56,6 +57,7 @@ class FirstStep:
 
 def measure_first_step(
     module: nn.Module,
+    taken: GradientsTaken,
     step: Callable[[Rehearsal], Any],
     rates: Mapping[str, float],
     trainer: pl.Trainer | None = None,
@@ -64,6 +66,7 @@ def measure_first_step(
     """Measure one step of the model as it is now.
 
     Args:
+        taken: the whole gradients of the model as it is now; they are given up here.
         step: runs the step's forward pass and returns its loss; with several losses their sum is looked at.
         rates: by name of the weights to move, factor on the learning rate of each.
         average: over all processes, each of which takes the step on its own rows: gradients are those of the global
@@ -77,21 +80,22 @@ def measure_first_step(
         return FirstStep({}, {}, 0.0)
     device = next(iter(named.values())).device
 
-    def taken() -> tuple[Tensor, list[Tensor]]:
-        with rehearsed_losses(module, step, trainer, casts=False) as losses:
-            found = gradients_of(losses, list(named.values()), module) if losses else ()
-            gradients = zip(named.values(), found, strict=True) if found else ()
-            return _total(losses), [torch.zeros_like(p) if g is None else g for p, g in gradients]
+    def found() -> dict[str, Tensor]:
+        return {name: taken.whole[name] if name in taken.whole else torch.zeros_like(p) for name, p in named.items()}
 
     def tried() -> Tensor:
         with _moved(moved), rehearsed_losses(module, step, trainer, casts=False) as losses:
-            return _total(losses)
+            return total(number_of(loss) for loss in losses)
 
-    mean_loss, local = _on_all_processes(taken, average, device)
-    loss = float(average(mean_loss))
+    def total(losses: Iterable[float]) -> Tensor:
+        return torch.tensor(sum(losses), dtype=torch.float64, device=device)
+
+    local = _on_all_processes(found, average, device, taken.problem)
+    taken.whole.clear()
+    loss = float(average(total(value for value, _ in taken.losses)))
     gradients = {
         name: g if isinstance(g, DTensor) else average(g)  # a spread one is of the global batch already
-        for name, g in zip(named, local, strict=False)
+        for name, g in local.items()
     }
     moves = {name: _sum(as_real(part_of(g)).float().abs(), g) for name, g in gradients.items()}
     squares = {name: _sum(as_real(part_of(g)).float().square(), g) for name, g in gradients.items()}
@@ -104,20 +108,17 @@ def measure_first_step(
     return FirstStep(moves, squares, 1 - fall / (length * predicted) if isfinite(fall) else inf)
 
 
-def _on_all_processes(run: Callable[[], Result], average: Average, device: torch.device) -> Result:
-    """Its result; where it fails on one process it fails on all, so that none waits for another."""
-    results, problem = [], ""
+def _on_all_processes(run: Callable[[], Result], average: Average, device: torch.device, problem: str = "") -> Result:
+    """Its result, unless there is a problem; where one process has one all fail, so that none waits for another."""
+    results = []
     try:
-        results.append(run())
+        if not problem:
+            results.append(run())
     except Exception as error:  # a model's own code may object to anything: a backward pass of its own, other values
-        problem = f"{type(error).__name__}: {str(error)[:200]}"
+        problem = said(error)
     if float(average(torch.tensor(float(bool(problem)), device=device))):
         raise RuntimeError(problem or "it failed in another process")
     return results[0]
-
-
-def _total(losses: list[Tensor]) -> Tensor:
-    return torch.stack([whole(loss.detach()).double().reshape(()) for loss in losses] or [torch.zeros(())]).sum()
 
 
 def _sum(part: Tensor, tensor: Tensor) -> float:

@@ -68,19 +68,26 @@ def rehearsed_gradients(
         seed: what the backward pass starts from.
     """
     with rehearsed_losses(module, step, trainer, casts=casts, observer=observer) as losses:
-        return sampled_gradients(module, losses, seed)
+        return samples_of(named_gradients(module, losses, seed))
 
 
-def sampled_gradients(
+def named_gradients(
     module: nn.Module, losses: list[Tensor], seed: float = 1.0, *, keep_graph: bool = False
 ) -> dict[str, Tensor]:
-    """Evenly spaced elements of the gradient of the losses' sum, by parameter."""
+    """The gradient of the losses' sum, by parameter; those that it does not depend on are left out."""
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if not losses or not named:
+        return {}
     gradients = gradients_of(losses, list(named.values()), module, seed, keep_graph=keep_graph)
+    return {name: gradient for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+
+
+def samples_of(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Evenly spaced elements of each, in float64."""
     return {
         name: as_real(part_of(gradient)).reshape(-1)[:: spacing(gradient)].double()
-        for name, gradient in zip(named, gradients, strict=True)
-        if gradient is not None and gradient.numel()
+        for name, gradient in gradients.items()
+        if gradient.numel()
     }
 
 

@@ -2,9 +2,9 @@
 
 A factor that the forward pass has and a backward pass has not (one put inside a hand-written autograd.Function, or an
 operation that takes it wrongly) leaves every loss as it is and makes gradients wrong. So they are compared with what
-does not use any backward pass: with the change of the loss as parameters are moved (`engine.checks.slopes`), in a few
-sets, one more forward pass each. Without scopes nothing stands in the model's code, and without hand-written Functions
-and hooks on tensors nothing is to be checked.
+does not use any backward pass: with the change of the loss as parameters are moved (`engine.checks.slopes`), one more
+forward pass; of all at once, or, if the step has hand-written Functions or hooks on tensors, of one half and then the
+other. Without these and without scopes, by which factors stand in the model's code, nothing is to be checked.
 
 Some gradients are meant to be others than the slope (straight-through estimators, gradient reversal, detached
 targets). So where they disagree the untouched model is asked the same, on the same batch with the same random numbers:
@@ -28,11 +28,10 @@ from itertools import pairwise
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, distributed, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
-from lightning_unitscale.engine.checks.gradients import rehearsed_losses, sampled_gradients
+from lightning_unitscale.engine.checks.gradients import rehearsed_losses
+from lightning_unitscale.engine.checks.gradients_taken import GradientsTaken, number_of, said, take_gradients
 from lightning_unitscale.engine.checks.slopes import Reach, Slopes
 from lightning_unitscale.engine.plan.fold import folded_copy
 from lightning_unitscale.engine.plan.plan import Plan
@@ -49,46 +48,6 @@ _NAMED = 8
 _SLIGHTLY = 2.0  # a gradient that is so many times another than the slope may be meant so
 
 Step = Callable[[Rehearsal], Any]
-
-
-class GradientsTaken(TorchDispatchMode):
-    """Gradients of each loss of a step; entered around it, notes the coarsest dtype and talk to other processes.
-
-    Attributes:
-        eps: of the coarsest dtype.
-        losses: their values and roundings.
-        gradients: sampled, by parameter, for each loss.
-        problem: why there are none.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self.module, self.eps, self.problem = module, 0.0, ""
-        self.losses: list[tuple[float, float]] = []
-        self.gradients: list[dict[str, Tensor]] = []
-
-    def take(self, losses: list[Tensor]) -> None:
-        """Take the gradients of these losses, by one backward pass each."""
-        if self.problem:
-            return
-        self.losses = [(_number(loss), torch.finfo(loss.dtype).eps) for loss in losses]
-        try:
-            self.gradients = [
-                sampled_gradients(self.module, [loss], keep_graph=index + 1 < len(losses))
-                for index, loss in enumerate(losses)
-            ]
-        except Exception as error:  # a model's own code may object to anything, a second backward for one
-            self.problem = _said(error)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "namespace", "") in ("c10d", "_c10d_functional") and distributed.get_world_size() > 1:
-            self.problem = "the step talks to other processes"
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point():
-            self.eps = max(self.eps, torch.finfo(result.dtype).eps)
-        return result
 
 
 def is_to_be_checked(module: nn.Module, plan: Plan, before: Trace) -> bool:
@@ -119,14 +78,17 @@ def verify_gradients(
     """
     if not is_to_be_checked(module, plan, before):
         return
-    try:
-        gate = _Gate(module, plan, step, trainer)
-        wrong = {} if taken.problem else gate.wrong_gradients(taken)
-        is_own = bool(wrong) and gate.are_as_folded(taken)
-    except Exception as error:  # of the model's own code, where it meets another value
-        taken.problem = _said(error)
-    if taken.problem:
-        plan.notes.append(f"gradients were not checked: {taken.problem}")
+    problem = taken.problem or ("the step talks to other processes" if taken.talks else "")
+    wrong, is_own = dict[str, float](), False
+    if not problem:
+        try:
+            gate = _Gate(module, plan, step, trainer)
+            wrong = gate.wrong_gradients(taken, sets=2 if before.functions or before.hooked else 1)
+            is_own = bool(wrong) and gate.are_as_folded(taken)
+        except Exception as error:  # of the model's own code, where it meets another value
+            problem = said(error)
+    if problem:
+        plan.notes.append(f"gradients were not checked: {problem}")
         return
     if is_own:
         _leave_to_its_author(module, plan, before, wrong)
@@ -140,16 +102,16 @@ class _Gate:
     def __init__(self, module: nn.Module, plan: Plan, step: Step, trainer: pl.Trainer | None) -> None:
         self.module, self.plan, self.step, self.trainer = module, plan, step, trainer
 
-    def wrong_gradients(self, taken: GradientsTaken) -> dict[str, float]:
-        """By parameter, how many times too large its gradient is."""
+    def wrong_gradients(self, taken: GradientsTaken, sets: int) -> dict[str, float]:
+        """By parameter, how many times too large its gradient is.
+
+        Args:
+            sets: how many the parameters are divided into at first.
+        """
         ours = self._slopes(taken)
         wrong: dict[str, float] = {}
         unknown: list[str] = []
-        level = [
-            (loss, names)
-            for loss, slopes in enumerate(ours)
-            for names in _split(list(slopes.gradients), slopes.reach.sets)
-        ]
+        level = [(loss, names) for loss, slopes in enumerate(ours) for names in _split(list(slopes.gradients), sets)]
         for _ in range(_ROUNDS):
             found = [(loss, names, ours[loss].measure(names)) for loss, names in level]
             unknown += [name for _, names, measured in found if measured.agrees is None for name in names]
@@ -175,7 +137,7 @@ class _Gate:
         with _weights_multiplied(self.module, self.plan, {n: new / old for n, (old, new) in scales.items()}):
             other = self._taken()
         tolerance = Reach.of(taken.eps).tolerance
-        for ours, theirs in zip(taken.gradients, other.gradients, strict=True):
+        for ours, theirs in zip(taken.by_loss, other.by_loss, strict=True):
             expected = {name: gradient * scales[name][1] for name, gradient in theirs.items()}
             largest = max((float(gradient.norm()) for gradient in expected.values()), default=0.0)
             for name, gradient in expected.items():
@@ -186,9 +148,7 @@ class _Gate:
 
     def _taken(self) -> GradientsTaken:
         """The gradients of the step as the model is now."""
-        taken = GradientsTaken(self.module)
-        with taken, rehearsed_losses(self.module, self.step, self.trainer) as losses:
-            taken.take(losses)
+        taken = take_gradients(self.module, self.step, self.trainer, by_loss=True)
         if taken.problem:
             raise RuntimeError(taken.problem)
         return taken
@@ -198,12 +158,12 @@ class _Gate:
         reach = Reach.of(taken.eps)
         return [
             Slopes(self.module, partial(self._loss, index), value, eps, gradients, reach)
-            for index, ((value, eps), gradients) in enumerate(zip(taken.losses, taken.gradients, strict=True))
+            for index, ((value, eps), gradients) in enumerate(zip(taken.losses, taken.by_loss, strict=True))
         ]
 
     def _loss(self, index: int) -> float:
         with rehearsed_losses(self.module, self.step, self.trainer) as losses:
-            return _number(losses[index])
+            return number_of(losses[index])
 
     def _agreeing_untouched(self, sets: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
         """Those of the sets whose gradients are the slope of the loss in the untouched model."""
@@ -297,14 +257,6 @@ def _split(names: Sequence[str], parts: int) -> list[list[str]]:
     """In order, as even as can be."""
     bounds = [len(names) * part // parts for part in range(parts + 1)]
     return [list(names[start:end]) for start, end in pairwise(bounds) if start < end]
-
-
-def _number(loss: Tensor) -> float:
-    return float(loss.detach().double())
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, StepScale, check_has_rates
+from lightning_unitscale.engine.record.deep_copies import shared_by_copies
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Frame
 from lightning_unitscale.errors import UnitScalingError
@@ -50,6 +51,7 @@ class FramePlan(NamedTuple):
         return Frame(self.module, self.method)
 
 
+@shared_by_copies
 @dataclass(repr=False)
 class Plan:
     """What unit scaling does to one model.

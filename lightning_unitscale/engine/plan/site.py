@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_unitscale.engine.plan.factors import Factor, product
+from lightning_unitscale.engine.record.deep_copies import shared_by_copies
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import EVERY_CALL, Place
 from lightning_unitscale.formats import OPERANDS
@@ -13,6 +14,7 @@ from lightning_unitscale.formats import OPERANDS
 READING = "reading"  # the role of a site where code reads a weight's value beside its uses
 
 
+@shared_by_copies
 @dataclass
 class Site:
     """One place in the model where a factor stands, or a matmul that needs none.

@@ -49,8 +49,12 @@ def reentrant_checkpoints_opened() -> Iterator[None]:
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
+    around = vars(CheckpointFunction).get("apply")  # of one that is entered already; the base class has torch's
     CheckpointFunction.apply = apply  # type: ignore[method-assign]  # for this while
     try:
         yield
     finally:
-        del CheckpointFunction.apply  # the base class has it
+        if around is None:
+            del CheckpointFunction.apply
+        else:
+            CheckpointFunction.apply = around  # type: ignore[method-assign]  # as it was

@@ -10,7 +10,7 @@ import weakref
 from collections import defaultdict
 from enum import Enum
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,8 @@ _SHARED_PACKAGES = (
     *("threading", "_thread", "concurrent", "multiprocessing", "asyncio", "logging", "inspect", "typing"),
     *("tensorboard", "tensorboardX", "wandb", "mlflow", "neptune", "comet_ml", "aim"),
 )
+_READ_ONLY: set[type] = set()
+Class = TypeVar("Class")
 _HOSTS = (nn.Module, Optimizer, LRScheduler, ReduceLROnPlateau, *classes("Callback"), *classes("Trainer"))
 
 
@@ -247,9 +249,15 @@ def is_shared(value: object) -> bool:
     return _is_shared_class(cls)
 
 
+def shared_by_copies(cls: type[Class]) -> type[Class]:
+    """Marks a class of our own whose objects a step only reads, and of which a model has many."""
+    _READ_ONLY.add(cls)
+    return cls
+
+
 @cache
 def _is_shared_class(cls: type) -> bool:
-    return issubclass(cls, (type, Enum, *_SHARED)) or _is_of(cls.__module__, _SHARED_PACKAGES)
+    return cls in _READ_ONLY or issubclass(cls, (type, Enum, *_SHARED)) or _is_of(cls.__module__, _SHARED_PACKAGES)
 
 
 def _is_of(name: str, packages: tuple[str, ...]) -> bool:

@@ -85,7 +85,7 @@ def is_constant(tensor: Tensor) -> bool:
         highest, lowest = over_parts(torch.stack(ends), tensor, dist.ReduceOp.MAX).tolist()
         return bool(highest == -lowest)
     flat = tensor.detach().reshape(-1)
-    return bool((flat == flat[0]).all())
+    return bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())  # at once, of what was drawn at random
 
 
 def number(tensor: Tensor) -> float | None:

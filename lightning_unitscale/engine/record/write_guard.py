@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 
@@ -37,8 +37,9 @@ class WriteGuard(TorchDispatchMode):
                     self.save(args[position] if position < len(args) else kwargs.get(argument.name))
         result = func(*args, **kwargs)
         if schema is not None and not schema.is_mutable:
-            given = {key for key, _ in storages((args, kwargs))}
-            self._own.update(key for key, _ in storages(result) if key not in given)
+            new = {key for key, _ in storages(result)}
+            if not new <= self._own:  # what is made of a view of something given is no memory of its own
+                self._own |= new.difference(key for key, _ in storages((*args, *kwargs.values())))
         return result
 
     def __exit__(self, *error: Any) -> None:
@@ -50,11 +51,14 @@ class WriteGuard(TorchDispatchMode):
         self._before.clear()
 
 
+_PLAIN = frozenset({Tensor, nn.Parameter})  # asked at every operation of a step
+
+
 def storages(tree: Any) -> Iterator[tuple[int, torch.UntypedStorage]]:
     """The memory behind each tensor in `tree`, with the address that identifies it."""
     if isinstance(tree, Tensor):
         wrapper: Any = tree
-        if is_traceable_wrapper_subclass(wrapper):
+        if type(tree) not in _PLAIN and is_traceable_wrapper_subclass(wrapper):
             names, _ = wrapper.__tensor_flatten__()
             yield from storages([getattr(wrapper, name) for name in names])
         elif tree.layout is torch.strided:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,11 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.functions import LinearRelu
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import weight_norm as older_weight_norm
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 from lightning_unitscale import unit_scale
+from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.engine.runtime.install import rules_in_force
 from lightning_unitscale.engine.runtime.scoped_forward import ScopedForward
 
@@ -59,6 +62,57 @@ class WeightNormed(nn.Module):
 
     def forward(self, x: Tensor, shared: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class HookNormed(nn.Module):
+    """Weights that the older weight norm makes in a hook, before the frame that uses them opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(WIDTH),
+            older_weight_norm(nn.Linear(WIDTH, 32)),
+            older_weight_norm(nn.Linear(32, WIDTH)),
+        )
+
+    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Expression(nn.Module):
+    """A weight that the block computes, by a function of `Tensor` that is written in Python too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 32)
+        self.down, self.gain = nn.Parameter(torch.randn(WIDTH, 32)), nn.Parameter(torch.rand(WIDTH, 1) + 0.5)
+
+    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
+        weight = self.gain * self.down / self.down.norm(dim=1, keepdim=True)
+        return x + F.linear(F.gelu(self.up(self.norm(x))), weight)
+
+
+class OwnFunction(nn.Module):
+    """A hand-written Function, inside which no factor is put."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+
+    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
+        return x + self.down(LinearRelu.apply(self.norm(x), self.up.weight, self.up.bias))
+
+
+class Checkpointed(nn.Module):
+    """Runs its inside again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = PostNorm()
+
+    def forward(self, x: Tensor, shared: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.inside, x, shared, use_reentrant=False)
+        return y
 
 
 class Experts(nn.Module):
@@ -179,8 +233,15 @@ def one_inside(model: Model, **options: Any) -> Any:
     return model
 
 
-WAYS = [whole, in_place, blocks_in_place, blocks_wrapped, one_inside]
-KINDS = [Attention, Products, WeightNormed, Experts, Recurrent, PostNorm, Given, Broken]
+def as_function(model: Model, **options: Any) -> Any:
+    return torch.compile(lambda ids: model(ids), **options)
+
+
+WAYS = [whole, in_place, blocks_in_place, blocks_wrapped, one_inside, as_function]
+KINDS = [
+    *(Attention, Products, WeightNormed, HookNormed, Expression, OwnFunction, Experts, Recurrent, PostNorm, Given),
+    *(Broken, Checkpointed),
+]
 
 
 def results(run: Any, model: nn.Module) -> dict[str, Tensor]:
@@ -198,11 +259,10 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def check_equal(kind: type[nn.Module], way: Callable[..., Any]) -> None:
-    model = model_of(kind)
-    eager = results(model, model)
-    compiled = copy.deepcopy(model)
-    run = way(compiled, backend="aot_eager")
+def check_equal(kind: type[nn.Module], way: Callable[..., Any], backend: str = "aot_eager", **options: Any) -> None:
+    eager_model, compiled = model_of(kind), model_of(kind)
+    eager = results(eager_model, eager_model)
+    run = way(compiled, backend=backend, **options)
     for _ in range(2):  # traced, then from the cache
         found = results(run, compiled)
         assert found.keys() == eager.keys()
@@ -215,16 +275,42 @@ def test_blocks_compiled_inside_an_eager_model_are_worth_what_they_were(kind: ty
     check_equal(kind, blocks_in_place)
 
 
+@pytest.mark.parametrize("kind", [Given, PostNorm, Broken])
+def test_a_backend_that_runs_what_was_traced_as_it_is_applies_no_factor_twice(kind: type[nn.Module]) -> None:
+    check_equal(kind, blocks_in_place, "eager")
+
+
+def test_inductor_and_dynamic_shapes_give_the_values_of_eager_code() -> None:
+    check_equal(PostNorm, blocks_in_place, "inductor", dynamic=True)
+
+
+def test_a_model_that_was_compiled_before_it_was_prepared_has_its_factors() -> None:
+    eager = model_of(Given)
+    expected = results(eager, eager)
+    torch.manual_seed(0)
+    model = Model(Given)
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    loss_of(model)  # what was compiled then is not what runs later
+    unit_scale(model, loss_of, storage="unit", verify=False)
+    found = results(model, model)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_compile_gives_the_values_of_eager_code(way: Callable[..., Any]) -> None:
     check_equal(Given, way)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_factor_in_every_way_to_compile(kind: type[nn.Module], way: Callable[..., Any]) -> None:
-    check_equal(kind, way)
+def test_every_kind_of_factor_in_every_way_to_compile(
+    kind: type[nn.Module], way: Callable[..., Any], backend: str
+) -> None:
+    check_equal(kind, way, backend)
 
 
 @pytest.mark.parametrize("kind", [Attention, Experts])
@@ -235,14 +321,29 @@ def test_a_model_is_one_graph(kind: type[nn.Module]) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("kind", "options"), [(Attention, {}), (Products, {}), (Given, {}),
-                                               (Attention, {"format": "fp8"})])  # fmt: skip
+@pytest.mark.parametrize(("kind", "options"), [(Attention, {}), (Products, {}), (Given, {}), (PostNorm, {}),
+                                               (Expression, {}), (Attention, {"format": "fp8"})])  # fmt: skip
 def test_equal_blocks_are_compiled_once(kind: type[nn.Module], options: dict[str, Any]) -> None:
     model = model_of(kind, **options)
     counter = CompileCounterWithBackend("aot_eager")
     eager = loss_of(model)
     with torch._dynamo.config.patch(error_on_recompile=True):
         loss = loss_of(blocks_in_place(model, backend=counter, fullgraph=True))
+    torch.testing.assert_close(loss, eager, rtol=1e-5, atol=0)
+    assert counter.frame_count == 1
+
+
+def test_more_post_norm_blocks_than_torch_compiles_variants_of_are_compiled_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each residual addition has a factor of its own: τ of u-μP falls with every block."""
+    monkeypatch.setitem(globals(), "BLOCKS", 10)
+    model = model_of(PostNorm)
+    factors = {site.factors[key] for site in plan_of(model).explicit_sites for key in site.factors if "down" in key}  # type: ignore[union-attr]
+    assert len(factors) == 10
+    counter = CompileCounterWithBackend("aot_eager")
+    eager = loss_of(model)
+    loss = loss_of(blocks_in_place(model, backend=counter))
     torch.testing.assert_close(loss, eager, rtol=1e-5, atol=0)
     assert counter.frame_count == 1
 
