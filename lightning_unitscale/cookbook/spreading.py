@@ -49,7 +49,9 @@ def _styles(model: nn.Module) -> list[tuple[str, ParallelStyle]]:
         if style is None or not isinstance(module, nn.Linear):
             continue
         if style not in STYLES:
-            raise InputError(f"trainer: {type(model).__name__} wants {name} split as {style!r}, which is not known here")
+            raise InputError(
+                f"trainer: {type(model).__name__} wants {name} split as {style!r}, which is not known here"
+            )
         found.append((name, STYLES[style]()))
     if not found:
         raise InputError(
