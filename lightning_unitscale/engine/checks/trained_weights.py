@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lightning_unitscale.engine.checks.drawn_at_random import structure
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
+from lightning_unitscale.engine.record.spread_tensors import whole
 from lightning_unitscale.engine.record.trace import ParameterFacts, Trace
 from lightning_unitscale.errors import UnitScalingError
 
@@ -131,7 +132,7 @@ def _structure(module: nn.Module, plan: Plan) -> str:
     named: dict[str, Tensor] = dict(module.named_parameters())
     matrices = [p.name for p in plan.parameters.values() if p.role in ("hidden", "readout") and p.from_initial != 1.0]
     chosen = matrices[:: max(1, len(matrices) // MOST_MATRICES)]
-    found = {name: z for name in chosen if (z := structure(named[name])) is not None}
+    found = {name: z for name in chosen if (z := structure(whole(named[name]))) is not None}
     if not found or median(found.values()) < STRUCTURED:
         return ""
     return f"{_some(sorted(found, key=lambda name: -found[name]))} are not as if drawn at random"
