@@ -1,6 +1,6 @@
 """Measure what planning a model of many billion parameters takes.
 
-    unitscale scaleout                                # = python recipes/scaleout.py: Llama of 7 and 70 B, Mixtral of 47 B
+    unitscale scaleout                              # = python recipes/scaleout.py: Llama of 7 and 70 B, Mixtral of 47 B
     unitscale scaleout storage=unit models.llama_70b=null
 
 The model is built on `meta`, a step of it is recorded, planned, and the plan put in force: no weight and no activation
@@ -9,13 +9,14 @@ has memory. What a run does beside, one reduction a parameter for its RMS, is no
 
 from __future__ import annotations
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.checks import check_whole_numbers
 from lightning_unitscale.cookbook.measuring.scale_out import planning_cost
+from lightning_unitscale.cookbook.runs import plain
 
 
 @recipe("scaleout")
@@ -27,7 +28,7 @@ def main(cfg: DictConfig) -> None:
     for name, config in cfg.models.items():
         if config is None:
             continue
-        cost = planning_cost(OmegaConf.to_container(config), cfg.tokens, cfg.scheme, cfg.storage)  # type: ignore[arg-type]
+        cost = planning_cost(plain(config), cfg.tokens, cfg.scheme, cfg.storage)
         table.add_row(
             str(name),
             f"{cost.parameters / 1e9:.1f} B",

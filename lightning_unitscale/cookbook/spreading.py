@@ -32,7 +32,7 @@ def spread(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     split, data = mesh["tensor_parallel"], mesh["data_parallel"]
     if split.size() > 1:
-        parallelize_module(model, split, {name: style for name, style in _styles(model)})
+        parallelize_module(model, split, dict(_styles(model)))
     if data.size() > 1:
         for child in model.modules():
             if isinstance(child, nn.ModuleList):

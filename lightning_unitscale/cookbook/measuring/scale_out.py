@@ -82,5 +82,6 @@ def as_drawn(trace: Trace, std: float) -> Trace:
     """The trace with what parameters on `meta` would be like if they were drawn."""
     for name, facts in trace.facts.items():
         matrix = len(facts.shape) > 1
-        trace.facts[name] = replace(facts, rms=std if matrix else 1.0, is_constant=not matrix, largest=5 * std if matrix else 1.0)
+        rms, largest = (std, 5 * std) if matrix else (1.0, 1.0)
+        trace.facts[name] = replace(facts, rms=rms, is_constant=not matrix, largest=largest)
     return trace
