@@ -39,7 +39,7 @@ def compare_runs(folders: Sequence[Path], page: Path) -> Path:
     sections = [
         table(head, [endings, *numbers]),
         *charts,
-        *([section("What differs", table(head, differing))] if differing else []),
+        *([section("What differs", '<div class="words">', table(head, differing), "</div>")] if differing else []),
     ]
     page.parent.mkdir(parents=True, exist_ok=True)
     return write_page(page, f"{len(runs)} runs", sections)
