@@ -64,6 +64,8 @@ def _scale_operand(placed: PlacedFactors, calls: list[Call], factors: list[Facto
     maker = sources[0].value.producer
     if len(sources) > 1 or maker is None or no_place(maker) or not _is_called_once(draft, maker):
         return False
+    if len(maker.outputs) > 1:  # a recurrent layer gives its state too
+        return False
     site = parameter_free_site(maker, "operand", factors)
     site.reason = "of a matmul inside a hand-written autograd.Function"
     if site in placed.free or not draft.structure.only_feeds(maker.output, passed, ends):

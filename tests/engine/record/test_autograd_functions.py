@@ -314,6 +314,23 @@ def test_a_weight_with_a_factor_that_has_no_place_is_left_alone_with_the_reason(
 
 
 @pytest.mark.filterwarnings("ignore:unit scaling")
+def test_a_recurrent_layer_in_front_of_a_fused_tied_readout_leaves_the_table_alone() -> None:
+    class Recurrent(Language):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList()
+            self.layer = nn.GRU(WIDTH, WIDTH)
+
+        def forward(self, ids: Tensor, target: Tensor) -> Tensor:
+            return ChunkedCrossEntropy.apply(self.layer(self.table(ids))[0], self.head.weight, target)
+
+    model = Recurrent()
+    del model.norm
+    plan = prepared(model, storage="unit")
+    assert "autograd.Function" in plan.parameters["table.weight"].reason
+    assert worst_gradient_error(model) < 1e-6
+
+
 def test_operands_inside_a_function_are_not_cast() -> None:
     plan = prepared(Language(own_blocks=True), format="bf16")
     reasons = {site.name: site.format_reason for site in plan.sites if site.params and "down" in site.params[0]}
