@@ -1,4 +1,4 @@
-"""Weights that `fully_shard` gathers as the FP8 numbers that their products read: 1 byte an element, not 2 or 4.
+"""Weights that `fully_shard` gathers as the FP8 numbers that their products read: one byte an element, not 2 or 4.
 
     sent       ŵ = cast(shard · s)
     gathered   ŵ / s in the dtype of the parameter, exactly; the product's own cast(ŵ / s · s) is ŵ again
