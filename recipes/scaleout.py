@@ -1,6 +1,6 @@
 """Measure what planning a model of many billion parameters takes.
 
-    unitscale scaleout                                # = python recipes/scaleout.py: Llama of 7 and 70 B, Mixtral of 47 B
+    unitscale scaleout                                # = python recipes/scaleout.py: 7, 47 and 70 B parameters
     unitscale scaleout storage=unit models.llama_70b=null
 
 The model is built on `meta`, a step of it is recorded, planned, and the plan put in force: no weight and no activation

@@ -32,7 +32,7 @@ def spread(model: nn.Module, mesh: DeviceMesh) -> None:
     """
     split, data = mesh["tensor_parallel"], mesh["data_parallel"]
     if split.size() > 1:
-        parallelize_module(model, split, {name: style for name, style in _styles(model)})
+        parallelize_module(model, split, dict(_styles(model)))
     if data.size() > 1:
         for child in model.modules():
             if isinstance(child, nn.ModuleList):
@@ -49,7 +49,9 @@ def _styles(model: nn.Module) -> list[tuple[str, ParallelStyle]]:
         if style is None or not isinstance(module, nn.Linear):
             continue
         if style not in STYLES:
-            raise InputError(f"trainer: {type(model).__name__} wants {name} split as {style!r}, which is not known here")
+            raise InputError(
+                f"trainer: {type(model).__name__} wants {name} split as {style!r}, which is not known here"
+            )
         found.append((name, STYLES[style]()))
     if not found:
         raise InputError(

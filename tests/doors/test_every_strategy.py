@@ -52,9 +52,7 @@ def test_flattening_strategies_are_refused_and_name_the_one_to_take(engine: str,
 
 
 @pytest.mark.parametrize("name", ["unitscale", "unitscale_ddp"])
-def test_a_named_strategy_trains_on_one_process(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_named_strategy_trains_on_one_process(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, expected = build(), build()
     try:
         trainer(tmp_path, strategy=name, max_steps=3, use_distributed_sampler=False).fit(module, batches())

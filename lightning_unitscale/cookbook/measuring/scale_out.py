@@ -17,7 +17,7 @@ import torch
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import install
 from lightning_unitscale.options import Options
-from lightning_unitscale.prepare import record
+from lightning_unitscale.record_step import record
 from lightning_unitscale.schemes import scheme_of
 from lightning_unitscale.schemes.planner import make_plan
 
@@ -82,5 +82,7 @@ def as_drawn(trace: Trace, std: float) -> Trace:
     """The trace with what parameters on `meta` would be like if they were drawn."""
     for name, facts in trace.facts.items():
         matrix = len(facts.shape) > 1
-        trace.facts[name] = replace(facts, rms=std if matrix else 1.0, is_constant=not matrix, largest=5 * std if matrix else 1.0)
+        trace.facts[name] = replace(
+            facts, rms=std if matrix else 1.0, is_constant=not matrix, largest=5 * std if matrix else 1.0
+        )
     return trace
