@@ -95,6 +95,10 @@ def _warn_of_replaced(module: nn.Module, plan: Plan) -> None:
     for kind, consequence in (
         ("missing", "what took their place has no learning-rate multiplier"),
         ("other shape", "they take the learning-rate multipliers of what was there before"),
+        (
+            "replaced",
+            "they are at a scale of their own, and take the learning-rate multipliers of what was there before",
+        ),
     ):
         names = differences[kind]
         if names and plan.changes_training:
