@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._higher_order_ops.flex_attention import flex_attention
+from torch._higher_order_ops.flex_attention import flex_attention as flex_operator
 
 from lightning_unitscale.ops.attention import DotProductAttention
 from lightning_unitscale.ops.call import FunctionCall
@@ -50,7 +50,7 @@ MATMULS: dict[str, Matmul] = {
         Embedding("embedding", indices="input", weight="weight"),
         Embedding("embedding_bag", indices="input", weight="weight"),
         DotProductAttention("scaled_dot_product_attention", query="query", key="key", value="value"),
-        FlexAttention("flex_attention", flex_attention, query="query", key="key", value="value"),
+        FlexAttention("flex_attention", flex_operator, query="query", key="key", value="value"),
     )
 }
 

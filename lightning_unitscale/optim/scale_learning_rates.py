@@ -48,7 +48,7 @@ def scale_learning_rates(
             module that the plan has put a factor on was replaced.
 
     Warns:
-        of parameters of the plan that the module has not got any more, or in another shape.
+        of parameters of the plan that the module has not got any more, in another shape, or in another module.
     """
     optimizer = _innermost(optimizer)
     check_family(family, "family")
@@ -63,6 +63,10 @@ def _warn_of_replaced(module: nn.Module, plan: Plan) -> None:
     for kind, consequence in (
         ("missing", "what took their place has no learning-rate multiplier"),
         ("other shape", "they take the learning-rate multipliers of what was there before"),
+        (
+            "replaced",
+            "they are at a scale of their own, and take the learning-rate multipliers of what was there before",
+        ),
     ):
         names = differences[kind]
         if names and plan.changes_training:

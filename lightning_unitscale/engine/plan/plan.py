@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
@@ -91,6 +91,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         self._module: weakref.ref[nn.Module] | None = None
+        self._owners: dict[str, tuple[weakref.ref[nn.Module], weakref.ref[nn.Parameter]]] = {}
         self.schedule_followed = False  # whether anything asks which steps are to be measured
         self._text: tuple[Any, str] | None = None  # what was true of the plan when the text was made, and the text
 
@@ -254,6 +255,7 @@ class Plan:
     def bind(self, module: nn.Module) -> None:
         """Remember the model the plan is in force on (weakly: a plan never keeps a model alive)."""
         self._module = weakref.ref(module)
+        self._owners = {name: (weakref.ref(owner), weakref.ref(p)) for name, owner, p in _owned(module)}
         _BOUND.add(module)
 
     @property
@@ -280,6 +282,8 @@ class Plan:
     def differences(self, module: nn.Module) -> dict[str, list[str]]:
         """In what the model is not the one that the plan was made for; empty lists where it is."""
         modules = {name for name, _ in module.named_modules()}
+        known = self._owners if self._module is not None and self._module() is module else {}
+        now = [(name, known[name], (owner, p)) for name, owner, p in _owned(module) if name in known]
         shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
         return {
             "missing": sorted(set(self.parameters) - set(shapes)),
@@ -289,6 +293,8 @@ class Plan:
                 for name, parameter in self.parameters.items()
                 if name in shapes and shapes[name] != parameter.shape
             ),
+            # A wrapped or sharded module keeps one of both: the module, or its parameters.
+            "replaced": sorted(name for name, (a, b), (owner, p) in now if a() is not owner and b() is not p),
             "missing module": sorted({frame.module for frame in self.frames} - modules),
         }
 
@@ -300,7 +306,7 @@ class Plan:
         problems = [
             f"{what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
             for what, names in self.differences(module).items()
-            if names
+            if names and what != "replaced"
         ]
         if problems:
             raise UnitScalingError(
@@ -310,7 +316,10 @@ class Plan:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {f.name for f in fields(self)} | {"_module", "schedule_followed", "_text"}
-        return {name: value for name, value in self.__dict__.items() if name in kept} | {"_module": None}
+        return {name: value for name, value in self.__dict__.items() if name in kept} | {
+            "_module": None,
+            "_owners": {},
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         """A copy; one made with its model, in `copy.deepcopy(model)`, is in force on the model's copy."""
@@ -320,6 +329,13 @@ class Plan:
         if module is not None and id(module) in memo:
             copied.bind(memo[id(module)])
         return copied
+
+
+def _owned(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Name, owner and object of each parameter."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    for name, parameter in module.named_parameters():
+        yield name, modules[name.rpartition(".")[0]], parameter
 
 
 def _with_causes(data: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from lightning_unitscale.engine.runtime.placement import look_after, look_away
 from lightning_unitscale.engine.runtime.rules import AppliedFactors, Rules
 from lightning_unitscale.engine.runtime.scope import FreeSite
 from lightning_unitscale.engine.runtime.scoped_forward import ScopedForward
+from lightning_unitscale.errors import UnitScalingError
 
+_BEFORE_SCRIPTING = "__prepare_scriptable__"  # TorchScript's own hook
 _KeysByFrame = dict[Frame, list[ParameterKey]]
 STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
@@ -85,6 +87,7 @@ def install(module: nn.Module, plan: Plan) -> None:
             if scope is None:
                 scope = ScopedForward(scoped, frame.method, rules, is_parametrization(frame.module))
                 setattr(scoped, frame.method, scope.bound)
+                scoped.__dict__[_BEFORE_SCRIPTING] = refuse_scripting
             for key in map(str, touched):
                 owner, _, attribute = key.rpartition(".")
                 scope.touched.append((modules[owner], attribute, rules.made_of[key]))
@@ -174,10 +177,23 @@ def _fused_frames(uses: list[UseId], free: list[Site], modules: dict[str, nn.Mod
     }
 
 
+def refuse_scripting() -> None:
+    """
+    Raises:
+        UnitScalingError: always; `torch.jit.script` asks it of each module, and reads the source of its methods then.
+    """
+    raise UnitScalingError(
+        "torch.jit.script compiles the source of a module's methods, in which unit-scaling factors do not stand: its "
+        "program would be another function. Use torch.export or torch.jit.trace, or remove_unit_scaling(model) first "
+        "(unitscale export makes a plain model where that is refused)."
+    )
+
+
 def uninstall(module: nn.Module) -> None:
     """Take every scope off again."""
     look_away(module)
     for child in module.modules():
+        child.__dict__.pop(_BEFORE_SCRIPTING, None)
         for method, value in list(child.__dict__.items()):
             if scope := ScopedForward.behind(value):
                 if scope.replaced is None:
