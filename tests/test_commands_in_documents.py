@@ -18,7 +18,7 @@ from lightning_unitscale.cookbook.help import commands
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "conf/README.md", "recipes/README.md", "lightning_unitscale/README.md"]
 NO_CONFIGURATION = {"explain", "init", "doctor", "completion", "--help"}
-INSTALLED_ASIDE = ("hparams_search=optuna",)
+INSTALLED_ASIDE = ("hparams_search=optuna", "hydra/launcher=", "hydra.launcher.")
 
 
 def written(document: str) -> Iterator[str]:
@@ -42,7 +42,7 @@ def test_a_command_in_a_document_composes_as_it_is_written(document: str, comman
     if "--config-dir" in arguments:  # options of the reader's own
         return
     overrides = [
-        word for word in for_hydra(name, arguments) if not word.startswith("-") and word not in INSTALLED_ASIDE
+        word for word in for_hydra(name, arguments) if not word.startswith(("-", *INSTALLED_ASIDE))
     ]
     overrides = [override.split("|")[0] for override in overrides]  # seed=1|2|3: one of them
     register()

@@ -36,9 +36,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_unitscale import UnitScaling, UnitScalingError, load_checkpoint, scale_learning_rates, unit_scale
 
-SCHEMES, STORAGES = ("umup", "preserve"), ("folded", "unit")
-every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
-every_storage = pytest.mark.parametrize("storage", STORAGES)
+QUICK = ("umup", "unit")  # the others by night
+EVERY = [QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+    ("umup", "folded"), ("preserve", "folded"), ("preserve", "unit"),
+))]  # fmt: skip
+every_way = pytest.mark.parametrize(("scheme", "storage"), EVERY)
 
 
 def model(cls: type[Language] = Language, **options: Any) -> Any:
@@ -183,9 +185,12 @@ FEATURES: dict[str, Feature] = {
 }
 
 
-@every_storage
-@every_scheme
-@pytest.mark.parametrize("name", FEATURES)
+TRIED_BY_DAY = ("accumulation", "clipping by norm", "fast_dev_run", "overfit_batches", "a sanity check", "EarlyStopping")
+BY_NAME = [name if name in TRIED_BY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in FEATURES]
+
+
+@every_way
+@pytest.mark.parametrize("name", BY_NAME)
 def test_training_is_a_plain_loop_s(tmp_path: Path, name: str, scheme: str, storage: str) -> None:
     feature = FEATURES[name]
     options: dict[str, Any] = {"max_epochs": 1, **feature.options}
@@ -228,8 +233,7 @@ FINDERS: dict[str, Callable[[], pl.Callback]] = {
 }
 
 
-@every_storage
-@every_scheme
+@every_way
 @pytest.mark.parametrize("name", FINDERS)
 def test_after_a_finder_training_is_as_without_it(tmp_path: Path, name: str, scheme: str, storage: str) -> None:
     found = model(Tuned)
@@ -260,8 +264,7 @@ def test_the_plan_of_a_trial_does_not_outlive_it(tmp_path: Path, name: str) -> N
 # --- before, after and without training -------------------------------------------------------------------------------
 
 
-@every_storage
-@every_scheme
+@every_way
 def test_evaluation_before_training_is_the_untouched_model_s(tmp_path: Path, scheme: str, storage: str) -> None:
     loop = trainer(tmp_path, UnitScaling(scheme, storage=storage), max_epochs=1)
     module, untouched = model(), model()
@@ -276,8 +279,7 @@ def test_evaluation_before_training_is_the_untouched_model_s(tmp_path: Path, sch
     assert_same_weights(module, raw_loop(scheme, storage, range(6)))
 
 
-@every_storage
-@every_scheme
+@every_way
 def test_evaluation_after_training_is_of_the_trained_function(tmp_path: Path, scheme: str, storage: str) -> None:
     loop = trainer(tmp_path, UnitScaling(scheme, storage=storage), max_epochs=1)
     module = model()
@@ -295,8 +297,7 @@ def test_evaluation_after_training_is_of_the_trained_function(tmp_path: Path, sc
     ] == pytest.approx(loss, rel=1e-5)
 
 
-@every_storage
-@every_scheme
+@every_way
 def test_best_and_last_and_weights_alone_are_kept(tmp_path: Path, scheme: str, storage: str) -> None:
     for folder, alone in (("all", False), ("weights", True)):
         keep = ModelCheckpoint(
@@ -344,8 +345,7 @@ def test_lbfgs_trains_under_preserve_as_untouched(tmp_path: Path) -> None:
 # --- from configuration -----------------------------------------------------------------------------------------------
 
 
-@every_storage
-@every_scheme
+@every_way
 def test_lightning_cli_and_hydra_train_alike(tmp_path: Path, scheme: str, storage: str) -> None:
     arguments = {"scheme": scheme, "storage": storage}
     quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
