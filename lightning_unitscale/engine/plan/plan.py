@@ -255,7 +255,9 @@ class Plan:
     def bind(self, module: nn.Module) -> None:
         """Remember the model the plan is in force on (weakly: a plan never keeps a model alive)."""
         self._module = weakref.ref(module)
-        self._owners = {name: (weakref.ref(owner), weakref.ref(p)) for name, owner, p in _owned(module)}
+        is_whole = "_modules" in module.__dict__  # which a model that is being copied is not yet
+        owned = _owned(module) if is_whole else ()
+        self._owners = {name: (weakref.ref(owner), weakref.ref(p)) for name, owner, p in owned}
         _BOUND.add(module)
 
     @property
@@ -357,7 +359,7 @@ def _plain(value: Any) -> Any:
 def plan_of(module: nn.Module) -> Plan | None:
     """The plan in force on a model, if there is one."""
     plan: Plan | None = module.__dict__.get(ATTRIBUTE)
-    if plan is not None:
+    if plan is not None and (plan._module is None or plan._module() is not module or not plan._owners):
         plan.bind(module)  # a copied model brings a copied plan
     return plan
 

@@ -17,6 +17,7 @@ from torch.nn import init
 
 from lightning_unitscale import UnitScalingError, scale_learning_rates, unit_scale
 from lightning_unitscale.engine.checks.drawn_at_random import structure
+from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
 
 torch.manual_seed(0)
@@ -147,6 +148,22 @@ def test_a_part_whose_factor_stands_elsewhere_has_no_state_dict_of_its_own() -> 
     twin = Tied()
     twin.load_state_dict(model.state_dict())
     torch.testing.assert_close(twin(ids), model(ids))
+
+
+def test_a_layer_replaced_by_one_of_its_shape_is_named_where_rates_are_taken() -> None:
+    model = copy.deepcopy(trained(False, 3))
+    plan = plan_of(model)
+    model.head = nn.Linear(64, 4)
+    assert plan.differences(model)["replaced"] == ["head.bias", "head.weight"]
+    with pytest.warns(UserWarning, match=r"replaced: head\.bias, head\.weight.*a scale of their own"):
+        scale_learning_rates(torch.optim.AdamW(model.parameters()), plan)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_torchscript_which_reads_source_refuses_factors_and_takes_folded_models() -> None:
+    torch.testing.assert_close(torch.jit.script(trained(False, 3).body)(X), trained(False, 3).body(X))
+    with pytest.raises(UnitScalingError, match=r"torch\.jit\.script.*remove_unit_scaling"):
+        torch.jit.script(trained(False, 3, storage="unit").body)
 
 
 def drawn(weights: Callable[[Tensor], object], biases: Callable[[Tensor], object] | None) -> nn.Sequential:
