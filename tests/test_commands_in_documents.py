@@ -41,9 +41,7 @@ def test_a_command_in_a_document_composes_as_it_is_written(document: str, comman
     assert name in commands()
     if "--config-dir" in arguments:  # options of the reader's own
         return
-    overrides = [
-        word for word in for_hydra(name, arguments) if not word.startswith(("-", *INSTALLED_ASIDE))
-    ]
+    overrides = [word for word in for_hydra(name, arguments) if not word.startswith(("-", *INSTALLED_ASIDE))]
     overrides = [override.split("|")[0] for override in overrides]  # seed=1|2|3: one of them
     register()
     GlobalHydra.instance().clear()

@@ -185,7 +185,14 @@ FEATURES: dict[str, Feature] = {
 }
 
 
-TRIED_BY_DAY = ("accumulation", "clipping by norm", "fast_dev_run", "overfit_batches", "a sanity check", "EarlyStopping")
+TRIED_BY_DAY = (
+    "accumulation",
+    "clipping by norm",
+    "fast_dev_run",
+    "overfit_batches",
+    "a sanity check",
+    "EarlyStopping",
+)
 BY_NAME = [name if name in TRIED_BY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in FEATURES]
 
 
