@@ -345,7 +345,7 @@ def test_more_post_norm_blocks_than_torch_compiles_variants_of_are_not_compiled_
     eager = loss_of(model)
     loss = loss_of(blocks_in_place(model, backend=counter))
     torch.testing.assert_close(loss, eager, rtol=1e-5, atol=0)
-    assert counter.frame_count <= 2  # not one for each
+    assert counter.frame_count < torch._dynamo.config.recompile_limit  # none of them runs eagerly
 
 
 @torch.library.custom_op("unitscale_test::product", mutates_args=())
