@@ -10,8 +10,9 @@ first order, and c the share of that which curvature takes away from a trial ste
     r and k at most 8, r at least 1, unless that takes more than 4 times the rates
 
 If r is too large, the roles that do most are reduced, to one common level: max Σ_role min(M_role, level). If it is too
-small, all rates rise alike. Where the untouched model's trial step raises the loss, its gradients say nothing about a
-step of that size (they vanish, or explode): there is nothing to compare with, and rates stay as they are.
+small, all rates rise alike, those of a role not so far that at Adam's default rate, 1e-3, a step would be larger than
+the weight. Where the untouched model's trial step raises the loss, its gradients say nothing about a step of that size
+(they vanish, or explode): there is nothing to compare with, and rates stay as they are.
 
 SGD: the same with M = Σ lr·g² and r alone. Factors are rounded to a sixteenth of an octave, so that weights
 share a learning rate, and so that the rounding of either storage makes no other plan.
@@ -20,7 +21,7 @@ share a learning rate, and so that the rounding of either storage makes no other
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import log2
+from math import floor, log2
 
 from lightning_unitscale.engine.checks.first_step import FirstStep
 from lightning_unitscale.engine.plan.factors import Factor
@@ -29,6 +30,7 @@ from lightning_unitscale.engine.plan.plan import Plan
 
 LARGEST = 8.0  # r and k: language models, which gain by it, have 7 to 8
 MOST_RAISED = 4.0
+DEFAULT_RATE = 1e-3  # of torch.optim.Adam
 _LEAST_LOST = 0.02  # a share that is smaller is not told from rounding and higher orders
 _ROLES = ("hidden", "readout", "embedding")
 LIMITS = {"adam": "step_limit", "sgd": "sgd_step_limit"}
@@ -62,13 +64,16 @@ def _limit(
         moves[weight.role] = moves.get(weight.role, 0.0) + scales[name].lr * scaled.get(name, 0.0)
     before = sum(untouched.values())
     for role, factor in role_factors(moves, before, largest).items():
+        if factor > 1 and family == "adam":
+            relative = max(scales[name].lr / weight.stored for name, weight in weights.items() if weight.role == role)
+            factor = max(1.0, min(factor, 2 ** (floor(-16 * log2(DEFAULT_RATE * relative)) / 16)))
         rounded = float(2 ** (round(16 * log2(factor)) / 16))
         if rounded == 1.0:
             continue
         cause = (
             f"a step of {role} weights would change the loss by {moves[role] / before:.3g} times, all weights "
             f"by {sum(moves.values()) / before:.3g} times what one of the untouched model does: "
-            + (f"limited to {largest:.3g}" if factor < 1 else f"raised to 1, at most {MOST_RAISED:g} times")
+            + (f"limited to {largest:.3g}" if factor < 1 else "raised to 1, or as far as that may go")
         )
         for weight in weights.values():
             if weight.role == role:

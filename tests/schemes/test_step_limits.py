@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_unitscale import Plan, scale_learning_rates, unit_scale
-from lightning_unitscale.engine.checks.first_step import TRIAL, measure_first_step
+from lightning_unitscale.engine.checks.first_step import TRIAL, FirstStep, measure_first_step
 from lightning_unitscale.engine.checks.gradients_taken import take_gradients
-from lightning_unitscale.schemes.step_limits import LARGEST, MOST_RAISED, limited, role_factors
+from lightning_unitscale.schemes.step_limits import LARGEST, MOST_RAISED, limit_steps, limited, role_factors
 
 
 def regression() -> nn.Sequential:
@@ -48,6 +48,23 @@ def test_steps_within_the_limits_are_left_alone() -> None:
 def test_steps_that_do_less_are_raised_within_bounds() -> None:
     assert role_factors({"hidden": 0.3, "readout": 0.2}, 1.0, 8.0) == pytest.approx({"hidden": 2.0, "readout": 2.0})
     assert role_factors({"hidden": 0.01}, 1.0, 8.0) == {"hidden": MOST_RAISED}
+
+
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+def test_no_rate_is_raised_to_steps_larger_than_the_weight_at_adams_default_rate(storage: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 4))
+    x, classes = torch.randn(16, 64), torch.arange(16) % 4
+    plan = unit_scale(model, lambda net: F.cross_entropy(net(x), classes), storage=storage)
+    for parameter in limited(plan).values():
+        parameter.set_constant("step_limit", [])
+    before, moves = dict(plan.lr_multipliers), dict.fromkeys(limited(plan), 1.0)
+    limit_steps(plan, FirstStep({n: 1e6 * m for n, m in moves.items()}, moves, 0.5), FirstStep(moves, moves, 0.5))
+    raised = {name: plan.lr_multipliers[name] / before[name] for name in moves}
+    readouts_step = 1e-3 * plan.lr_multipliers["2.weight"] / plan.parameters["2.weight"].stored
+    assert raised["0.weight"] == pytest.approx(MOST_RAISED)
+    assert 1.0 < raised["2.weight"] < MOST_RAISED
+    assert readouts_step <= 1.0 < readouts_step * 2 ** (1 / 16)
 
 
 @pytest.mark.parametrize("storage", ["folded", "unit"])
