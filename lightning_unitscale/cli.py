@@ -152,15 +152,14 @@ class _Job:
 def _explain(error: BaseException, config_name: str) -> str | None:
     """One message for an error in what the user asked for; None for a defect of the program."""
     causes = list(_chain(error))
+    full = next((cause for cause in causes if isinstance(cause, OSError) and cause.errno in FULL), None)
+    make_room = " Make room, and go on with ckpt_path=<the run's last checkpoint>" if full is not None else ""
     for cause in causes:
         if isinstance(cause, (InputError, UnitScalingError)):
-            return str(cause)
-    if isinstance(error, OSError) and error.errno in FULL:
-        where = f" ({error.filename})" if error.filename else ""
-        return (
-            f"{error.strerror}{where}: what was being written is not there, earlier files are whole. Make room, and go "
-            "on with ckpt_path=<the run's last checkpoint>"
-        )
+            return f"{cause}{make_room}"
+    if full is not None:
+        where = f" ({full.filename})" if full.filename else ""
+        return f"{full.strerror}{where}: what was being written is not there, earlier files are whole.{make_room}"
     if isinstance(error, InstantiationException):
         gone = re.search(r"Error locating target '(\S+)'.*full_key: ((\w+)\S*)", str(error), re.DOTALL)
         return _gone_target(*gone.groups()) if gone else str(error)

@@ -122,7 +122,10 @@ def record(
             if later_steps:
                 _run_later_steps(recorder, rehearsed, step)
         trace.drew = random_state() != before
-        taken.take(differentiable_losses(output, rehearsed))
+        if trace.transformed:  # torch can crash where a backward pass through its tangents meets a dispatch mode
+            taken.problem = "torch.func ran part of the step"
+        else:
+            taken.take(differentiable_losses(output, rehearsed))
         trace.copies = [(value, rehearsed.original(tensor)) for value, tensor in trace.copies]
         backwards = bool(rehearsed.losses)
     if not trace.loss_numbers:

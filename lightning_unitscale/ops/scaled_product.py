@@ -34,19 +34,6 @@ class ScaledProduct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, ctx.a, ctx.b = inputs
         ctx.save_for_backward(x, weight)
-        ctx.save_for_forward(x, weight)
-
-    @staticmethod
-    def jvp(
-        ctx: Any, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None, *_: Any
-    ) -> Tensor:
-        x, weight = ctx.saved_tensors
-        terms = [
-            None if x_tangent is None else _product(x_tangent, weight.t(), ctx.a),
-            None if weight_tangent is None else _product(x, weight_tangent.t(), ctx.a),
-            None if bias_tangent is None else (ctx.b * bias_tangent).expand(len(x), -1),
-        ]
-        return torch.stack([term for term in terms if term is not None]).sum(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
@@ -60,6 +47,27 @@ class ScaledProduct(torch.autograd.Function):
             None,
             None,
         )
+
+
+class ProductWithTangents(ScaledProduct):
+    """The same with forward-mode derivatives, `torch.func.jvp`, which the compiler can't trace a Function with."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ScaledProduct.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:2])
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None, *_: Any
+    ) -> Tensor:
+        x, weight = ctx.saved_tensors
+        terms = [
+            None if x_tangent is None else _product(x_tangent, weight.t(), ctx.a),
+            None if weight_tangent is None else _product(x, weight_tangent.t(), ctx.a),
+            None if bias_tangent is None else (ctx.b * bias_tangent).expand(len(x), -1),
+        ]
+        return torch.stack([term for term in terms if term is not None]).sum(0)
 
 
 # `Function.apply` asks for this signature at every call, and working it out costs as much as a small product.
@@ -82,5 +90,6 @@ def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: f
         bias = None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return scaled_linear(x, weight, bias, a, b)
-    y: Tensor = ScaledProduct.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b)  # type: ignore[no-untyped-call]  # torch's
+    product = ScaledProduct if torch.compiler.is_compiling() else ProductWithTangents
+    y: Tensor = product.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b)  # type: ignore[no-untyped-call]  # torch's
     return y.reshape(*x.shape[:-1], weight.shape[0])
