@@ -362,7 +362,7 @@ def test_layouts_and_padding_change_no_value(
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2.0**-7)):
         upcast = products(dtype)
         with monkeypatch.context() as patch:
-            for module in ("multiply", "narrow"):
+            for module in ("multiply", "cast_for_products"):
                 patch.setattr(f"lightning_unitscale.ops.{module}.has_tensor_cores", lambda device: True)
             on_tensor_cores = products(dtype)
         for found, wanted in zip(on_tensor_cores, upcast, strict=True):
@@ -446,7 +446,7 @@ def test_convolutions_of_single_pixels_are_matrix_products(layout: Any, monkeypa
 
     kinds: list[type] = []
     upcast = made()
-    for module in ("multiply", "narrow", "convolution"):
+    for module in ("multiply", "cast_for_products", "convolution"):
         monkeypatch.setattr(f"lightning_unitscale.ops.{module}.has_tensor_cores", lambda device: True)
     assert_close(made(), upcast, 1e-5)
     is_matrix = layout == torch.channels_last

@@ -53,7 +53,7 @@ class Plan:
         return dict(self.model.named_parameters())
 
     def differences(self, module: nn.Module) -> dict[str, list[str]]:
-        return {"missing": [], "other shape": []}
+        return {"missing": [], "other shape": [], "replaced": []}
 
 
 SCALES = {

@@ -75,7 +75,7 @@ def prepared(storage: str = "unit") -> Net:
 
 def new_head(module: Net) -> None:
     head = nn.Linear(24, 6)
-    head.load_state_dict(module.head.state_dict())
+    head.weight.data.copy_(module.head.weight)  # the state dict of a part would bring its factor along
     module.head = head
 
 
@@ -132,6 +132,14 @@ def test_what_took_a_module_s_place_is_refused_by_name(change: Callable[[Net], N
     changed = change(module) or module
     with pytest.raises(UnitScalingError, match=named):
         changed(BATCH)
+
+
+def test_a_part_that_took_over_the_state_dict_of_another_has_its_factor_too() -> None:
+    module = prepared()
+    before, head = module(BATCH), nn.Linear(24, 6)
+    head.load_state_dict(module.head.state_dict())
+    module.head = head
+    torch.testing.assert_close(module(BATCH), before)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
