@@ -19,17 +19,17 @@ Place = TypeVar("Place", bound=Hashable)
 
 
 class BlockConstant:
-    """A factor as a 0-dim tensor, on the device where it was last wanted."""
+    """A factor as a tensor, on the device where it was last wanted."""
 
     def __init__(self, factor: float) -> None:
-        self._value = torch.tensor(factor, dtype=torch.float64)  # a 0-dim tensor changes no other's dtype
+        self._value = torch.tensor([factor], dtype=torch.float64)  # the compiler makes a number of a 0-dim one
 
     def times(self, tensor: Tensor) -> Tensor:
         """The tensor multiplied by it."""
         if self._value.device != tensor.device:
             dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
             self._value = self._value.to(tensor.device, dtype)
-        return tensor * self._value
+        return tensor * self._value[0]  # a 0-dim tensor changes no other's dtype
 
 
 def block_constants(factors: Mapping[Place, float], names: Mapping[Place, str]) -> dict[Place, BlockConstant]:
