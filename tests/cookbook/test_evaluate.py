@@ -144,6 +144,7 @@ def test_pretraining_is_measured_in_every_weight_format(inputs: dict[str, str], 
     assert shorter["loss"] != full["loss"]
 
 
+@pytest.mark.slow
 def test_other_data_other_part_and_an_exported_folder(inputs: dict[str, str], tmp_path: Path) -> None:
     run, logged = finetuned("classes", inputs, tmp_path)
     (folder,) = evaluated(tmp_path, f"model.path={run}/model")

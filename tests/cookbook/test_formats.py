@@ -31,6 +31,7 @@ def test_every_variant_gets_a_row_and_is_run_once(tmp_path: Path) -> None:
     assert f"{math.inf:.4f}" in printed
 
 
+@pytest.mark.slow
 def test_other_kinds_of_models_run_with_the_same_overrides(tmp_path: Path) -> None:
     sizes = ["small_jobs.language.steps=6", "small_jobs.unet.steps=3", "small_jobs.vit.steps=3"]
     only = ["seeds=[1]", "only=[umup,umup-nvfp4]", "jobs=[language,vit,unet]"]

@@ -260,6 +260,7 @@ def until_one_dies(folder: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_others_end_when_a_rank_dies(tmp_path: Path) -> None:
     processes = start(2, "doors.test_faults:until_one_dies", tmp_path)
     try:

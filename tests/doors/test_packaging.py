@@ -88,6 +88,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_another_application_writes_callbacks_unitscale(tmp_path: Path, wheel_tree: Path) -> None:
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "train.yaml").write_text("defaults: [{callbacks: unitscale}, _self_]\n")
