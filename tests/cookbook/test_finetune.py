@@ -644,9 +644,11 @@ def test_text_classification_of_a_csv_file(llama: str, tmp_path: Path) -> None:
 def test_a_classifier_that_knows_the_classes_keeps_their_numbers(tmp_path: Path) -> None:
     names = {0: "sun", 1: "rain"}  # sorted, they would change places
     config = BertConfig(vocab_size=257, max_position_embeddings=32, num_labels=2, id2label=names, **SMALL)
+    torch.manual_seed(0)
     BertForSequenceClassification(config).save_pretrained(tmp_path / "classifier")
     byte_tokenizer().save_pretrained(tmp_path / "classifier")
-    folder, printed = run_recipe("finetune", tmp_path, *words(tmp_path), f"model.path={tmp_path / 'classifier'}")
+    settings = [*words(tmp_path), f"model.path={tmp_path / 'classifier'}", "trainer.max_steps=40"]
+    folder, printed = run_recipe("finetune", tmp_path, *settings)
     assert "with random weights" not in printed
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
     assert model.config.id2label == names
