@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -112,6 +113,8 @@ class WeightCast(CastSite):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _leaf(weight).is_leaf:
             return None
         if _is_captured(weight):  # the graph has to cast whatever the weight is at each replay
+            return None
+        if FSDPModule.__subclasses__():  # FSDP2 gathers new values into the same memory, and counts no version
             return None
         if self._weight is None or not self._weight.holds(weight, backward):
             assert self.scales is not None
