@@ -180,6 +180,10 @@ def assert_same(weights: dict[str, Tensor], expected: dict[str, Tensor], toleran
         torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: n + m)
 
 
+def step_limits(plan: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    return {name: (p["step_limit"], p["sgd_step_limit"]) for name, p in plan["parameters"].items()}
+
+
 def check(folder: Path, how: str, world: int, runs: str) -> None:
     run(world, "doors.test_model_parallel:in_each_process", folder, how, world, runs, seconds=600)
     for name in runs.split(","):
@@ -189,6 +193,7 @@ def check(folder: Path, how: str, world: int, runs: str) -> None:
         for result in results:
             assert_same(result["weights"], expected["weights"])
             assert result["plan"]["parameters"] == results[0]["plan"]["parameters"], name
+            assert step_limits(result["plan"]) == step_limits(expected["plan"]), name
         means = [sum(losses) / world for losses in zip(*(result["losses"] for result in results), strict=True)]
         assert means == pytest.approx(expected["losses"], rel=1e-9), name
 
@@ -207,8 +212,7 @@ EVERYTHING = ",".join([
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp", "tp"])
 def test_two_processes_are_one_in_every_way(tmp_path: Path, how: str) -> None:
-    left_out = {"fsdp": ",unit/sgd", "tp": ",unit/clipped"}[how]  # what README's Limits say of them
-    check(tmp_path, how, 2, EVERYTHING.replace(left_out, ""))
+    check(tmp_path, how, 2, EVERYTHING if how == "fsdp" else EVERYTHING.replace(",unit/clipped", ""))
 
 
 @pytest.mark.slow

@@ -90,7 +90,8 @@ def measure_first_step(
     def total(losses: Iterable[float]) -> Tensor:
         return torch.tensor(sum(losses), dtype=torch.float64, device=device)
 
-    local = _on_all_processes(found, average, device, taken.problem)
+    problem = taken.problem or ("" if taken.whole else "no loss depends on any parameter")
+    local = _on_all_processes(found, average, device, problem)
     taken.whole.clear()
     loss = float(average(total(value for value, _ in taken.losses)))
     gradients = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -74,12 +74,40 @@ def rehearsed_gradients(
 def named_gradients(
     module: nn.Module, losses: list[Tensor], seed: float = 1.0, *, keep_graph: bool = False
 ) -> dict[str, Tensor]:
-    """The gradient of the losses' sum, by parameter; those that it does not depend on are left out."""
+    """The gradient of the losses' sum, by parameter; those that it does not depend on are left out.
+
+    Inside a rehearsal, which puts `.grad` back. There code leaves gradients that the graph does not know: reversible
+    networks and some checkpoints, which call `backward` in a Function's backward pass.
+    """
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if not losses or not named:
         return {}
-    gradients = gradients_of(losses, list(named.values()), module, seed, keep_graph=keep_graph)
-    return {name: gradient for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+    seeds = [torch.full_like(loss, seed) for loss in losses]
+    if is_sharded(module):
+        _backward(losses, seeds, retain_graph=keep_graph)
+        gradients = _left_behind(module)
+        for gathered in named.values():  # FSDP2 would add to what is left there, as it is by hooks like the observer's
+            gathered.grad = None
+        return gradients
+    for parameter in named.values():
+        parameter.grad = None
+    found = torch.autograd.grad(losses, list(named.values()), seeds, retain_graph=keep_graph, allow_unused=True)
+    gradients = _left_behind(module)
+    for name, gradient in zip(named, found, strict=True):
+        if gradient is not None:
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+    return gradients
+
+
+def _left_behind(module: nn.Module) -> dict[str, Tensor]:
+    """What is in `.grad`, taken out.
+
+    Of FSDP2 it is asked after a backward pass: what stands in a parameter's place before is gathered, and has none.
+    """
+    left = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+    for parameter in module.parameters():
+        parameter.grad = None
+    return left
 
 
 def samples_of(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,34 +117,6 @@ def samples_of(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, gradient in gradients.items()
         if gradient.numel()
     }
-
-
-def gradients_of(
-    losses: list[Tensor],
-    parameters: list[nn.Parameter],
-    module: nn.Module,
-    seed: float = 1.0,
-    *,
-    keep_graph: bool = False,
-) -> list[Tensor | None]:
-    """Gradients of the losses' sum, inside a rehearsal, which puts `.grad` back; None where it depends on none.
-
-    What FSDP2 has gathered are other tensors than its parameters, whose gradients come by a backward pass alone.
-    Reversible networks and some checkpoints call `backward` in a Function's backward pass, which leaves gradients of
-    parameters that the graph does not know in `.grad`.
-    """
-    seeds = [torch.full_like(loss, seed) for loss in losses]
-    for parameter in parameters:
-        parameter.grad = None
-    found: Sequence[Tensor | None] = [None] * len(parameters)
-    if is_sharded(module):
-        _backward(losses, seeds, retain_graph=keep_graph)
-    else:
-        found = torch.autograd.grad(losses, parameters, seeds, retain_graph=keep_graph, allow_unused=True)
-    beside = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
-    return [b if a is None else a if b is None else a + b for a, b in zip(found, beside, strict=True)]
 
 
 def as_real(tensor: Tensor) -> Tensor:
