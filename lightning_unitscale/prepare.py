@@ -11,7 +11,8 @@ limit      limit_steps               learning rates, by what one step does befor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -39,16 +40,16 @@ from lightning_unitscale.schemes.step_limits import limit_steps, limited
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+Agree = Callable[[dict[str, Any]], dict[str, Any]]
+
 
 def prepare(
     module: nn.Module,
     step: Step,
     options: Options,
     trainer: pl.Trainer | None = None,
-    agree: Callable[[dict[str, Any]], dict[str, Any]] = lambda plan: plan,
+    agree: Agree = lambda plan: plan,
     average: Average = lambda tensor: tensor,
-    *,
-    trust_functions: bool = True,
 ) -> Plan:
     """Record one step of the model and put its plan in force, in place.
 
@@ -58,110 +59,126 @@ def prepare(
         trainer: the Lightning trainer, if there is one, whose loggers and optimizers the step must not reach.
         agree: makes all processes use one process's plan (data-dependent routing may show each another model).
         average: over all processes; the first step is measured on the global batch.
-        trust_functions: modules that hand-written autograd.Functions run are run again for the backward pass, as
-            checkpoints do; without, no factor is put where another backward pass would not see it.
 
     Raises:
         UnitScalingError: see `unit_scale`.
     """
-    scheme = scheme_of(options)
     current = plan_of(module)
-    if current is not None and not scheme.changes_training and current.is_plain:
+    if current is not None and not scheme_of(options).changes_training and current.is_plain:
         forget(module)
     elif current is not None:
         raise UnitScalingError(
             f"{type(module).__name__} is already unit-scaled; call remove_unit_scaling() first to prepare it anew."
         )
-    limits_steps = scheme.changes_training and not scheme.keeps_function and options.lr_units == "standard"
-    taken = GradientsTaken(module, whole=limits_steps)
-    trace, fullest = record_draws(module, step, trainer, agree, taken)
-    if not trust_functions:
-        fullest.distrust_functions()
-    plan = make_plan(scheme, module, fullest, options)
-    _refuse_nothing(module, trace, plan)
-    if plan.changes_training and not plan.keeps_function:
-        refuse_trained(module, trace, plan)
-    plan = Plan.from_dict(agree(plan.to_dict()))
-    check_device(module, plan)
-    kept = kept_copies(module, plan, trace, trainer)
-    warn_of_code_beside(module, plan, trace)
-    untouched = _first_step(module, plan, taken, step, trainer, agree, average) if limits_steps else None
-    zeroed = about_to_be_zero(module, plan)
-    rescale_parameters(module, plan)
-    rescale_kept(plan, kept)
-    put_in_force(module, plan)
-    to_be_checked = options.verify and is_to_be_checked(module, plan, trace)
-    taken = GradientsTaken(module, whole=untouched is not None, by_loss=to_be_checked)
-    if options.verify:
-        less, wrong = options, None
+    return _Preparation(module, step, options, trainer, agree, average).run()
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    """One attempt; where its plan fails the gate, another one that does less may follow.
+
+    Attributes:
+        trust_functions: modules that hand-written autograd.Functions run are run again for the backward pass, as
+            checkpoints do; without, no factor is put where another backward pass would not see it.
+    """
+
+    module: nn.Module
+    step: Step
+    options: Options
+    trainer: pl.Trainer | None
+    agree: Agree
+    average: Average
+    trust_functions: bool = True
+
+    def run(self) -> Plan:
+        """From top to bottom, as the module says."""
+        taken = GradientsTaken(self.module, whole=self._limits_steps)
+        trace, fullest = record_draws(self.module, self.step, self.trainer, self.agree, taken)
+        plan = self._plan(trace, fullest)
+        check_device(self.module, plan)
+        kept = kept_copies(self.module, plan, trace, self.trainer)
+        warn_of_code_beside(self.module, plan, trace)
+        untouched = self._first_step(plan, taken) if self._limits_steps else None
+
+        bring_back_all = partial(bring_back, self.module, plan, about_to_be_zero(self.module, plan), kept)
+        rescale_parameters(self.module, plan)
+        rescale_kept(plan, kept)
+        put_in_force(self.module, plan)
+
+        if self.options.verify:
+            by_loss = is_to_be_checked(self.module, plan, trace)
+            taken = GradientsTaken(self.module, whole=untouched is not None, by_loss=by_loss)
+            if (again := self._gate(plan, trace, taken, bring_back_all)) is not None:
+                return again.run()
+        elif untouched is not None:
+            taken = take_gradients(self.module, self.step, self.trainer, whole=True)
+        if untouched is not None and (scaled := self._first_step(plan, taken)) is not None:
+            limit_steps(plan, untouched, scaled)
+        return plan
+
+    @property
+    def _limits_steps(self) -> bool:
+        scheme = scheme_of(self.options)
+        return scheme.changes_training and not scheme.keeps_function and self.options.lr_units == "standard"
+
+    def _plan(self, trace: Trace, fullest: Trace) -> Plan:
+        """What is to be done, the same on all processes; refused where it could not be right."""
+        if not self.trust_functions:
+            fullest.distrust_functions()
+        plan = make_plan(scheme_of(self.options), self.module, fullest, self.options)
+        _refuse_nothing(self.module, trace, plan)
+        if plan.changes_training and not plan.keeps_function:
+            refuse_trained(self.module, trace, plan)
+        return Plan.from_dict(self.agree(plan.to_dict()))
+
+    def _gate(
+        self, plan: Plan, trace: Trace, taken: GradientsTaken, bring_back_all: Callable[[], None]
+    ) -> _Preparation | None:
+        """The attempt to make instead, or None if the model does under the plan what the plan says."""
+        less, wrong = self.options, None
         try:
-            less = _gate(module, plan, trace, taken, step, options, trainer, agree)
+            less = self._options_after_the_same_step(plan, trace, taken)
         except WrongGradientsError as error:
             wrong = error
         except BaseException:  # the model's own code may object too, to other values or to a mode around it
-            bring_back(module, plan, zeroed, kept)
+            bring_back_all()
             raise
-        doubtful = trust_functions and any(call.under_function and not call.in_function for call in trace.calls)
-        distrust = doubtful and agree({"wrong": wrong is not None})["wrong"]
-        if distrust or wrong is not None or less is not options:
-            bring_back(module, plan, zeroed, kept)
-        if wrong is not None and not distrust:
+        doubtful = self.trust_functions and any(call.under_function and not call.in_function for call in trace.calls)
+        distrust = doubtful and self.agree({"wrong": wrong is not None})["wrong"]
+        if not distrust and wrong is None and less is self.options:
+            return None
+        bring_back_all()
+        if distrust:
+            return replace(self, trust_functions=False)
+        if wrong is not None:
             raise wrong
-        if distrust or less is not options:
-            again = options if distrust else less
-            trusted = trust_functions and not distrust
-            return prepare(module, step, again, trainer, agree, average, trust_functions=trusted)
-    elif untouched is not None:
-        taken = take_gradients(module, step, trainer, whole=True)
-    if untouched is not None:
-        scaled = _first_step(module, plan, taken, step, trainer, agree, average)
-        if scaled is not None:
-            limit_steps(plan, untouched, scaled)
-    return plan
+        return replace(self, options=less)
 
+    def _options_after_the_same_step(self, plan: Plan, trace: Trace, taken: GradientsTaken) -> Options:
+        """Options that leave more alone, where the loss of the same step is another under the plan; else these."""
+        again = partial(record, self.module, self.step, self.trainer, taken=taken, may_overflow=True)
+        after = verify(self.module, plan, trace, again)
+        losses = self.agree({"before": trace.loss_numbers, "after": after.loss_numbers, "sites": loudest_sites(plan)})
+        if plan.changes_training and is_far_above(losses["before"], losses["after"]):
+            return with_less(self.module, plan, self.options, losses)
+        verify_gradients(self.module, plan, trace, taken, self.step, self.trainer)
+        return self.options
 
-def _gate(
-    module: nn.Module,
-    plan: Plan,
-    trace: Trace,
-    taken: GradientsTaken,
-    step: Step,
-    options: Options,
-    trainer: pl.Trainer | None,
-    agree: Callable[[dict[str, Any]], dict[str, Any]],
-) -> Options:
-    """The same step under the plan: whether it does what it says; returns options that leave more alone, or these."""
-    after = verify(module, plan, trace, lambda: record(module, step, trainer, taken=taken, may_overflow=True))
-    losses = agree({"before": trace.loss_numbers, "after": after.loss_numbers, "sites": loudest_sites(plan)})
-    if plan.changes_training and is_far_above(losses["before"], losses["after"]):
-        return with_less(module, plan, options, losses)
-    verify_gradients(module, plan, trace, taken, step, trainer)
-    return options
-
-
-def _first_step(
-    module: nn.Module,
-    plan: Plan,
-    taken: GradientsTaken,
-    step: Step,
-    trainer: pl.Trainer | None,
-    agree: Callable[[dict[str, Any]], dict[str, Any]],
-    average: Average,
-) -> FirstStep | None:
-    """What a step of the model does as it is now; None, with a note in the plan, if that can't be measured."""
-    measured: dict[str, Any] = {}
-    is_prepared = plan_of(module) is not None
-    scales = plan.step_scales("adam", decoupled_decay=True)
-    rates = {name: scales[name].lr if is_prepared else 1.0 for name in limited(plan)}
-    try:
-        measured = asdict(measure_first_step(module, taken, step, rates, trainer, average))
-    except RuntimeError as error:
-        measured = {"failed": str(error)}
-    measured = agree(measured)
-    if "failed" in measured:
-        plan.notes.append(f"what the first step does was not measured, and no rate limited: {measured['failed']}")
-        return None
-    return FirstStep(**measured)
+    def _first_step(self, plan: Plan, taken: GradientsTaken) -> FirstStep | None:
+        """What a step of the model does as it is now; None, with a note in the plan, if that can't be measured."""
+        measured: dict[str, Any] = {}
+        is_prepared = plan_of(self.module) is not None
+        scales = plan.step_scales("adam", decoupled_decay=True)
+        rates = {name: scales[name].lr if is_prepared else 1.0 for name in limited(plan)}
+        try:
+            measured = asdict(measure_first_step(self.module, taken, self.step, rates, self.trainer, self.average))
+        except RuntimeError as error:
+            measured = {"failed": str(error)}
+        measured = self.agree(measured)
+        if "failed" in measured:
+            plan.notes.append(f"what the first step does was not measured, and no rate limited: {measured['failed']}")
+            return None
+        return FirstStep(**measured)
 
 
 def _refuse_nothing(module: nn.Module, trace: Trace, plan: Plan) -> None:

@@ -20,6 +20,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
@@ -114,7 +115,7 @@ class WeightCast(CastSite):
             return None
         if _is_captured(weight):  # the graph has to cast whatever the weight is at each replay
             return None
-        if FSDPModule.__subclasses__():  # FSDP2 gathers new values into the same memory, and counts no version
+        if dist.is_initialized() and FSDPModule.__subclasses__():  # gathers new values into memory, counting no version
             return None
         if self._weight is None or not self._weight.holds(weight, backward):
             assert self.scales is not None
