@@ -16,13 +16,13 @@ programs of the environment import torch and Lightning too.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_unitscale.on_import import when_imported
+from lightning_unitscale.warn_user import warn_user
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -60,7 +60,7 @@ def _attach_to(module: str, attachment: Callable[[], None]) -> None:
         try:
             attachment()
         except Exception as error:
-            warnings.warn(f"lightning_unitscale does not fit this {module}: {error!r}", stacklevel=2)
+            warn_user(f"lightning_unitscale does not fit this {module}: {error!r}")
 
     when_imported(module, attempt)
 

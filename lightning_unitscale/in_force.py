@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from lightning_unitscale.engine.runtime.kept_copies import Kept
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.unscaled_steps import watch_steps
+from lightning_unitscale.warn_user import warn_user
 
 
 def put_in_force(module: nn.Module, plan: Plan) -> None:
@@ -76,10 +75,9 @@ def remove(module: nn.Module) -> None:
     restore_parameters(module, plan, folded)
     forget(module)
     if read := [site for site in folded.explicit_sites if site.role == READING]:
-        warnings.warn(
+        warn_user(
             f"unit scaling was removed: {read[0].reason}, and now reads it as it is stored. Penalties on weights have "
-            "another size from here on.",
-            stacklevel=3,
+            "another size from here on."
         )
 
 

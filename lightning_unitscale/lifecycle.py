@@ -24,7 +24,6 @@ callback alone wraps the same few methods on the instance of whatever strategy t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -65,6 +64,7 @@ from lightning_unitscale.sharded_checkpoint import (
     loads_weights_with_file,
     refuse_flattening,
 )
+from lightning_unitscale.warn_user import warn_user
 from lightning_unitscale.whole_checkpoints import read_whole, write_whole
 from lightning_unitscale.wrapped_methods import WrappedMethods
 
@@ -236,10 +236,9 @@ class Lifecycle:
         if trainer.world_size > 1:  # another process may have a loss, and waits for this one
             raise error
         if self._without_loss is None:
-            warnings.warn(
+            warn_user(
                 f"unit scaling: the step on batch {batch_idx} gives no loss; the model stays as it is until a "
-                "batch has one.",
-                stacklevel=2,
+                "batch has one."
             )
         self._without_loss = error
 

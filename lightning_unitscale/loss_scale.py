@@ -14,7 +14,6 @@ infinite after all, the step is left out with a warning that says so, and the sc
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from math import floor, isfinite, log2
@@ -28,6 +27,7 @@ from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
 from lightning_unitscale.engine.record.rehearsal import Rehearsal
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator
+from lightning_unitscale.warn_user import warn_user
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -71,11 +71,10 @@ class LossScale:
             return
         names = [self._names.get(p, "?") for p in parameters if not bool(p.grad.isfinite().all())]
         lower = self.scale / 2**_STEP_DOWN
-        warnings.warn(
+        warn_user(
             f"unit scaling: step {step} is left out: {len(names)} gradients are NaN or infinite "
             f"({', '.join(names[:3])}). The loss scale is lowered from 2^{log2(self.scale):.0f} to "
-            f"2^{log2(lower):.0f}. If this goes on, the loss itself is not finite.",
-            stacklevel=2,
+            f"2^{log2(lower):.0f}. If this goes on, the loss itself is not finite."
         )
         self.scale = lower
         for parameter in parameters:

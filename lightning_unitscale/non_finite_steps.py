@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from lightning_unitscale.engine.record.spread_tensors import part_of
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.namespaces import Callback
 from lightning_unitscale.options import choose
+from lightning_unitscale.warn_user import warn_user
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -84,7 +84,7 @@ class NonFiniteSteps(Callback):
                 "lower the learning rate, or leave such steps out with NonFiniteSteps('skip')."
             )
         self.skipped += 1
-        warnings.warn(f"{where} is left out: {what}; {self.skipped} left out so far.", stacklevel=2)
+        warn_user(f"{where} is left out: {what}; {self.skipped} left out so far.")
         for parameter in parameters:
             parameter.grad = None
         for name, buffer in pl_module.named_buffers():

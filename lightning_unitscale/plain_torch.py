@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from lightning_unitscale.in_force import remove
 from lightning_unitscale.options import RECALIBRATE, Options
 from lightning_unitscale.prepare import prepare
 from lightning_unitscale.record_step import Step
+from lightning_unitscale.warn_user import warn_user
 
 
 def unit_scale(
@@ -88,11 +88,10 @@ def _measure_operands(plan: Plan, step: Step, options: Options) -> None:
             fall_back(module, plan, use, problem)
     unknown = [site.name for site in plan.cast_sites if not site.operand_scales]
     if unknown:
-        warnings.warn(
+        warn_user(
             f"unit scaling: {len(unknown)} sites stay in the compute dtype, as an operand of theirs was all 0 or not "
             f"seen in this step: {', '.join(unknown[:3])}{' …' if len(unknown) > 3 else ''}. Inside `recalibrating` "
-            "they are measured again as the model trains.",
-            stacklevel=3,
+            "they are measured again as the model trains."
         )
 
 

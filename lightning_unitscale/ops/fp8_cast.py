@@ -18,7 +18,6 @@ operations, with the same values to the bit (a NaN stays NaN, whichever).
 
 from __future__ import annotations
 
-import warnings
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from lightning_unitscale.formats import cast
 from lightning_unitscale.ops.cast_sums import SUMS, cast_sums
+from lightning_unitscale.warn_user import warn_user
 
 FP8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 
@@ -139,10 +139,9 @@ def _has_kernel(device: torch.device) -> bool:
         return False
     problem = triton_problem()
     if problem:
-        warnings.warn(
+        warn_user(
             f"unit scaling: {problem}, so casts to FP8 run as several operations of torch, with the same values and "
-            "about twice the memory traffic. pip install 'lightning-unitscale[cuda]' brings the fused kernel.",
-            stacklevel=2,
+            "about twice the memory traffic. pip install 'lightning-unitscale[cuda]' brings the fused kernel."
         )
     return not problem
 

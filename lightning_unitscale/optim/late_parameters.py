@@ -6,13 +6,13 @@ of the untouched model among parameters that are not. That is noticed when their
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 
 from torch import Tensor
 
 from lightning_unitscale.engine.plan.parameter_plan import FROZEN, UNUSED
 from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.warn_user import warn_user
 
 NAMES_SHOWN = 3
 
@@ -37,10 +37,9 @@ class LateParameters:
             return
         self._waiting = [(name, parameter) for name, parameter in self._waiting if name not in learning]
         shown = ", ".join(f"{name} ({self._reasons[name]})" for name in learning[:NAMES_SHOWN])
-        warnings.warn(
+        warn_user(
             f"unit scaling: {len(learning)} parameters learn now that the plan leaves alone: {shown}"
             f"{' …' if len(learning) > NAMES_SHOWN else ''}. They keep the untouched model's scale and learning rate, "
             "which the others do not. Prepare the model with a step in which they take part (all blocks, heads and "
-            "losses, nothing frozen), or, if it is meant, list them in skip.",
-            stacklevel=2,
+            "losses, nothing frozen), or, if it is meant, list them in skip."
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch.optim import Optimizer
+
+from lightning_unitscale.warn_user import warn_user
 
 LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay is below 1e-3
 
@@ -23,16 +23,14 @@ def warn_of_ordinary_units(optimizer: Optimizer, least_usual_rate: float) -> Non
         lr = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
         decay = lr * float(group.get("weight_decay") or 0.0)
         if lr < least_usual_rate:
-            warnings.warn(
+            warn_user(
                 f"lr_units='umup' with a learning rate of {lr:g}: in the scheme's own units about 1 is usual (try 0.1 "
                 f"to 4), and below {least_usual_rate} a model hardly learns. For a learning rate with its ordinary "
-                "meaning use lr_units='standard'.",
-                stacklevel=2,
+                "meaning use lr_units='standard'."
             )
         if decay > LARGE_DECAY:
-            warnings.warn(
+            warn_user(
                 f"lr_units='umup' with lr · weight_decay = {decay:g}: decoupled weight decay would take that share of "
                 "each weight in each step. Divide weight_decay by what the learning rate grew by (1e-4 is usual at lr "
-                "1 to 2).",
-                stacklevel=2,
+                "1 to 2)."
             )

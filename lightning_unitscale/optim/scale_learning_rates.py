@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 from torch.optim import Optimizer
 
@@ -13,6 +11,7 @@ from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.families import check_family, optimizer_family
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps
+from lightning_unitscale.warn_user import warn_user
 
 
 def scale_learning_rates(
@@ -70,11 +69,10 @@ def _warn_of_replaced(module: nn.Module, plan: Plan) -> None:
     ):
         names = differences[kind]
         if names and plan.changes_training:
-            warnings.warn(
+            warn_user(
                 f"unit scaling: {type(module).__name__} was changed since it was prepared ({kind}: "
                 f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}); {consequence}. Change a model before it is "
-                "prepared, or between remove_unit_scaling(model) and preparing it anew.",
-                stacklevel=3,
+                "prepared, or between remove_unit_scaling(model) and preparing it anew."
             )
 
 

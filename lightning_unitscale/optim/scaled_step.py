@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import types
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +38,7 @@ from lightning_unitscale.optim.divided_gradients import DividedGradients
 from lightning_unitscale.optim.late_parameters import LateParameters
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup
 from lightning_unitscale.optim.write_watch import Watched, WriteWatch
+from lightning_unitscale.warn_user import warn_user
 
 _ATTRIBUTE = "_unit_scaled_step"  # where an optimizer keeps its ScaledStep
 _WATCH = "_write_watch"  # where a plan in force keeps what its optimizers left
@@ -175,12 +175,11 @@ class ScaledStep:
 
     def _ask_for_schedule(self) -> None:
         if schedule := self._plan.unfollowed_schedule:
-            warnings.warn(
+            warn_user(
                 f"unit scaling: operand scales are to be measured again at {', '.join(map(str, schedule[:3]))} …, and "
                 "nothing does it. Put the forward and backward passes of each step inside `with "
                 "recalibrating(plan, step):`, or prepare the model with recalibrate=() if the first scales are "
-                "to stay.",
-                stacklevel=4,
+                "to stay."
             )
 
     def _enter(

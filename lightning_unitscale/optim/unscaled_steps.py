@@ -7,7 +7,6 @@ pre-hook stands before the steps of all torch optimizers. After an optimizer's f
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import Any
 
@@ -22,6 +21,7 @@ from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.families import optimizer_family
 from lightning_unitscale.optim.scaled_step import parameters_with_scaled_steps
+from lightning_unitscale.warn_user import warn_user
 
 _SEEN: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
 _plans_put_in_force = 0
@@ -68,12 +68,11 @@ def _unscaled(optimizer: Optimizer, module: nn.Module, plan: Plan, stepped: set[
 
 
 def _warn(optimizer: Optimizer, module: nn.Module, names: list[str]) -> None:
-    warnings.warn(
+    warn_user(
         f"unit scaling: this {type(optimizer).__name__} steps {len(names)} parameters of {type(module).__name__} "
         f"({', '.join(names[:3])}{' …' if len(names) > 3 else ''}) without the learning-rate multipliers of the plan "
         "that they were prepared with, so some learn much faster or slower than they did. In a Trainer, give it the "
         "UnitScaling callback or a unitscale strategy again, at every fit; in a loop of your own, call "
         "scale_learning_rates(optimizer, plan) before the first step. To go on without, call "
-        "remove_unit_scaling(model) and make learning rates your own.",
-        stacklevel=4,
+        "remove_unit_scaling(model) and make learning rates your own."
     )

@@ -8,7 +8,6 @@ Only what has a gradient is watched: a target network or an average in the model
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unitscale.engine.checks.beside import some, written_outside
+from lightning_unitscale.warn_user import warn_user
 
 _STEPS_WITH_NORMS = 2
 
@@ -94,7 +94,7 @@ class WriteWatch:
 
     def _warn(self, message: str) -> None:
         self._done = True
-        warnings.warn(message, stacklevel=6)
+        warn_user(message)
 
 
 def _norms(watched: Sequence[Watched]) -> list[Tensor]:

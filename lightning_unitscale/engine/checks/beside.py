@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
 from lightning_unitscale.engine.analysis.readings import find_readings
@@ -11,6 +9,7 @@ from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.checks.trained_weights import rescaled
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.record.trace import Trace
+from lightning_unitscale.warn_user import warn_user
 
 
 def warn_of_code_beside(module: nn.Module, plan: Plan, trace: Trace) -> None:
@@ -20,14 +19,11 @@ def warn_of_code_beside(module: nn.Module, plan: Plan, trace: Trace) -> None:
     reasons = find_readings(Structure(trace)).left_alone
     alone = [name for name, parameter in plan.parameters.items() if parameter.reason == reasons.get(name)]
     if alone:
-        warnings.warn(
-            f"unit scaling leaves {some(alone)} of {type(module).__name__} unscaled, as {reasons[alone[0]]}.",
-            stacklevel=4,
-        )
+        warn_user(f"unit scaling leaves {some(alone)} of {type(module).__name__} unscaled, as {reasons[alone[0]]}.")
     changed = set(rescaled(plan))
     written = [name for name in trace.written if name in changed]
     if written:
-        warnings.warn(written_outside(written, trace.written[written[0]]), stacklevel=4)
+        warn_user(written_outside(written, trace.written[written[0]]))
 
 
 def written_outside(names: list[str], where: str) -> str:

@@ -12,7 +12,6 @@ token: such a site keeps the scales it has; where it has none yet, it casts noth
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -29,6 +28,7 @@ from lightning_unitscale.engine.runtime.operand_statistics import Accumulator, S
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import FORMATS, exponent, kind, supports
+from lightning_unitscale.warn_user import warn_user
 
 MOST_ERROR = 0.15
 _SWITCHES = {"x": "activations", "weight": "weights", "gradient": "gradients"}
@@ -153,7 +153,7 @@ def fall_back(module: nn.Module, plan: Plan, use: UseId, reason: str) -> None:
     """Leave a use in the compute dtype from now on, and say so."""
     casts = casts_in_force(module)
     site = next(site for site in plan.cast_sites if site.use == use)
-    warnings.warn(f"unit scaling: {site.name} stays in the compute dtype from now on: {reason}.", stacklevel=2)
+    warn_user(f"unit scaling: {site.name} stays in the compute dtype from now on: {reason}.")
     for site in plan.cast_sites:
         if site.use == use:
             site.format, site.format_reason = None, reason
@@ -178,8 +178,7 @@ def check_device(module: nn.Module, plan: Plan) -> None:
 
 def _report_non_finite(site: Site, operand: str, statistics: Statistics, step: int) -> None:
     if statistics.non_finite:
-        warnings.warn(
+        warn_user(
             f"unit scaling: at step {step} the {operand} of {site.name} ({site.use.key}) has "
-            f"{statistics.non_finite} elements that are NaN or infinite, which a cast to {site.format} would hide.",
-            stacklevel=2,
+            f"{statistics.non_finite} elements that are NaN or infinite, which a cast to {site.format} would hide."
         )

@@ -11,7 +11,6 @@ learning rate mends. The same step, before and after, shows it:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
@@ -22,6 +21,7 @@ from torch import nn
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.options import Options
+from lightning_unitscale.warn_user import warn_user
 
 LARGEST_RATIO = 1.5
 _SMALL = 0.1  # losses that may be near 0, or of either sign
@@ -74,7 +74,7 @@ def with_less(module: nn.Module, plan: Plan, options: Options, losses: Mapping[s
             replace(options, scheme="preserve", hyperparameters={}),
             "the whole model, which trains as if untouched",
         )
-    warnings.warn(f"unit scaling: {found}; outputs far above RMS 1: {named}. Left alone: {left}.", stacklevel=5)
+    warn_user(f"unit scaling: {found}; outputs far above RMS 1: {named}. Left alone: {left}.")
     return less
 
 

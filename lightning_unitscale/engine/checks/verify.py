@@ -12,7 +12,6 @@ and the share of them within a factor of 2 and of 4 of RMS 1 goes into the plan;
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from math import isclose, isfinite, log2
 
@@ -27,6 +26,7 @@ from lightning_unitscale.engine.runtime.install import watching_factors
 from lightning_unitscale.engine.runtime.rules import AppliedFactors
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.ops import MATMULS, is_lookup
+from lightning_unitscale.warn_user import warn_user
 
 LOW_SHARE = 0.75
 KEPT = 0.02  # of the loss; a narrow dtype rounds scaled weights to other numbers
@@ -69,10 +69,9 @@ def verify(module: nn.Module, plan: Plan, before: Trace, rehearse: Callable[[], 
     share = operand_share(plan, 4.0)
     if share < LOW_SHARE:
         worst = ", ".join(f"{name} {operand}: RMS {rms:.2g}" for rms, name, operand in worst_operands(plan)[:3])
-        warnings.warn(
+        warn_user(
             f"unit scaling: only {share:.0%} of the matmul operands of {type(module).__name__} have an RMS within a "
-            f"factor 4 of 1 under the plan; the furthest off: {worst}.",
-            stacklevel=2,
+            f"factor 4 of 1 under the plan; the furthest off: {worst}."
         )
     return after
 

@@ -13,7 +13,6 @@ in the compute dtype; low cosines are a warning (`LOW_COSINE`).
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,6 +34,7 @@ from lightning_unitscale.formats import FORMATS
 from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.round_trip import round_trip
 from lightning_unitscale.ops.torch_functions import short_name
+from lightning_unitscale.warn_user import warn_user
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -84,10 +84,9 @@ def _warn_of_low_cosines(module: nn.Module, plan: Plan) -> None:
     low = sorted((cosine, name) for name, cosine in plan.gradient_cosine.items() if not cosine >= least)
     if low:
         worst = ", ".join(f"{name} {cosine:.3f}" for cosine, name in low[:3])
-        warnings.warn(
+        warn_user(
             f"unit scaling: with casts, the gradients of {len(low)} parameters of {type(module).__name__} have a "
-            f"cosine below {least} with those without: {worst}. overrides={{name: {{'format': None}}}} skips it.",
-            stacklevel=3,
+            f"cosine below {least} with those without: {worst}. overrides={{name: {{'format': None}}}} skips it."
         )
 
 

@@ -20,7 +20,6 @@ passes depends on what they show.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -39,6 +38,7 @@ from lightning_unitscale.engine.record.rehearsal import Rehearsal
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import install, rules_in_force, uninstall, untouched_factors
 from lightning_unitscale.errors import WrongGradientsError
+from lightning_unitscale.warn_user import warn_user
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -226,11 +226,10 @@ def _leave_to_its_author(module: nn.Module, plan: Plan, before: Trace, wrong: di
     )
     plan.notes.append(found)
     if any(not 1 / _SLIGHTLY <= factor <= _SLIGHTLY for factor in wrong.values()):
-        warnings.warn(
+        warn_user(
             f"unit scaling: {type(module).__name__}: {found}. If they are meant to be others (a reversal, a "
             "straight-through estimator), all is well. If that code iterates to a fixed point or inverts layers, it "
-            "may need weights of the size that it was given: list these in skip.",
-            stacklevel=5,
+            "may need weights of the size that it was given: list these in skip."
         )
 
 
