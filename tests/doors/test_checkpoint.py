@@ -1,9 +1,6 @@
 """Checkpoints: a resumed run is the whole run, and no checkpoint can be misread."""
 
 import enum
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
+from support.fresh_python import run_python
 from support.training import ByStep, Language, assert_same_state, batches, build, fit, trainer
 from support.zoo import next_token_batch
 from support.zoo_modules import TiedLanguageModel
@@ -20,16 +18,7 @@ from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.strategy import UnitScalingStrategy
 
 STORAGES = ("folded", "unit")
-TESTS = Path(__file__).parent.parent
 PER_EPOCH = 4
-
-
-def run_python(code: str, *arguments: object) -> None:
-    """In a new process; the code says by an exception that something is wrong."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +73,7 @@ def test_a_resumed_run_is_the_whole_run(tmp_path: Path) -> None:
     for name in RESUMES:
         (tmp_path / name).mkdir()
         whole[name] = by_step(name, tmp_path / name, SaveAt(tmp_path / name))
-    run_python("import sys; from doors.test_checkpoint import resume_all; resume_all(sys.argv[1])", tmp_path)
+    run_python("-c", "import sys; from doors.test_checkpoint import resume_all; resume_all(sys.argv[1])", tmp_path)
     for name, module in whole.items():
         assert len(module.losses) == 16
         for where, step in AT.items():
@@ -178,7 +167,7 @@ def test_checkpoints_where_the_package_is_missing(tmp_path: Path) -> None:
                 scaled.append(str(path))
             else:
                 plain[str(path)] = loss
-    run_python(WITHOUT_PACKAGE, json.dumps(plain), json.dumps(scaled))
+    run_python("-c", WITHOUT_PACKAGE, json.dumps(plain), json.dumps(scaled))
 
 
 @pytest.mark.parametrize("storage", STORAGES)

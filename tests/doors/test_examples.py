@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from support.fresh_python import ROOT, run_python
 
 from lightning_unitscale import cli
 
-ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = sorted((ROOT / "recipes" / "examples").glob("*.py"))
 
 
 def output(example: str, folder: Path) -> str:
     """What an example prints, run in an empty folder."""
     file = ROOT / "recipes" / "examples" / f"{example}.py"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, str(file)], cwd=folder, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    printed = run_python(file, cwd=folder)
     assert not list(folder.iterdir())
-    return run.stdout
+    return printed
 
 
 def test_plain_torch_loop(tmp_path: Path) -> None:

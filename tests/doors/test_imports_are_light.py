@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from support.fresh_python import run_python
 
 from lightning_unitscale import attachments, formats, options
 from lightning_unitscale.engine.plan import state_dict
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def python(code: str) -> str:
-    """What a fresh Python prints."""
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
 
 HELP = """
 import sys
@@ -41,12 +22,12 @@ print("heavy:", sorted(set(sys.modules) & {{"torch", "pytorch_lightning", "trans
     [["--help"], ["pretrain", "--help"], ["completion", "words", "unitscale pretrain o"]],
 )
 def test_help_and_completion_import_neither_torch_nor_lightning(words: list[str]) -> None:
-    assert python(HELP.format(words=words)).rstrip().endswith("heavy: []")
+    assert run_python("-c", HELP.format(words=words)).rstrip().endswith("heavy: []")
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
     heavy = 'print(sorted(set(sys.modules) & {"torch", "pytorch_lightning", "hydra", "rich"}))'
-    assert python(f"import sys, lightning_unitscale; {heavy}").strip() == "[]"
+    assert run_python("-c", f"import sys, lightning_unitscale; {heavy}").strip() == "[]"
 
 
 ASKED = """
@@ -67,13 +48,13 @@ print(torch.nn.Module.load_state_dict.__wrapped__.__name__)
     ],
 )
 def test_the_order_of_imports_does_not_matter(first: str) -> None:
-    assert python(first + "\n" + ASKED).split() == ["UnitScalingStrategy", "load_state_dict"]
+    assert run_python("-c", first + "\n" + ASKED).split() == ["UnitScalingStrategy", "load_state_dict"]
 
 
 def test_names_are_those_of_their_modules_whatever_was_imported_before() -> None:
     code = "import lightning_unitscale.plain_torch as module, lightning_unitscale as package\n"
     code += "print(package.unit_scale is module.unit_scale, 'Plan' in dir(package))"
-    assert python(code).split() == ["True", "True"]
+    assert run_python("-c", code).split() == ["True", "True"]
     with pytest.raises(AttributeError, match="has no attribute 'UnitScalling'"):
         __import__("lightning_unitscale").UnitScalling  # noqa: B018
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.fresh_python import ROOT, run_python
 
 from lightning_unitscale import cli
 
-ROOT = Path(__file__).parent.parent.parent
 SMALL = ["module.width=16", "module.depth=1", "module.heads=2", "data.length=17", "data.batch_size=4"]
 SHORT = ["trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.limit_val_batches=1", "hydra.run.dir=run"]
 
@@ -29,15 +27,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train(project: Path, *overrides: str) -> str:
-    run = subprocess.run(
-        [sys.executable, "train.py", *SMALL, *SHORT, *overrides],
-        cwd=project,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    return run_python("train.py", *SMALL, *SHORT, *overrides, path=[ROOT], cwd=project)
 
 
 def test_the_project_trains_at_once(project: Path) -> None:

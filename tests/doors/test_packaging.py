@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import site
 import subprocess
@@ -11,8 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent.parent
+from support.fresh_python import ROOT, run_python
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +28,7 @@ def wheel_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def python(tree: Path, cwd: Path, *arguments: str) -> str:
     """Standard output of a Python that has the unpacked wheel in front of everything."""
-    run = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(tree)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    return run_python(*arguments, path=[tree], cwd=cwd)
 
 
 def files(folder: Path) -> set[Path]:
@@ -123,12 +113,10 @@ def test_a_broken_installation_does_not_break_torch(wheel_tree: Path, tmp_path: 
     if BROKEN[state] is not None:
         (tmp_path / "lightning_unitscale").mkdir()
         (tmp_path / "lightning_unitscale" / "__init__.py").write_text(BROKEN[state])
-    path = os.pathsep.join([str(tmp_path), *site.getsitepackages()])
     code = "import torch, sys; print(torch.ones(1).item(), 'lightning_unitscale_autoload' in sys.modules)"
-    run = subprocess.run(  # -S: no .pth files, which would lead to an editable installation
-        [sys.executable, "-S", "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert (run.stdout.split(), run.returncode) == (["1.0", "True"], 0), run.stderr
+    # -S: no .pth files, which would lead to an editable installation
+    printed = run_python("-S", "-c", code, path=[tmp_path, *map(Path, site.getsitepackages())])
+    assert printed.split() == ["1.0", "True"]
 
 
 CHANGED_LIGHTNING = """

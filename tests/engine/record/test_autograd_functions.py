@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.functions import Alias, ChunkedCrossEntropy, View
+from support.functions import Alias, ChunkedCrossEntropy, Gelu, View
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -39,21 +39,6 @@ class OwnLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         return gradient @ weight, gradient.flatten(0, -2).T @ x.flatten(0, -2), gradient.flatten(0, -2).sum(0)
-
-
-class OwnGelu(torch.autograd.Function):
-    """GELU that computes its slope in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.gelu(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        density = torch.exp(-0.5 * x**2) / (2 * torch.pi) ** 0.5
-        return gradient * (0.5 * (1 + torch.erf(x / 2**0.5)) + x * density)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -109,7 +94,7 @@ class Block(nn.Module):
         h = self.norm(x)
         if not self.own:
             return x + self.down(F.gelu(self.up(h)))
-        h = OwnGelu.apply(OwnLinear.apply(h, self.up.weight, self.up.bias))
+        h = Gelu.apply(OwnLinear.apply(h, self.up.weight, self.up.bias))
         return x + OwnLinear.apply(h, self.down.weight, self.down.bias)
 
 
@@ -268,7 +253,7 @@ class Between(nn.Module):
 
     def forward(self, ids: Tensor, target: Tensor, calls: int = 1) -> Tensor:
         h = self.up(self.table(ids))
-        x = self.down(OwnGelu.apply(h) if self.own else F.gelu(h))
+        x = self.down(Gelu.apply(h) if self.own else F.gelu(h))
         for _ in range(calls):
             x = self.shared(x)
         if self.own:

@@ -2,15 +2,11 @@
 
 import functools
 import gc
-import os
 import random
-import subprocess
-import sys
 import threading
 import warnings
 import weakref
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +18,7 @@ import torchmetrics
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.strategies import ModelParallelStrategy
+from support.fresh_python import run_python
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -644,11 +641,7 @@ class AcrossProcesses(RandomNumbers):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
 def test_two_processes():
     # In a fresh interpreter: the fork of one in which other tests have left threads may wait for them for ever.
-    script = "import test_rehearsal; test_rehearsal.two_processes()"
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2]), *sys.path])
-    environment = {**os.environ, "PYTHONPATH": path}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    run_python("-c", "from engine.record import test_rehearsal; test_rehearsal.two_processes()")
 
 
 def two_processes() -> None:
