@@ -83,7 +83,7 @@ def wrap_load_state_dict() -> None:
             return original(self, state_dict, *args, **kwargs)
 
     setattr(load_state_dict, _OURS, True)
-    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]  # on purpose
+    nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]  # a function for a method
 
 
 def _carries_a_plan(state: Mapping[str, Any]) -> bool:

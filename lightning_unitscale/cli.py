@@ -58,10 +58,10 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in ("-h", "--help", "help"):
         width = max(map(len, known))
-        print(USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in known.items())))
+        _print(USAGE.format(commands="\n".join(f"  {name:{width}}  {text}" for name, text in known.items())))
         return
     if command == "completion":
-        print(completion(sys.argv[2:]))
+        _print(completion(sys.argv[2:]))
         return
     if command not in known:
         sys.exit(
@@ -69,7 +69,7 @@ def main() -> None:
             f"{_did_you_mean(command, known)} See unitscale --help."
         )
     if {"-h", "--help"} & set(sys.argv[2:]):
-        print(help_of(command))
+        _print(help_of(command))
         return
     script = shipped("recipes") / f"{command}.py"
     sys.argv = [str(script), *sys.argv[2:]]  # what relaunched processes (DDP) run
@@ -78,6 +78,14 @@ def main() -> None:
         runpy.run_path(str(script), run_name="__main__")
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}. The recipes' own packages: pip install 'lightning-unitscale[recipes]'")
+
+
+def _print(text: str) -> None:
+    """Also for a reader like `head`, who closes the pipe before the end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes as it exits
 
 
 def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:

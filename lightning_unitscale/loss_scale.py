@@ -57,7 +57,7 @@ class LossScale:
         """Inside, `backward` of the yielded loss, which has the same value, gives true gradients."""
         self._active = True
         try:
-            yield _SeededGradient.apply(loss, self.scale)  # type: ignore[no-untyped-call]  # torch's
+            yield _SeededGradient.apply(loss, self.scale)  # type: ignore[no-untyped-call]  # torch has no types here
         finally:
             self._active = False
 

@@ -46,7 +46,7 @@ def scale_gradient(x: Tensor, scale: Scale = None, dim: Dimensions = None) -> Te
     check_scale(scale, "scale_gradient")
     if scale is None and x.numel() == 0:
         divisor(x, scale, dim, "scale_gradient")  # raises
-    result: Tensor = _DividedBackward.apply(x, scale, dim)  # type: ignore[no-untyped-call]  # torch's
+    result: Tensor = _DividedBackward.apply(x, scale, dim)  # type: ignore[no-untyped-call]  # torch has no types here
     return result
 
 

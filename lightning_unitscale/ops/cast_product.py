@@ -120,8 +120,8 @@ def cast_product(
     arguments, dtype = (x, weight, narrow_weight, products, format), autocast_dtype(x.device)
     y: Tensor
     if dtype is None or x.dtype == torch.float64:  # which autocast leaves alone
-        y = CastProduct.apply(*arguments, x.dtype, *scales)  # type: ignore[no-untyped-call]  # torch's
+        y = CastProduct.apply(*arguments, x.dtype, *scales)  # type: ignore[no-untyped-call]  # torch has no types here
     else:
         with torch.autocast(x.device.type, enabled=False):
-            y = CastProduct.apply(*arguments, dtype, *scales)  # type: ignore[no-untyped-call]  # torch's
+            y = CastProduct.apply(*arguments, dtype, *scales)  # type: ignore[no-untyped-call]  # torch has no types here
     return y

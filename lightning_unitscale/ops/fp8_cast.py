@@ -78,7 +78,7 @@ _LIBRARY.define(
 def _run(tensor: Tensor, scale: Tensor, dtype: torch.dtype, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     if tensor.dtype in _KERNEL_DTYPES and tensor.numel() and _has_kernel(tensor.device):
         kernel = import_module("lightning_unitscale.ops.fp8_kernel")
-        return kernel.run(tensor, scale, dtype, *options)  # type: ignore[no-any-return]  # triton's
+        return kernel.run(tensor, scale, dtype, *options)  # type: ignore[no-any-return]  # triton has no types here
     return in_torch(tensor, scale, dtype, *options)
 
 

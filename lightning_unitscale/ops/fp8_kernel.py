@@ -27,8 +27,8 @@ from lightning_unitscale.ops.fp8_cast import outputs, padded
 BLOCK = 64  # a tile's rows and columns: both layouts are written in runs of 64 bytes
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # triton's
-def _encode(v, MANTISSA: tl.constexpr, LARGEST: tl.constexpr, NORMAL: tl.constexpr, SUBNORMAL: tl.constexpr):  # type: ignore[no-untyped-def]  # triton's
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types here
+def _encode(v, MANTISSA: tl.constexpr, LARGEST: tl.constexpr, NORMAL: tl.constexpr, SUBNORMAL: tl.constexpr):  # type: ignore[no-untyped-def]  # triton has no types here
     """The codes of float32 numbers."""
     DROPPED: tl.constexpr = 23 - MANTISSA
     bits = v.to(tl.int32, bitcast=True)
@@ -47,8 +47,8 @@ def _encode(v, MANTISSA: tl.constexpr, LARGEST: tl.constexpr, NORMAL: tl.constex
     return (tl.where(is_nan, 0x7F, code) | sign).to(tl.uint8)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # triton's
-def _decode(code, MANTISSA: tl.constexpr, NORMAL: tl.constexpr, SUBNORMAL: tl.constexpr):  # type: ignore[no-untyped-def]  # triton's
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types here
+def _decode(code, MANTISSA: tl.constexpr, NORMAL: tl.constexpr, SUBNORMAL: tl.constexpr):  # type: ignore[no-untyped-def]  # triton has no types here
     """The absolute values that codes of finite numbers stand for."""
     DROPPED: tl.constexpr = 23 - MANTISSA
     magnitude = code.to(tl.int32) & 0x7F
@@ -57,8 +57,8 @@ def _decode(code, MANTISSA: tl.constexpr, NORMAL: tl.constexpr, SUBNORMAL: tl.co
     return tl.where(magnitude < (1 << MANTISSA), magnitude.to(tl.float32) * SUBNORMAL, normal)
 
 
-@triton.jit  # type: ignore[untyped-decorator]  # triton's
-def cast_tile(  # type: ignore[no-untyped-def]  # triton's
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types here
+def cast_tile(  # type: ignore[no-untyped-def]  # triton has no types here
     source, scale, rows, columns, sums,
     height, width, padded_height, padded_width, down, right,
     MANTISSA: tl.constexpr, LARGEST: tl.constexpr, NORMAL: tl.constexpr, SUBNORMAL: tl.constexpr,

@@ -70,7 +70,7 @@ def upcast(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(torch.float32 if wide == torch.float16 else wide)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
 def has_tensor_cores(device: torch.device) -> bool:
     """Whether the device multiplies FP8; "meta" stands for a CUDA device that does, with all its rules."""
     return _multiplies_fp8(device)

@@ -32,7 +32,7 @@ def multiplies_groups(a: Cast, b: Cast, dtype: torch.dtype) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch has no types here
 def _has_kernel(device: torch.device) -> bool:
     return _is_hopper(device)
 

@@ -91,5 +91,5 @@ def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: f
         with torch.autocast(x.device.type, enabled=False):
             return scaled_linear(x, weight, bias, a, b)
     product = ScaledProduct if torch.compiler.is_compiling() else ProductWithTangents
-    y: Tensor = product.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b)  # type: ignore[no-untyped-call]  # torch's
+    y: Tensor = product.apply(x.reshape(-1, x.shape[-1]), weight, bias, a, b)  # type: ignore[no-untyped-call]  # torch has no types here
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def test_help_lists_every_recipe_with_one_line(monkeypatch: pytest.MonkeyPatch, 
         assert line
         assert re.search(rf"^  {name} +{re.escape(line)}$", shown, re.MULTILINE)
     assert "optimizer.lr=" in shown
+
+
+def test_help_may_be_read_by_one_who_stops_early() -> None:
+    command = [sys.executable, "-m", "lightning_unitscale.cli", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_unknown_command_names_the_near_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ class StaticLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (tokens, in); result: (tokens, out)."""
-        y: Tensor = CastProduct.apply(  # type: ignore[no-untyped-call]  # torch's
+        y: Tensor = CastProduct.apply(  # type: ignore[no-untyped-call]  # torch has no types here
             x, self.weight, None, MatrixProducts(), FORMATS["fp8"], x.dtype, *self.scales
         )
         return y

@@ -19,7 +19,7 @@ class PassCounter(TorchDispatchMode):
     """
 
     def __init__(self, large: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.large = large
         self.passes: list[tuple[str, int]] = []
 

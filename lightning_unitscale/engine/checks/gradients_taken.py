@@ -103,7 +103,7 @@ class _Watch(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, taken: GradientsTaken) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self.taken = taken
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -29,13 +29,13 @@ APPLY = _apply.__code__  # stands on the Python stack between a watched Function
 def watching_functions(run: Runner) -> Iterator[None]:
     """Let `run` run every Function that is applied inside."""
     _runners.append(run)
-    _SingleLevelFunction.apply = classmethod(_apply)  # type: ignore[attr-defined]  # as above
+    _SingleLevelFunction.apply = classmethod(_apply)  # type: ignore[attr-defined]  # defined by its base class in C++
     try:
         yield
     finally:
         _runners.pop()
         if not _runners:
-            del _SingleLevelFunction.apply  # type: ignore[attr-defined]  # its base class in C++ has it
+            del _SingleLevelFunction.apply  # type: ignore[attr-defined]  # likewise
 
 
 @contextmanager
@@ -50,11 +50,11 @@ def reentrant_checkpoints_opened() -> Iterator[None]:
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
     around = vars(CheckpointFunction).get("apply")  # of one that is entered already; the base class has torch's
-    CheckpointFunction.apply = apply  # type: ignore[method-assign]  # for this while
+    CheckpointFunction.apply = apply  # type: ignore[method-assign]  # a function for a method
     try:
         yield
     finally:
         if around is None:
             del CheckpointFunction.apply
         else:
-            CheckpointFunction.apply = around  # type: ignore[method-assign]  # as it was
+            CheckpointFunction.apply = around  # type: ignore[method-assign]  # a function for a method

@@ -16,7 +16,7 @@ class WriteGuard(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types here
         self._own: set[int] = set()
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
@@ -43,7 +43,7 @@ class WriteGuard(TorchDispatchMode):
         return result
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch has no types here
         for storage, before in self._before.values():
             if storage.nbytes() != before.nbytes():
                 storage.resize_(before.nbytes())

@@ -146,7 +146,7 @@ class AttentionCast(CastSite):
         operands = op.multiplicands(call)
         scales = self._scales_on(next(iter(operands.values())).device)
         rounded = [
-            (operand, Rounded.apply(operand, self.format.numbers(label), scales[label]))  # type: ignore[no-untyped-call]  # torch's
+            (operand, Rounded.apply(operand, self.format.numbers(label), scales[label]))  # type: ignore[no-untyped-call]  # torch has no types here
             for label, operand in operands.items()
         ]
         return call.with_each(lambda argument: next((new for old, new in rounded if old is argument), argument))
@@ -154,7 +154,7 @@ class AttentionCast(CastSite):
     def rounded_gradient(self, result: Tensor) -> Tensor:
         """The result of the call; the gradient that comes back to it is rounded."""
         scale = self._scales_on(result.device)["gradient"]
-        y: Tensor = RoundedGradient.apply(result, self.format.gradient, scale)  # type: ignore[no-untyped-call]  # torch's
+        y: Tensor = RoundedGradient.apply(result, self.format.gradient, scale)  # type: ignore[no-untyped-call]  # torch has no types here
         return y
 
 

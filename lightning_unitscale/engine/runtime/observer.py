@@ -102,11 +102,11 @@ class OperandObserver(TorchFunctionMode):
         for buffer in self._module.buffers():  # only now: a rehearsed step has buffers of its own
             self._parameters[buffer] = ()
         _ENTERED.append(self)
-        super().__enter__()  # type: ignore[no-untyped-call]  # torch's
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch has no types here
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]  # torch's
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]  # torch has no types here
         _ENTERED.pop()
 
     def forget_parameters(self) -> None:
