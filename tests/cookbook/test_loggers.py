@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.fresh_python import run_python
 from support.recipe_runs import run_recipe
 
 
@@ -47,6 +48,8 @@ def test_mlflow_in_a_file(tmp_path: Path) -> None:
 def test_aim_in_a_folder(tmp_path: Path) -> None:
     aim = pytest.importorskip("aim")
     _, loss = logged("aim", tmp_path)
+    reindex = "import sys; from aim.cli.cli import cli_entry_point; cli_entry_point(sys.argv[1:])"
+    run_python("-c", reindex, "storage", "--repo", tmp_path, "reindex", "--yes")  # as `aim up` does while it runs
     (found,) = aim.Repo(str(tmp_path)).iter_runs()
     values = [values.values_list() for metric in found.metrics() if (values := metric.values) and "loss" in metric.name]
     assert any(value == pytest.approx(loss, rel=1e-5) for series in values for value in series)
