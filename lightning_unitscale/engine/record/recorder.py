@@ -29,6 +29,7 @@ from lightning_unitscale.engine.record.keys import (
     is_parametrization,
     parameters_of_result,
 )
+from lightning_unitscale.engine.record.past_instance import is_past_instance
 from lightning_unitscale.engine.record.places import Frame
 from lightning_unitscale.engine.record.spread_tensors import MOVES, gathering_modules, whole
 from lightning_unitscale.engine.record.tensor_facts import is_alias, largest, number, parameter_facts, rms
@@ -370,7 +371,8 @@ class Recorder(TorchFunctionMode):
             if code.co_argcount:
                 owner = python_frame.f_locals.get(code.co_varnames[0])
                 module = self._module_names.get(id(owner)) if isinstance(owner, nn.Module) else None
-                if module is not None and _is_method(owner, code.co_name):
+                is_frame = module is not None and _is_method(owner, code.co_name)
+                if module is not None and is_frame and not is_past_instance(python_frame, owner):
                     self._frames[id(python_frame)] = python_frame
                     key = (id(python_frame), name)
                     ordinal = self._ordinals.get(key, 0)
