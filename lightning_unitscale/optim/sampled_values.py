@@ -2,9 +2,9 @@
 
 Each step looks at the next few parameters, and in each at elements spread over it, so the cost is the same for a model
 of any size. A write that comes back at every step (a clamp, a projection) is met within a round of all parameters; one
-made once is met if it is made to most of a model's values (a rewind, an average put in, pruning), but not, by chance, if
-to few of them. Bits are compared, so that NaN is equal to itself. A device other than the CPU is asked what it has found
-once in many steps, for it would have to be waited for.
+made once is met if it is made to most of a model's values (a rewind, an average put in, pruning), but not, by chance,
+if to few of them. Bits are compared, so that NaN is equal to itself. A device other than the CPU is asked what it has
+found once in many steps, for it would have to be waited for.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _bits(parameter: Tensor, start: int) -> Tensor:
     values: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter.detach()
     if values.is_complex():
         values = torch.view_as_real(values)
-    order = sorted(range(values.dim()), key=lambda dim: -values.stride(dim))  # as they lie in memory
+    order = sorted(range(values.dim()), key=lambda dim: -values.stride()[dim])  # as they lie in memory
     values = values.permute(order).reshape(-1)
     step = max(1, values.numel() // _ELEMENTS)
     return values[start % step :: step].view(_BITS[values.element_size()])
