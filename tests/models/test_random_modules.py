@@ -123,6 +123,9 @@ def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @example(  # a bias behind a norm without gain takes no factor that the norm can't
     Program((Part("post-norm residual", inner=(Part("linear"),)), Part("position")), readout="fused", tied=True)
 )
+@example(  # a Function inside another one gives back its input, which autograd then makes an alias of
+    Program((Part("silu"), Part("checkpointed by hand", inner=(Part("alias"), Part("linear")))))
+)
 def test_a_few_random_modules_keep_every_property(program: Program) -> None:
     check(program)
 

@@ -97,6 +97,8 @@ class Recorder(TorchFunctionMode):
             with self:
                 return open_multi_head_attention(*args, **kwargs)
         name = short_name(function)
+        if self._functions_running and name == "detach.default":
+            name = "alias"  # autograd itself makes it of an input that a Function inside another one gives back
         self._torch_calls_running += 1
         try:
             result = function(*args, **kwargs)
