@@ -50,6 +50,7 @@ def recording(module: nn.Module) -> Iterator[Recorder]:
         handle
         for name, child in module.named_modules()
         if not any(True for _ in child.parameters()) and not any(True for _ in child.children())
+        if not isinstance(child, torch.jit.ScriptModule)  # which take no hooks
         for handle in recorder.watch(name, child)
     ]
     handles += [child.register_forward_pre_hook(recorder.meet_gathered) for child in gathering_modules(module)]
@@ -184,7 +185,7 @@ class Recorder(TorchFunctionMode):
             self.trace.spans.append(ModuleSpan(name, inputs, result, span))
 
         yield module.register_forward_pre_hook(before)
-        yield module.register_forward_hook(after)
+        yield module.register_forward_hook(after, prepend=True)  # what other hooks make of its output is not its own
 
     def meet_gathered(self, module: nn.Module, _: Any) -> None:
         """Know the tensors that stand in the place of parameters while a sharded module runs."""
