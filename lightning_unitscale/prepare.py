@@ -29,6 +29,7 @@ from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.engine.runtime.kept_copies import kept_copies, rescale_kept
+from lightning_unitscale.engine.runtime.kept_state_dicts import refuse_kept_state_dicts
 from lightning_unitscale.errors import UnitScalingError, WrongGradientsError
 from lightning_unitscale.in_force import about_to_be_zero, bring_back, forget, put_in_force
 from lightning_unitscale.options import Options
@@ -97,6 +98,7 @@ class _Preparation:
         plan = self._plan(trace, fullest)
         check_device(self.module, plan)
         kept = kept_copies(self.module, plan, trace, self.trainer)
+        refuse_kept_state_dicts(self.module, plan, self.trainer)
         warn_of_code_beside(self.module, plan, trace)
         untouched = self._first_step(plan, taken) if self._limits_steps else None
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MORE_DRAWS = 3
 LATER_STEPS = 5  # that bring nothing new
+LATER_EPOCHS = 3  # the last of them are of later epochs, for code that takes turns by those
 Step = Callable[[Rehearsal], Any]  # runs one step's forward pass and returns its loss, or a dict with it
 
 
@@ -70,14 +71,14 @@ def _unheard_of(trace: Trace) -> set[str]:
 def _run_later_steps(recorder: Recorder, rehearsed: Rehearsal, step: Step) -> None:
     """Run the steps after the one recorded, each as the next batch's and under other random numbers, on the same data.
 
-    They end when nothing is left that no step used, or when a few have brought nothing new. As other processes may wait
-    for a step, they are so many in all where there are others.
+    They end when nothing is left that no step used, or when a few have brought nothing new, the last of them as if each
+    were of another epoch. As other processes may wait for a step, they are so many in all where there are others.
     """
     last, alone = LATER_STEPS, not distributed.is_initialized() or distributed.get_world_size() == 1
-    while rehearsed.later < last and (_unheard_of(recorder.trace) or not alone):
+    while rehearsed.later < last + LATER_EPOCHS and (_unheard_of(recorder.trace) or not alone):
         used = used_parameters(recorder.trace)
         rehearsed.losses.clear()
-        rehearsed.later += 1
+        rehearsed.move_on(epochs=int(rehearsed.later >= last))
         draw_anew(rehearsed.later)
         recorder.finish(step(rehearsed), rehearsed.losses)
         if alone and used_parameters(recorder.trace) > used:

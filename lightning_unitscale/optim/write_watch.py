@@ -2,7 +2,8 @@
 
 What such code knows of a weight's scale is no longer true, and nothing else would say so. Every write in place counts a
 tensor's version up, so one integer a parameter shows it; writes through `.data` don't, so over the first steps, and
-where a version has changed twice (an average swapped in for validation, and out again), norms are compared as well.
+where a version has changed twice (an average swapped in for validation, and out again), norms are compared as well, and
+at every step a few values (`sampled_values`).
 Only what has a gradient is watched: a target network or an average in the model is there to be written to.
 """
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_unitscale.engine.checks.beside import some, written_outside
+from lightning_unitscale.optim.sampled_values import SampledValues
 from lightning_unitscale.warn_user import warn_user
 
 _STEPS_WITH_NORMS = 2
@@ -34,6 +36,7 @@ class WriteWatch:
     def __init__(self) -> None:
         self._versions: dict[int, int] = {}
         self._norms: dict[int, Tensor] = {}
+        self._samples = SampledValues()
         self._steps_with_norms = _STEPS_WITH_NORMS
         self._done = False
 
@@ -59,6 +62,7 @@ class WriteWatch:
             )
             return
         written = self._by_norms(known) if self._norms else self._by_versions(known)
+        written = written or self._samples.changed([w.parameter for w in known])
         if written:
             self._warn(written_outside(written, "between its steps"))
 
@@ -68,9 +72,11 @@ class WriteWatch:
             return
         for _, parameter, _ in watched:
             self._versions.pop(id(parameter), None)
+        self._samples.forget(w.parameter for w in watched)
         watched = [w for w in watched if w.parameter.grad is not None]
         for _, parameter, _ in watched:
             self._versions[id(parameter)] = parameter._version
+        self._samples.take([(w.name, w.parameter) for w in watched])
         self._norms.clear()
         if self._steps_with_norms:
             self._steps_with_norms -= 1

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from lightning_unitscale.engine.analysis.roles import WEIGHT_ROLES, Use
 from lightning_unitscale.engine.plan.factors import Factor, to_unit_scale
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.schemes.weights import Weights
+
+FAR_LARGER = 8  # initialisers draw biases like weights, or smaller
 
 
 def set_initial_values(plan: Plan, weights: Weights) -> None:
@@ -22,7 +26,7 @@ def set_initial_values(plan: Plan, weights: Weights) -> None:
         elif use.role in WEIGHT_ROLES:
             _bring_to_unit_scale(parameter, starts_at_zero=parameter.name in weights.zeros)
         elif use.role == "bias":
-            _start_at_zero(parameter, weights)
+            _start_at_zero(parameter, use, weights)
     _note_zeros(plan, weights)
 
 
@@ -40,9 +44,17 @@ def _bring_to_unit_scale(parameter: ParameterPlan, *, starts_at_zero: bool) -> N
         parameter.set_constant("initial_factor", [to_unit_scale(parameter.initial_rms)])
 
 
-def _start_at_zero(bias: ParameterPlan, weights: Weights) -> None:
-    """A constant bias means something (an LSTM's forget gate), and so does one whose value the step reads."""
-    if not weights.facts[bias.name].is_constant and not weights.draft.is_read(bias.name):
+def _start_at_zero(bias: ParameterPlan, use: Use, weights: Weights) -> None:
+    """A bias that was set means something, and so does one whose value the step reads.
+
+    It is constant (an LSTM's forget gate), no draw about zero, or far larger than the weights beside it (the logarithms
+    of how frequent classes are, at a readout).
+    """
+    facts = weights.facts[bias.name]
+    beside = {name for call in use.calls for value in call.inputs for name in value.parameters}
+    matrices = [weights.facts[name].largest for name in beside if len(weights.facts[name].shape) > 1]
+    is_far_larger = facts.largest > FAR_LARGER * max(matrices, default=inf)
+    if not (facts.is_constant or facts.is_set or is_far_larger or weights.draft.is_read(bias.name)):
         bias.set_constant("initial_factor", [Factor(0.0, "biases start at 0")])
 
 

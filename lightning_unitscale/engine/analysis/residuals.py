@@ -12,8 +12,9 @@ from lightning_unitscale.engine.analysis.attention import AttentionLogits
 from lightning_unitscale.engine.analysis.graph import Graph
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import is_lookup
-from lightning_unitscale.ops.torch_functions import ACCUMULATES, ACTIVATIONS, PASSTHROUGH
+from lightning_unitscale.ops.torch_functions import ACCUMULATES, ACTIVATIONS, CASTS, PASSTHROUGH
 
+_THE_SAME = CASTS | {"contiguous", "reshape", "view", "view_as"}  # if the shape is
 Addition = tuple[tuple[Call, ...], list[Value]]  # its calls, the last of which gives the sum, and its terms
 
 
@@ -65,14 +66,14 @@ def find_additions(graph: Graph) -> list[Addition]:
         calls, terms, pending = [call], [], list(call.inputs)
         while pending:
             term = pending.pop(0)
-            above = term.producer
+            above = _summed(graph, term).producer
             if (
                 above is not None
                 and above.name == "add"
                 and term.shape == call.output.shape
                 and all(v.shape == term.shape and v.requires_grad for v in above.inputs)
                 and len(above.inputs) == 2
-                and len(graph.consumers(term)) == 1
+                and len(graph.consumers(above.output)) == 1
             ):
                 absorbed.add(above.index)
                 calls.append(above)
@@ -81,6 +82,22 @@ def find_additions(graph: Graph) -> list[Addition]:
                 terms.append(term)
         found.append((tuple(sorted(calls, key=lambda c: c.index)), terms))
     return found[::-1]
+
+
+def _summed(graph: Graph, term: Value) -> Value:
+    """The value that a term is, with other strides or in another dtype, where nothing else uses either."""
+    call = term.producer
+    while (
+        call is not None
+        and call.name in _THE_SAME
+        and call.inputs
+        and call.inputs[0].shape == term.shape
+        and call.inputs[0].requires_grad
+        and len(graph.consumers(term)) == 1
+    ):
+        term = call.inputs[0]
+        call = term.producer
+    return term
 
 
 def find_residuals(graph: Graph, logits: AttentionLogits, additions: list[Addition]) -> list[Residual]:

@@ -23,6 +23,20 @@ def held_tensors(root: object, place: str, inside: set[int]) -> Iterator[tuple[s
     Args:
         inside: ids of objects not to be looked into; those met are added.
     """
+    for where, value in _held(root, place, inside):
+        if isinstance(value, Tensor):
+            yield where, value
+
+
+def held_mappings(root: object, place: str, inside: set[int]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """The same of mappings."""
+    for where, value in _held(root, place, inside):
+        if isinstance(value, Mapping):
+            yield where, value
+
+
+def _held(root: object, place: str, inside: set[int]) -> Iterator[tuple[str, Any]]:
+    """The tensors and mappings that `root` leads to."""
     pending: list[tuple[str, Any]] = [(place, root)]
     while pending:
         place, value = pending.pop()
@@ -32,6 +46,7 @@ def held_tensors(root: object, place: str, inside: set[int]) -> Iterator[tuple[s
         if isinstance(value, Tensor):
             yield place, value
         elif isinstance(value, Mapping):
+            yield place, value
             pending += [(f"{place}[{_key(key, position)}]", item) for position, (key, item) in enumerate(value.items())]
         elif isinstance(value, (list, tuple, set, frozenset)):
             pending += [(f"{place}[{position}]", item) for position, item in enumerate(value)]

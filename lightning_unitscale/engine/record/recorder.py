@@ -29,6 +29,7 @@ from lightning_unitscale.engine.record.keys import (
     is_parametrization,
     parameters_of_result,
 )
+from lightning_unitscale.engine.record.past_instance import is_past_instance
 from lightning_unitscale.engine.record.places import Frame
 from lightning_unitscale.engine.record.spread_tensors import MOVES, gathering_modules, whole
 from lightning_unitscale.engine.record.tensor_facts import is_alias, largest, number, parameter_facts, rms
@@ -49,6 +50,7 @@ def recording(module: nn.Module) -> Iterator[Recorder]:
         handle
         for name, child in module.named_modules()
         if not any(True for _ in child.parameters()) and not any(True for _ in child.children())
+        if not isinstance(child, torch.jit.ScriptModule)  # which take no hooks
         for handle in recorder.watch(name, child)
     ]
     handles += [child.register_forward_pre_hook(recorder.meet_gathered) for child in gathering_modules(module)]
@@ -96,6 +98,8 @@ class Recorder(TorchFunctionMode):
             with self:
                 return open_multi_head_attention(*args, **kwargs)
         name = short_name(function)
+        if self._functions_running and name == "detach.default":
+            name = "alias"  # autograd itself makes it of an input that a Function inside another one gives back
         self._torch_calls_running += 1
         try:
             result = function(*args, **kwargs)
@@ -181,7 +185,7 @@ class Recorder(TorchFunctionMode):
             self.trace.spans.append(ModuleSpan(name, inputs, result, span))
 
         yield module.register_forward_pre_hook(before)
-        yield module.register_forward_hook(after)
+        yield module.register_forward_hook(after, prepend=True)  # what other hooks make of its output is not its own
 
     def meet_gathered(self, module: nn.Module, _: Any) -> None:
         """Know the tensors that stand in the place of parameters while a sharded module runs."""
@@ -370,7 +374,8 @@ class Recorder(TorchFunctionMode):
             if code.co_argcount:
                 owner = python_frame.f_locals.get(code.co_varnames[0])
                 module = self._module_names.get(id(owner)) if isinstance(owner, nn.Module) else None
-                if module is not None and _is_method(owner, code.co_name):
+                is_frame = module is not None and _is_method(owner, code.co_name)
+                if module is not None and is_frame and not is_past_instance(python_frame, owner):
                     self._frames[id(python_frame)] = python_frame
                     key = (id(python_frame), name)
                     ordinal = self._ordinals.get(key, 0)

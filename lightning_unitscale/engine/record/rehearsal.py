@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from lightning_unitscale.engine.record.deep_copies import Copies
 from lightning_unitscale.engine.record.leaf_gradients import add_gradients, leaves_of
+from lightning_unitscale.engine.record.trainer_clock import clock_kept, move_clock
 from lightning_unitscale.engine.record.write_guard import WriteGuard, storages
 from lightning_unitscale.namespaces import NAMESPACES, classes
 from lightning_unitscale.ops.flex_attention import gradients_on_every_device
@@ -93,6 +94,7 @@ def rehearsal(module: nn.Module, trainer: pl.Trainer | None = None) -> Iterator[
         stack.enter_context(_random_numbers_kept(copies.generators.values()))
         stack.enter_context(_parameters_kept(copies.trained.values()))
         stack.enter_context(_attributes_swapped(attributes))
+        stack.enter_context(clock_kept(trainer))
         stack.enter_context(_sharded_again(module))
         stack.enter_context(_backward_shadowed(run))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -146,6 +148,11 @@ class Rehearsal:
             arguments.append(batch_idx + self.later)
         with torch.enable_grad(), self._trainer.precision_plugin.train_step_context():
             return step(*arguments)
+
+    def move_on(self, epochs: int = 0) -> None:
+        """Let the step think that it is the next batch's, one optimizer step and so many epochs later."""
+        self.later += 1
+        move_clock(self._trainer, 1, epochs)
 
     def original(self, tensor: Tensor) -> Tensor:
         """The tensor that one met inside is the copy of; itself if it is none."""

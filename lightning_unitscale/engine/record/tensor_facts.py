@@ -27,6 +27,7 @@ def parameter_facts(module: nn.Module) -> dict[str, ParameterFacts]:
             trainable=parameters[key].requires_grad,
             is_constant=is_constant(parameters[key]),
             largest=largest(parameters[key]),
+            is_set=is_set(parameters[key]),
             aliases=tuple(aliases),
         )
         for key, (first, *aliases) in names.items()
@@ -86,6 +87,20 @@ def is_constant(tensor: Tensor) -> bool:
         return bool(highest == -lowest)
     flat = tensor.detach().reshape(-1)
     return bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())  # at once, of what was drawn at random
+
+
+def is_set(tensor: Tensor) -> bool:
+    """Whether a vector is no draw about zero: a tenth of it is one number, or its mean is five standard errors off.
+
+    An LSTM's bias with ones for the forget gate alone; logarithms of time steps. What is zero in part is a draw still.
+    """
+    if tensor.dim() != 1 or not tensor.is_floating_point() or not is_readable(tensor):
+        return False
+    values = whole(tensor.detach()).double()
+    numbers, counts = values[values != 0].unique(return_counts=True)
+    if numbers.numel() and int(counts.max()) >= max(3, 0.1 * values.numel()):
+        return True
+    return bool(values.mean().abs() > 5 * values.square().mean().sqrt() / values.numel() ** 0.5)
 
 
 def number(tensor: Tensor) -> float | None:

@@ -167,4 +167,5 @@ class ParameterFacts:
     trainable: bool
     is_constant: bool  # all its elements are equal, as in zeros and ones
     largest: float  # of the magnitudes of its elements
+    is_set: bool = False  # a vector that is no draw about zero, but was set
     aliases: tuple[str, ...] = ()

@@ -73,11 +73,21 @@ def rescale_kept(plan: Plan, kept: list[Kept]) -> None:
 
 def _tensors_beside(module: nn.Module, trainer: pl.Trainer | None) -> Iterator[tuple[str, Tensor]]:
     inside = {id(parameter) for parameter in module.parameters()}
-    yield from held_tensors(module, type(module).__name__, inside)
+    for root in roots_beside(module, trainer, inside):
+        yield from held_tensors(root, type(root).__name__, inside)
+
+
+def roots_beside(module: nn.Module, trainer: pl.Trainer | None, inside: set[int]) -> Iterator[object]:
+    """What may keep copies: the module, and the callbacks and optimizers of its Trainer.
+
+    Args:
+        inside: what is not to be looked into is added.
+    """
+    yield module
     if trainer is None:
         return
     inside.add(id(trainer))
     for held in (*callbacks_of(trainer), *trainer.optimizers):
         if isinstance(average := getattr(held, "_average_model", None), nn.Module):
             inside.add(id(average))  # is given the plan as a whole
-        yield from held_tensors(held, type(held).__name__, inside)
+        yield held
