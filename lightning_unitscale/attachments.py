@@ -2,7 +2,8 @@
 
     torch        `load_state_dict` puts the plan in force that a state dict carries (see `loading`)
     Lightning    the names of the strategies: `Trainer(strategy="unitscale")`;
-                 after `ddp_spawn`, callback and strategy are told of the plan that came back (see `spawned`)
+                 after `ddp_spawn`, callback and strategy are told of the plan that came back (see `spawned`);
+                 a Trainer knows from which checkpoint it is to go on before it reads it (see `before_wrapping`)
 
 Nothing else of the package is imported for it until it is needed: `import lightning_unitscale` costs next to nothing,
 and may stand before or after the imports of torch and Lightning.
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PLAN_KEY = "unit_scaling_plan"  # as in `engine.plan.state_dict`
+CHECKPOINT = "_unit_scaling_checkpoint"  # where a Trainer's checkpoint connector keeps the path it was given
 _OURS = "_of_lightning_unitscale"  # marks a function that is in the place of torch's or Lightning's
 NAMESPACES = {"pytorch_lightning": "", "lightning.pytorch": "Lightning"}  # how our classes over each are called
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {  # as Lightning calls its own, with "unitscale_" before it
@@ -53,6 +55,8 @@ def attach() -> None:
         strategies = f"{namespace}.strategies"  # not the namespace: it may be half way, importing torch
         _attach_to(strategies, partial(register_strategies, namespace))
         _attach_to(f"{strategies}.launchers.multiprocessing", partial(wrap_recovery, namespace))
+        connector = f"{namespace}.trainer.connectors.checkpoint_connector"
+        _attach_to(connector, partial(remember_checkpoint, connector))
 
 
 def _attach_to(module: str, attachment: Callable[[], None]) -> None:
@@ -124,3 +128,20 @@ def wrap_recovery(namespace: str) -> None:
 
     setattr(update_main_process_results, _OURS, True)
     launcher.update_main_process_results = update_main_process_results
+
+
+def remember_checkpoint(module: str) -> None:
+    """Make a Trainer keep the path of the checkpoint that it will read, which it else knows when it reads it."""
+    connector: Any = import_module(module)._CheckpointConnector
+    original = connector._select_ckpt_path
+    if hasattr(original, _OURS):
+        return
+
+    @wraps(original)
+    def select_ckpt_path(self: Any, *args: Any, **kwargs: Any) -> Any:
+        path = original(self, *args, **kwargs)
+        setattr(self, CHECKPOINT, path)
+        return path
+
+    setattr(select_ckpt_path, _OURS, True)
+    connector._select_ckpt_path = select_ckpt_path

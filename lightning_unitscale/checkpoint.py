@@ -48,9 +48,9 @@ def prepare_for_loading(module: nn.Module, plan: Plan | None) -> None:
     """
     current = plan_of(module)
     if plan is not None:
-        plan.check_matches(module)
         if current is not None and as_plain_data(current.to_dict()) == as_plain_data(plan.to_dict()):
-            return
+            return  # also where the module is wrapped by now, so that its names and shapes are others
+        plan.check_matches(module)
     if current is not None:
         forget(module)
     if plan is not None:

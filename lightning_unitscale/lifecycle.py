@@ -6,6 +6,8 @@ callback alone wraps the same few methods on the instance of whatever strategy t
     Lightning calls          we run                   which does
     setup                    before_run               a prepared model must be whole; the `log` of a compiled
                                                       LightningModule is kept out of the compiler
+    strategy's setup         before_wrapping          under FSDP1 and DeepSpeed, which flatten parameters, the
+                                                      plan is made here, with the first batch
     load_checkpoint          around_loading           before_loading at once, where the strategy loads the weights here
     load_model_state_dict    before_loading           the checkpoint's plan is put in force, then weights are loaded
     on_train_batch_start     before_train_batch       no plan yet: the step is rehearsed on this batch, and the plan
@@ -35,6 +37,16 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_unitscale.before_wrapping import (
+    DEEPSPEED,
+    ZERO3,
+    check_options,
+    check_plan,
+    check_whole,
+    engine_that_flattens,
+    first_batch,
+    plan_to_go_on_with,
+)
 from lightning_unitscale.checkpoint import as_plain_data, plan_in, prepare_for_loading
 from lightning_unitscale.engine.checks.calibration import Calibration, check_device, fall_back
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
@@ -48,7 +60,8 @@ from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.in_force import adopt, forget, put_in_force
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
 from lightning_unitscale.namespaces import callbacks_of, classes
-from lightning_unitscale.optim.families import check_family, optimizer_family
+from lightning_unitscale.optim.engine_groups import optimizer_for_engine
+from lightning_unitscale.optim.families import check_family, family_of_group, optimizer_family
 from lightning_unitscale.optim.late_parameters import may_learn_late
 from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
 from lightning_unitscale.optim.scale_learning_rates import scale_learning_rates
@@ -62,7 +75,6 @@ from lightning_unitscale.sharded_checkpoint import (
     all_but_weights,
     full_states_unmarked,
     loads_weights_with_file,
-    refuse_flattening,
 )
 from lightning_unitscale.warn_user import warn_user
 from lightning_unitscale.whole_checkpoints import read_whole, write_whole
@@ -97,6 +109,7 @@ class Lifecycle:
         self._calibration: Calibration | None = None
         self._loss_scale: LossScale | None = None
         self._wrapped: WrappedMethods | None = None
+        self._engine: WrappedMethods | None = None
         self._uncompiled: pl.LightningModule | None = None
         self._without_loss: NoLossError | None = None
 
@@ -112,16 +125,15 @@ class Lifecycle:
     # --- before and after a run -------------------------------------------------------------------------------
 
     def wrap(self, strategy: Strategy) -> None:
-        """Take over the methods of a strategy instance that is not a `UnitScalingMixin`.
-
-        Raises:
-            UnitScalingError: it takes parameters apart before there is a batch to make a plan with.
-        """
-        refuse_flattening(strategy)
+        """Take over the methods of a strategy instance that is not a `UnitScalingMixin`."""
         if self._wrapped is None or self._wrapped.strategy is not strategy:
             self._wrapped = WrappedMethods(
                 strategy,
-                before={"on_train_batch_start": self.before_train_batch, "load_model_state_dict": self.before_loading},
+                before={
+                    "setup": self.before_wrapping,
+                    "on_train_batch_start": self.before_train_batch,
+                    "load_model_state_dict": self.before_loading,
+                },
                 around={
                     "backward": self.around_backward,
                     "optimizer_step": self.around_optimizer_step,
@@ -141,6 +153,45 @@ class Lifecycle:
             module.__dict__["log"] = torch.compiler.disable(module.log)
             self._uncompiled = module
 
+    def before_wrapping(self, strategy: Strategy, trainer: pl.Trainer) -> None:
+        """Under FSDP1 and DeepSpeed, put a plan in force while parameters still are what the model says they are.
+
+        Raises:
+            UnitScalingError: as `before_train_batch`; or the options ask for what these two can't do.
+        """
+        engine = engine_that_flattens(strategy)
+        if engine is None or trainer.state.fn != "fit":
+            return
+        check_options(strategy, self.options)
+        module = _module_of(strategy)
+        if (checkpoint := plan_to_go_on_with(trainer)) is not None:
+            self.before_loading(strategy, checkpoint)
+        plan = self._plan_in_force(module)
+        if plan is None:
+            check_whole(module, engine)
+            with first_batch(trainer, strategy) as batch:
+                plan = self._prepare(strategy, module, _training_step(batch, 0), 0)
+        if plan is None:
+            raise UnitScalingError(f"the first batch gave no loss, and under {engine} a plan is made with no other.")
+        check_plan(plan, engine)
+        self.plan = plan
+        if engine in (DEEPSPEED, ZERO3):
+            self._engine = WrappedMethods(
+                strategy, before={}, around={"_setup_model_and_optimizer": self._around_engine}
+            )
+
+    def _around_engine(
+        self, strategy: Strategy, proceed: Callable[..., Any], model: nn.Module, optimizer: Optimizer, *args: Any
+    ) -> Any:
+        """Give DeepSpeed an optimizer whose groups have one multiplier each."""
+        plan, module = self.plan, _module_of(strategy)
+        assert plan is not None
+        if changes_steps(plan):
+            optimizer = optimizer_for_engine(optimizer, plan, module, self._family(optimizer))
+        engine, made = proceed(model, optimizer, *args)
+        self._steps[made] = plan, None
+        return engine, made
+
     def after_run(self) -> None:
         """Leave the strategy as it was.
 
@@ -157,6 +208,9 @@ class Lifecycle:
         if self._wrapped is not None:
             self._wrapped.undo()
             self._wrapped = None
+        if self._engine is not None:
+            self._engine.undo()
+            self._engine = None
         if self._uncompiled is not None:
             self._uncompiled.__dict__.pop("log", None)
             self._uncompiled = None
@@ -214,8 +268,9 @@ class Lifecycle:
         """Rehearse the step and put its plan in force on the model and its averages; None if the step has no loss."""
         if self._changes_training:
             for optimizer in strategy.optimizers:
-                families = find(self.options.scheme).families  # both known, before anything is changed
-                check_has_rates(self.options.scheme, families, self._family(optimizer), self.options.lr_units)
+                known = find(self.options.scheme).families  # both known, before anything is changed
+                for family in {family_of_group(group) or self._family(optimizer) for group in optimizer.param_groups}:
+                    check_has_rates(self.options.scheme, known, family, self.options.lr_units)
             _refuse_pruning(module.trainer)
         try:
             plan = prepare(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
 
 META = "meta.pt"  # Lightning's name for what is beside the shards
+DEEPSPEED_STATES = "checkpoint/*mp_rank_00_model_states.pt"  # one a process under ZeRO 3, each with all that is beside
 _LOADERS = ("strategies.FSDPStrategy", "strategies.ModelParallelStrategy", "strategies.DeepSpeedStrategy")
 _FABRIC = ("lightning_fabric.strategies.model_parallel", "lightning.fabric.strategies.model_parallel")
 
@@ -38,29 +39,15 @@ def loads_weights_with_file(strategy: Strategy) -> bool:
     return any(isinstance(strategy, classes(path)) for path in _LOADERS)
 
 
-def refuse_flattening(strategy: Strategy) -> None:
-    """
-    Raises:
-        UnitScalingError: FSDP1 or DeepSpeed, which make flat pieces of parameters, without shapes or names, before the
-            first batch; no plan can be made of those, and no multiplier finds its weight in them.
-    """
-    for path, name in (("strategies.FSDPStrategy", "FSDP1"), ("strategies.DeepSpeedStrategy", "DeepSpeed")):
-        if isinstance(strategy, classes(path)):
-            raise UnitScalingError(
-                f"{name} flattens parameters before the first batch, and unit scaling needs them by name and shape. "
-                "Use strategy='unitscale_model_parallel' (or Lightning's ModelParallelStrategy with the callback) and "
-                "call torch.distributed.fsdp.fully_shard in configure_model: the same sharding, FSDP2. Nothing was "
-                "changed."
-            )
-
-
 def all_but_weights(path: Path) -> Mapping[str, Any]:
-    """What a checkpoint holds; of a folder what is beside the shards.
+    """What a checkpoint holds; of a folder what is beside the shards, of DeepSpeed's what is beside weights.
 
     Raises:
         UnitScalingError: there is no checkpoint there, or it can't be read.
     """
-    file = path / META if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        file = next(iter(sorted(path.glob(DEEPSPEED_STATES))), path / META)
     try:
         checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     except Exception as error:  # whatever the unpickler makes of a file that is none

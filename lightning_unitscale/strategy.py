@@ -16,7 +16,6 @@ from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.lifecycle import Lifecycle
 from lightning_unitscale.namespaces import NAMESPACES, Callback, callbacks_of
 from lightning_unitscale.options import Options
-from lightning_unitscale.sharded_checkpoint import refuse_flattening
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -55,8 +54,8 @@ class UnitScalingMixin(Strategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
-        refuse_flattening(self)
         self.unit_scaling.before_run(self.lightning_module)
+        self.unit_scaling.before_wrapping(self, trainer)
         self._callbacks = callbacks_of(trainer)
         self._callbacks.insert(0, _BatchEnd(self.unit_scaling))  # before callbacks that save
         super().setup(trainer)

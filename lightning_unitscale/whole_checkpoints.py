@@ -99,8 +99,14 @@ def read_whole(read: Callable[..., Any], path: Any, *args: Any, **kwargs: Any) -
     """Read a checkpoint of a Trainer.
 
     Raises:
-        UnitScalingError: the file is none, or not all of one.
+        UnitScalingError: the file is none, not all of one, or a folder of shards.
     """
+    if Path(path).is_dir():
+        raise UnitScalingError(
+            f"{path}: a folder, written by several processes, each its part; this strategy reads one file. Go on with "
+            "the strategy that wrote it, or have that one write a file (save_distributed_checkpoint=False of "
+            'ModelParallelStrategy, state_dict_type="full" of FSDPStrategy). Nothing was changed.'
+        )
     try:
         checkpoint = read(path, *args, **kwargs)
     except UNREADABLE as error:

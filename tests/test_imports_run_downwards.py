@@ -33,7 +33,7 @@ FLOORS = [
     ("prepare",),
     ("loss_scale",),
     ("checkpoint", "loading", "sharded_checkpoint", "whole_checkpoints"),
-    ("wrapped_methods",),
+    ("wrapped_methods", "before_wrapping"),
     ("lifecycle",),
     ("strategy",),
     ("callback", "spawned", "plain_torch", "non_finite_steps"),

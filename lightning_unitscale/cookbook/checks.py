@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.sharded_checkpoint import META, all_but_weights
 
 
 def check_known(key: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -53,6 +54,10 @@ def check_checkpoint(cfg: DictConfig) -> None:
     """The one to continue from, if there is one, can be read."""
     if not cfg.ckpt_path:
         return
-    if not Path(cfg.ckpt_path).is_file():
+    path = Path(cfg.ckpt_path)
+    if (path / META).is_file():  # a part by each process, as trainer.strategy.save_distributed_checkpoint has it
+        all_but_weights(path)
+        return
+    if not path.is_file():
         raise InputError(f"ckpt_path={cfg.ckpt_path}: no such file (looked in {Path.cwd()})")
-    read_checkpoint(cfg.ckpt_path)
+    read_checkpoint(path)

@@ -7,6 +7,9 @@ limit that the first batch sets (`schemes.step_limits`), and under "umup" follow
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -96,6 +99,36 @@ class Muon(Family):
         return parameter.depth_lr / gradient_ratio(parameter)
 
 
+GROUP_KEY = "optimizer_family"  # of a group: its own family, where one class has several
+_GROUPS_SAY: dict[str, dict[Any, str]] = {  # what groups of classes with several families say: key, value, family
+    "use_muon": {True: "muon", False: "adam"},  # MuonWithAuxAdam (Jordan et al.)
+    "algorithm": {"muon": "muon", "adamw": "adam", "lion": "adam"},  # dion (Ahn et al.)
+}
+
+
+def family_of_group(group: Mapping[str, Any]) -> str | None:
+    """The family that a parameter group names itself: as `optimizer_family`, or as optimizers of several families do.
+
+    Raises:
+        UnitScalingError: there is no such family.
+    """
+    check_family(group.get(GROUP_KEY), f"{GROUP_KEY} of a parameter group: {GROUP_KEY}")
+    known = (families.get(group.get(key)) for key, families in _GROUPS_SAY.items())
+    return group.get(GROUP_KEY) or next((family for family in known if family is not None), None)
+
+
+def decay_is_decoupled(optimizer: Optimizer, group: Mapping[str, Any], family: str) -> bool:
+    """Whether weight decay acts beside the gradient in this group; in all known optimizers of several families it does.
+
+    Args:
+        family: the group's, or the optimizer's.
+    """
+    named = family_of_group(group)
+    if named is not None and GROUP_KEY not in group:
+        return bool(group.get("decoupled_weight_decay", True))
+    return FAMILIES[family].decay_is_decoupled(optimizer, group)
+
+
 _ONE_STEP_SIZE = "it takes one step size for all parameters"  # so with any family, different multipliers are refused
 # Optimizers that no family suits. Who names one for them takes the consequences.
 _WHY_NOT = {
@@ -114,7 +147,7 @@ _WHY_NOT = {
 def optimizer_family(optimizer: Optimizer, otherwise: str | None = None) -> str:
     """How the optimizer's update answers to the scale of a gradient: the name of its family, such as `"adam"`.
 
-    A subclass is of its parent's family.
+    A subclass is of its parent's family. Where each group names its own (`family_of_group`), it is the first one's.
 
     Args:
         otherwise: the family of an optimizer whose class is of none.
@@ -132,6 +165,9 @@ def optimizer_family(optimizer: Optimizer, otherwise: str | None = None) -> str:
         reason = reason or _WHY_NOT.get(cls.__name__, "")
         if reason:
             break
+    named = [family_of_group(group) for group in optimizer.param_groups]
+    if named and named[0] is not None and None not in named:
+        return named[0]
     if otherwise is not None:
         return otherwise
     raise UnitScalingError(
@@ -148,7 +184,7 @@ def _way_out(optimizer: str, can_be_named: bool) -> str:
     return (
         f"Use one of {known}, or say which family {optimizer} belongs to, as scale_learning_rates(optimizer, plan, "
         "family=…) or, with a Trainer, as UnitScaling(optimizer_family=…) or the same argument of the strategy: "
-        f"{conditions}."
+        f'{conditions}. One that treats its groups in several ways needs "{GROUP_KEY}" in each parameter group.'
     )
 
 

@@ -33,10 +33,12 @@ from torch.optim import Optimizer
 from lightning_unitscale.engine.checks.trained_weights import rescaled
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, PLAIN, StepScale
+from lightning_unitscale.engine.record.spread_tensors import plain_name
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.divided_gradients import DividedGradients
+from lightning_unitscale.optim.families import decay_is_decoupled, family_of_group
 from lightning_unitscale.optim.late_parameters import LateParameters
-from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup
+from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup, StepWay
 from lightning_unitscale.optim.write_watch import Watched, WriteWatch
 from lightning_unitscale.warn_user import warn_user
 
@@ -70,7 +72,7 @@ class ScaledStep:
     """The multipliers of a plan at work in one optimizer; made by `scale_learning_rates`.
 
     Attributes:
-        family: the family whose multipliers are used.
+        family: the family whose multipliers are used, but in groups that name another (`families.family_of_group`).
     """
 
     def __init__(self, optimizer: Optimizer, plan: Plan, family: str, module: nn.Module | None = None) -> None:
@@ -256,15 +258,17 @@ class ScaledStep:
 
     def _lay_out(self, optimizer: Optimizer) -> None:
         """Bring `_layouts` up to date with the optimizer's groups, which in all but a few steps they are."""
-        is_decoupled = FAMILIES[self.family].decay_is_decoupled
-        groups = [(group["params"], is_decoupled(optimizer, group)) for group in optimizer.param_groups]
+        groups = optimizer.param_groups
+        ways = [self._way(optimizer, group) for group in groups]
         if len(groups) == len(self._layouts) and all(
-            layout.fits(params, decoupled) for layout, (params, decoupled) in zip(self._layouts, groups, strict=True)
+            layout.fits(group["params"], way) for layout, group, way in zip(self._layouts, groups, ways, strict=True)
         ):
             return
         named, divided = list(self._named_parameters()), self._plan.divided_gradients
-        scales = {decoupled: self._scales(named, decoupled) for decoupled in {decoupled for _, decoupled in groups}}
-        self._layouts = [GroupLayout.of(params, decoupled, scales[decoupled]) for params, decoupled in groups]
+        scales = {way: self._scales(named, way) for way in set(ways)}
+        self._layouts = [
+            GroupLayout.of(group["params"], way, scales[way]) for group, way in zip(groups, ways, strict=True)
+        ]
         self._watched = self._to_watch(named)
         ours = {parameter for layout in self._layouts for parameter in layout.params}
         self._gradients = DividedGradients(list(dict.fromkeys(p for name, p in named if p in ours and name in divided)))
@@ -278,8 +282,9 @@ class ScaledStep:
         if not names:
             return []
         module = self._plan.model if self._module is None else self._module
+        owners = {plain_name(name): owner for name, owner in module.named_modules(remove_duplicate=False)}
         return [
-            Watched(name, parameter, module.get_submodule(name.rpartition(".")[0]))
+            Watched(name, parameter, owners[name.rpartition(".")[0]])
             for name, parameter in named
             if name in names and parameter in ours
         ]
@@ -310,10 +315,14 @@ class ScaledStep:
     def _named_parameters(self) -> Iterable[tuple[str, Tensor]]:
         if self._module is None:
             return self._plan.named_parameters().items()
-        return self._module.named_parameters(remove_duplicate=False)
+        return [(plain_name(name), p) for name, p in self._module.named_parameters(remove_duplicate=False)]
 
-    def _scales(self, named: Iterable[tuple[str, Tensor]], decoupled: bool) -> dict[Tensor, StepScale]:
-        by_name = self._plan.step_scales(self.family, decoupled_decay=decoupled)
+    def _way(self, optimizer: Optimizer, group: dict[str, Any]) -> StepWay:
+        family = family_of_group(group) or self.family
+        return StepWay(family, decay_is_decoupled(optimizer, group, family))
+
+    def _scales(self, named: Iterable[tuple[str, Tensor]], way: StepWay) -> dict[Tensor, StepScale]:
+        by_name = self._plan.step_scales(way.family, decoupled_decay=way.decoupled)
         scales: dict[Tensor, StepScale] = {}
         for name, parameter in named:
             if name in by_name:

@@ -6,7 +6,7 @@ import copy
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,26 +17,33 @@ from lightning_unitscale.errors import UnitScalingError
 _PER_PARAMETER = ("params", "param_names")  # the keys of a group that have one entry per parameter
 
 
+class StepWay(NamedTuple):
+    """How the steps of one group answer to scales: its family of optimizers, and what its weight decay acts on."""
+
+    family: str
+    decoupled: bool
+
+
 @dataclass(frozen=True)
 class GroupLayout:
     """How the parameters of one group fall into pieces of equal scale: `(scale, positions in the group)` each."""
 
     params: tuple[Tensor, ...]
-    decoupled: bool
+    way: StepWay
     pieces: tuple[tuple[StepScale, tuple[int, ...]], ...]
 
     @classmethod
-    def of(cls, params: list[Tensor], decoupled: bool, scales: Mapping[Tensor, StepScale]) -> GroupLayout:
+    def of(cls, params: list[Tensor], way: StepWay, scales: Mapping[Tensor, StepScale]) -> GroupLayout:
         """The layout of a group of these parameters; those without a scale take plain steps."""
         positions: dict[StepScale, list[int]] = {}
         for i, parameter in enumerate(params):
             positions.setdefault(scales.get(parameter, PLAIN), []).append(i)
-        return cls(tuple(params), decoupled, tuple((scale, tuple(where)) for scale, where in positions.items()))
+        return cls(tuple(params), way, tuple((scale, tuple(where)) for scale, where in positions.items()))
 
-    def fits(self, params: list[Tensor], decoupled: bool) -> bool:
+    def fits(self, params: list[Tensor], way: StepWay) -> bool:
         """Whether the group is still the one that was laid out."""
         # Compared by identity: `==` of two tensors is elementwise.
-        same_length = len(params) == len(self.params) and decoupled == self.decoupled
+        same_length = len(params) == len(self.params) and way == self.way
         return same_length and all(map(operator.is_, params, self.params))
 
     @property

@@ -19,7 +19,7 @@ from lightning_unitscale.engine.plan.plan import Plan, prepared_models
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, PLAIN
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.optim.families import optimizer_family
+from lightning_unitscale.optim.families import family_of_group, optimizer_family
 from lightning_unitscale.optim.scaled_step import parameters_with_scaled_steps
 from lightning_unitscale.warn_user import warn_user
 
@@ -54,7 +54,8 @@ def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _unscaled(optimizer: Optimizer, module: nn.Module, plan: Plan, stepped: set[Tensor]) -> list[str]:
     """The parameters among them that have a multiplier under this optimizer, or, if its family is unknown, any."""
     try:
-        families = [optimizer_family(optimizer)]
+        named = {family_of_group(group) for group in optimizer.param_groups}
+        families = sorted({optimizer_family(optimizer), *(family for family in named if family)})
     except UnitScalingError:
         families = list(FAMILIES)
     scaled = {

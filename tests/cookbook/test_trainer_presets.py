@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -63,3 +66,54 @@ def test_slurm_gets_the_job_that_is_asked_for(tmp_path: Path) -> None:
     )
     for line in ("--nodes=2", "--ntasks-per-node=8", "--partition=gpu"):
         assert f"#SBATCH {line}" in script
+
+
+def command(folder: Path, *arguments: str) -> str:
+    """What a user would see of the command on this machine without GPUs; the processes are its own."""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_unitscale.cli", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+SMALL = (
+    "model.width=64",
+    "model.depth=2",
+    "task.sequence_length=32",
+    "data.batch_size=4",
+    "trainer.val_check_interval=3",
+)
+BRIEF = ("trainer.accelerator=cpu", "trainer.limit_val_batches=2", "+trainer.limit_test_batches=2", "logger=none")
+
+
+def scores(run: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((run / "report" / "run.json").read_text())["metrics"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True], ids=["a file", "shards"])
+@pytest.mark.parametrize("preset", ["ddp_cpu", *PRESETS])
+def test_a_preset_trains_goes_on_and_its_checkpoint_is_read(tmp_path: Path, preset: str, shards: bool) -> None:
+    if shards and preset == "ddp_cpu":
+        pytest.skip("DDP has no shards")
+    where = (f"trainer={preset}", *(["trainer.strategy.save_distributed_checkpoint=true"] if shards else []))
+    settings = (*where, *SMALL, *BRIEF, "callbacks.learning_rate=null")
+    command(tmp_path, "pretrain", *settings, "trainer.max_steps=6", "schedule.decay_steps=6", "hydra.run.dir=whole")
+    command(tmp_path, "pretrain", *settings, "trainer.max_steps=3", "schedule.decay_steps=6", "hydra.run.dir=half")
+    last = "half/checkpoints/last.ckpt"
+    command(tmp_path, "pretrain", f"ckpt_path={last}", "trainer.max_steps=6", "hydra.run.dir=rest")
+    whole, rest = (scores(tmp_path / run)["val/loss"] for run in ("whole", "rest"))
+    assert rest == pytest.approx(whole, rel=1e-6)
+    assert whole < 5.5  # log(256), and a little: it has learned something
+    if not shards:
+        read = command(tmp_path, "inference", "model.path=rest/checkpoints/last.ckpt", "max_new_tokens=4")
+        assert read

@@ -11,10 +11,12 @@ import pytorch_lightning
 import torch
 from pytorch_lightning.accelerators import CPUAccelerator
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy
+from pytorch_lightning.trainer.states import TrainerFn
 from support.training import batches, build, trainer
 
 from lightning_unitscale import UnitScaling, UnitScalingError
 from lightning_unitscale.attachments import STRATEGIES
+from lightning_unitscale.before_wrapping import check_plan, check_whole
 from lightning_unitscale.strategy import UnitScalingDeepSpeedStrategy, UnitScalingFSDPStrategy
 
 NAMESPACES = {"pytorch_lightning": pytorch_lightning, "lightning": lightning.pytorch}
@@ -30,25 +32,53 @@ def test_every_name_builds_a_strategy_of_its_namespace(pl: Any, name: str) -> No
     assert isinstance(strategy, getattr(pl.strategies, wanted))
 
 
+ENGINES = {
+    "FSDP1": (UnitScalingFSDPStrategy, FSDPStrategy),
+    "DeepSpeed": (UnitScalingDeepSpeedStrategy, DeepSpeedStrategy),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # engine, options, of the strategy, message
+    "FSDP1, casts": ("FSDP1", {"format": "fp8"}, {}, "format='fp8' casts.*FSDP1 flattens.*unitscale_model_parallel"),
+    "DeepSpeed, casts": ("DeepSpeed", {"format": "bf16"}, {"config": {}}, "format='bf16' casts.*DeepSpeed flattens"),
+    "FSDP1, flat parameters": ("FSDP1", {}, {"kwargs": {"use_orig_params": False}}, "use_orig_params=False leaves"),
+    "DeepSpeed, its own optimizer": ("DeepSpeed", {}, {"config": {"optimizer": {}}}, "optimizer of DeepSpeed's config"),
+}
+
+
 @pytest.mark.parametrize("door", ["callback", "strategy"])
-@pytest.mark.parametrize("engine", ["FSDP1", "DeepSpeed"])
-def test_flattening_strategies_are_refused_and_name_the_one_to_take(engine: str, door: str) -> None:
-    ours, theirs = {
-        "FSDP1": (UnitScalingFSDPStrategy, FSDPStrategy),
-        "DeepSpeed": (UnitScalingDeepSpeedStrategy, DeepSpeedStrategy),
-    }[engine]
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_not_be_done_on_flat_pieces_is_refused_before_anything_changes(case: str, door: str) -> None:
+    engine, options, attributes, message = REFUSED[case]
     module = build()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    cls = ours if door == "strategy" else theirs
-    strategy = object.__new__(cls)  # the constructors of both want a GPU, or a package
-    message = f"{engine} flattens parameters.*unitscale_model_parallel"
+    strategy = object.__new__(ENGINES[engine][door == "callback"])  # the constructors of both want a GPU, or a package
+    strategy._lightning_module = module
+    vars(strategy).update(attributes)
+    loop = trainer(".")
+    loop.state.fn = TrainerFn.FITTING
+    scaling = UnitScaling(**options).unit_scaling
     with pytest.raises(UnitScalingError, match=message):
         if door == "callback":
-            UnitScaling().unit_scaling.wrap(strategy)
+            scaling.wrap(strategy)
         else:
-            strategy._lightning_module = module
-            strategy.setup(trainer("."))
+            strategy.unit_scaling = scaling
+        strategy.setup(loop)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_module_that_is_not_whole_is_refused_by_name() -> None:
+    with torch.device("meta"):
+        module = build()
+    with pytest.raises(UnitScalingError, match=r"embedding\.weight is on the device meta before FSDP1 is set up"):
+        check_whole(module, "FSDP1")
+
+
+@pytest.mark.parametrize("engine", ["FSDP1", "DeepSpeed's ZeRO 3"])
+def test_factors_in_the_forward_pass_are_refused(tmp_path: Path, engine: str) -> None:
+    scaling = UnitScaling(storage="unit")
+    trainer(tmp_path, scaling, max_steps=1).fit(build(), batches())
+    assert scaling.plan is not None
+    with pytest.raises(UnitScalingError, match=r"factors stay in the forward pass.*storage='folded'"):
+        check_plan(scaling.plan, engine)
 
 
 @pytest.mark.parametrize("name", ["unitscale", "unitscale_ddp"])

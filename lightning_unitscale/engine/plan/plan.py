@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_unitscale.engine.plan.factors import Factor
+from lightning_unitscale.engine.plan.known_parameter import KnownParameter
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, StepScale, check_has_rates
 from lightning_unitscale.engine.record.deep_copies import shared_by_copies
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Frame
+from lightning_unitscale.engine.record.spread_tensors import is_flat_piece, plain_name
 from lightning_unitscale.errors import UnitScalingError
 
 PLAN_VERSION = 2
@@ -91,7 +93,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         self._module: weakref.ref[nn.Module] | None = None
-        self._owners: dict[str, tuple[weakref.ref[nn.Module], weakref.ref[nn.Parameter]]] = {}
+        self._owners: dict[str, tuple[weakref.ref[nn.Module], KnownParameter]] = {}
         self.schedule_followed = False  # whether anything asks which steps are to be measured
         self._text: tuple[Any, str] | None = None  # what was true of the plan when the text was made, and the text
 
@@ -257,7 +259,7 @@ class Plan:
         self._module = weakref.ref(module)
         is_whole = "_modules" in module.__dict__  # which a model that is being copied is not yet
         owned = _owned(module) if is_whole else ()
-        self._owners = {name: (weakref.ref(owner), weakref.ref(p)) for name, owner, p in owned}
+        self._owners = {name: (weakref.ref(owner), KnownParameter(p)) for name, owner, p in owned}
         _BOUND.add(module)
 
     @property
@@ -283,20 +285,23 @@ class Plan:
 
     def differences(self, module: nn.Module) -> dict[str, list[str]]:
         """In what the model is not the one that the plan was made for; empty lists where it is."""
-        modules = {name for name, _ in module.named_modules()}
+        modules = {plain_name(name) for name, _ in module.named_modules()}
         known = self._owners if self._module is not None and self._module() is module else {}
         now = [(name, known[name], (owner, p)) for name, owner, p in _owned(module) if name in known]
-        shapes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+        shapes = {
+            plain_name(name): None if is_flat_piece(parameter) else list(parameter.shape)
+            for name, parameter in module.named_parameters()
+        }
         return {
             "missing": sorted(set(self.parameters) - set(shapes)),
             "added": sorted(set(shapes) - set(self.parameters)),
             "other shape": sorted(
                 f"{name} {parameter.shape} -> {shapes[name]}"
                 for name, parameter in self.parameters.items()
-                if name in shapes and shapes[name] != parameter.shape
+                if name in shapes and shapes[name] not in (None, parameter.shape)
             ),
             # A wrapped or sharded module keeps one of both: the module, or its parameters.
-            "replaced": sorted(name for name, (a, b), (owner, p) in now if a() is not owner and b() is not p),
+            "replaced": sorted(name for name, (a, b), (owner, p) in now if a() is not owner and not b.is_(p)),
             "missing module": sorted({frame.module for frame in self.frames} - modules),
         }
 
@@ -337,7 +342,7 @@ def _owned(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Name, owner and object of each parameter."""
     modules = dict(module.named_modules(remove_duplicate=False))
     for name, parameter in module.named_parameters():
-        yield name, modules[name.rpartition(".")[0]], parameter
+        yield plain_name(name), modules[name.rpartition(".")[0]], parameter
 
 
 def _with_causes(data: dict[str, Any]) -> dict[str, Any]:

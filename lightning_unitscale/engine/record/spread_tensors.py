@@ -4,6 +4,8 @@
                                from all processes stands in its place (`gathering_modules` says where)
     tensor parallelism         weights and activations are DTensors all along, with the shape of the whole; what makes
     (`parallelize_module`)     them of plain tensors, and plain tensors of them, moves numbers, changing none (`MOVES`)
+    FSDP1                      not seen through: a plan is made before (`before_wrapping`), and finds by name what the
+                               optimizer has, pieces of flat pieces (`plain_name`)
 
 What is read of such a tensor, its RMS say, is the whole's: reduced over the processes that hold its parts, all of which
 must ask for it. No process ever holds more than its part for that.
@@ -54,6 +56,16 @@ def over_parts(number: Tensor, tensor: Tensor, op: dist.ReduceOp.RedOpType = dis
 def whole(tensor: Tensor) -> Tensor:
     """All of a small tensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter or module before FSDP1 wrapped what is around it."""
+    return name.replace("_fsdp_wrapped_module.", "").removesuffix("._fsdp_wrapped_module")
+
+
+def is_flat_piece(parameter: nn.Parameter) -> bool:
+    """Whether FSDP1 has put a piece of a flat piece in the place of a parameter."""
+    return getattr(parameter, "_fsdp_flattened", False)
 
 
 def is_sharded(module: nn.Module) -> bool:
