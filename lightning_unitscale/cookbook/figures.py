@@ -68,7 +68,9 @@ def spectrograms(rows: Sequence[tuple[str, Mapping[str, Tensor]]], file: Path) -
         high = max(float(mel.max()) for mel in each.values())
         for column, (name, mel) in enumerate(each.items(), start=1):
             axes = figure.add_subplot(len(rows), columns, line * columns + column)
-            axes.imshow(mel.float().T, origin="lower", aspect="auto", vmin=low, vmax=high, interpolation="nearest")
+            axes.imshow(
+                mel.float().T.numpy(), origin="lower", aspect="auto", vmin=low, vmax=high, interpolation="nearest"
+            )
             axes.set_title(f"{title} ({name})", fontsize=8)
             axes.set(xlabel="frames of 10 ms", ylabel="mel bins")
     figure.savefig(file, dpi=110)
@@ -86,14 +88,14 @@ def confusion_matrix(counts: Tensor, names: Sequence[str], file: Path) -> Path:
     side = min(3 + 0.35 * len(names), 14)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(counts / counts.sum(1, keepdim=True).clamp(min=1), cmap="Blues", vmin=0, vmax=1)
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     places = range(len(names))
     axes.set(xlabel="answer", ylabel="true class", xticks=places, yticks=places)
     axes.set_xticklabels(names, rotation=90)
     axes.set_yticklabels(names)
     for row, column in counts.nonzero().tolist():
-        share = counts[row, column] / counts[row].sum()
-        colour = "white" if share > 0.5 else "black"
+        colour = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=7)
     figure.savefig(file, dpi=110)
     return file

@@ -39,7 +39,8 @@ class Noise:
             angle = 2 * torch.pi * (50 + 150 * pitch) * torch.arange(len(sound)) / RATE
             noise = noise + torch.stack([torch.sin(harmonic * angle) / harmonic for harmonic in range(1, 6)]).sum(0)
         wanted = power(sound) / 10 ** (self.decibels / 10)
-        return sound + noise * (wanted / power(noise)).sqrt()
+        mixed: Tensor = sound + noise * (wanted / power(noise)).sqrt()
+        return mixed
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ class AudioEditing(Task):
         """Whole sounds before, after, and as they are to be: spectrograms, and to listen to."""
         windows: Any = batches.dataset
         chosen = {id(window.mixture): window.mixture for window in (windows[n] for n in range(len(windows)))}
-        rows, shown = [], []
+        rows: list[tuple[str, dict[str, Tensor]]] = []
+        shown: list[str | Path] = []
         for number, mixture in enumerate(list(chosen.values())[:HEARD], start=1):
             mixed, clean = mixture.sounds()
             size = mixed.square().mean().sqrt().clamp(min=1e-6)

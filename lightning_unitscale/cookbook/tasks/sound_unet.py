@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 
 class SoundUNetConfig(PreTrainedConfig):
@@ -68,7 +68,7 @@ class SoundUNet(PreTrainedModel):
         self.memory = nn.LSTM(deepest, deepest, batch_first=True, bidirectional=True)
         self.remembered = nn.Linear(2 * deepest, deepest)
         self.up = nn.ModuleList(Up(after, before, config) for before, after in reversed(pairs))
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Torch's own initial values."""

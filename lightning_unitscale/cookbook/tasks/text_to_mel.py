@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForTextToSpectrogram, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from lightning_unitscale.cookbook.data.examples import IGNORED
 from lightning_unitscale.cookbook.tasks.alignment import monotonic_alignment
@@ -78,7 +78,7 @@ class Block(nn.Module):
         states = states + self.attention(self.attention_norm(states), mask)
         there = mask[:, None]  # convolutions see nothing beyond the end
         inner = self.widen(self.conv_norm(states).transpose(1, 2) * there).relu()
-        return states + self.narrow(inner * there).transpose(1, 2)
+        return states + self.narrow(inner * there).transpose(1, 2)  # type: ignore[no-any-return]
 
 
 class TextToMel(PreTrainedModel):
@@ -91,7 +91,7 @@ class TextToMel(PreTrainedModel):
         super().__init__(config)
         width, bins = config.hidden_size, config.num_mel_bins
         self.letters = nn.Embedding(config.vocab_size, width)
-        self.voices = nn.Embedding(config.num_labels, width)
+        self.voices = nn.Embedding(config.num_labels or 1, width)
         self.encoder = nn.ModuleList(Block(config) for _ in range(config.encoder_layers))
         self.encoder_norm = nn.LayerNorm(width)
         self.duration_inner = nn.Conv1d(width, width, 3, padding=1)
@@ -100,7 +100,7 @@ class TextToMel(PreTrainedModel):
         self.decoder = nn.ModuleList(Block(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.mel = nn.Linear(width, bins)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         """Torch's own initial values."""
