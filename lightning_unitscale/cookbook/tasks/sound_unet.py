@@ -1,13 +1,14 @@
 """A U-Net over samples, as Demucs has it (Défossez et al., 2020, arXiv 2006.12847): sound into sound.
 
 samples → convolutions, each with a quarter of the moments → LSTM in both directions → the same way back
-                      └──────────── added at the same resolution ────────────────────────┘
+                      └──────── joined at the same resolution, as U-Nets do ────────────┘
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -46,11 +47,11 @@ class Up(nn.Module):
     def __init__(self, before: int, after: int, config: SoundUNetConfig) -> None:
         super().__init__()
         margin = (config.kernel - config.stride) // 2
-        self.gated = nn.Conv1d(before, 2 * before, 1)
+        self.gated = nn.Conv1d(2 * before, 2 * before, 1)
         self.more = nn.ConvTranspose1d(before, after, config.kernel, config.stride, padding=margin)
 
     def forward(self, sound: Tensor) -> Tensor:
-        """[batch, after, moments · stride] of [batch, before, moments]."""
+        """[batch, after, moments · stride] of [batch, 2 · before, moments]."""
         return self.more(F.glu(self.gated(sound), 1))  # type: ignore[no-any-return]
 
 
@@ -84,7 +85,7 @@ class SoundUNet(PreTrainedModel):
         states, _ = self.memory(sound.transpose(1, 2))
         sound = self.remembered(states).transpose(1, 2)
         for place, up in enumerate(self.up):
-            sound = up(sound + passed[-1 - place])
+            sound = up(torch.cat([sound, passed[-1 - place]], 1))
             if place < len(self.up) - 1:
                 sound = sound.relu()
         return ModelOutput(sound=sound[:, 0, :length])

@@ -105,6 +105,10 @@ class TextToMel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Torch's own initial values."""
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of letters."""
+        return self.letters
+
     def forward(
         self,
         input_ids: Tensor,
