@@ -99,6 +99,7 @@ def check(cfg: DictConfig) -> None:
             f"task.head={cfg.task.head} does not go with {cfg.task._target_}, which is for "
             f"{' and '.join(task.heads)}; any other head is trained with task=any_head and data=module"
         )
+    task.check(cfg)
     validate_before_the_end(cfg)
     if not any((cfg.model.path, cfg.model.base, cfg.model.config)):
         raise InputError("there is no model to start from; give one: model.path=<checkpoint, folder or hub name>")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -50,5 +50,52 @@ def piano_roll(notes: Sequence[tuple[int, int, int]], file: Path, heard: int) ->
         axes.broken_barh([(begin, end - begin)], (pitch - 0.4, 0.8), facecolor=colour)
     axes.axvline(heard, color="black", linewidth=0.5)
     axes.set(xlabel="sixteenths (grey: given, blue: the model's)", ylabel="pitch (MIDI)")
+    figure.savefig(file, dpi=110)
+    return file
+
+
+def spectrograms(rows: Sequence[tuple[str, Mapping[str, Tensor]]], file: Path) -> Path:
+    """Writes log-mel spectrograms beside each other, with one scale of brightness for a row.
+
+    Args:
+        rows: a title, and [frames, bins] by name.
+        file: .png
+    """
+    columns = max(len(each) for _, each in rows)
+    figure = Figure(figsize=(4.5 * columns, 2.2 * len(rows)), layout="constrained")
+    for line, (title, each) in enumerate(rows):
+        low = min(float(mel.min()) for mel in each.values())
+        high = max(float(mel.max()) for mel in each.values())
+        for column, (name, mel) in enumerate(each.items(), start=1):
+            axes = figure.add_subplot(len(rows), columns, line * columns + column)
+            axes.imshow(
+                mel.float().T.numpy(), origin="lower", aspect="auto", vmin=low, vmax=high, interpolation="nearest"
+            )
+            axes.set_title(f"{title} ({name})", fontsize=8)
+            axes.set(xlabel="frames of 10 ms", ylabel="mel bins")
+    figure.savefig(file, dpi=110)
+    return file
+
+
+def confusion_matrix(counts: Tensor, names: Sequence[str], file: Path) -> Path:
+    """Writes how often each class was taken for each.
+
+    Args:
+        counts: [true classes, answers].
+        names: of the classes.
+        file: .png
+    """
+    side = min(3 + 0.35 * len(names), 14)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    places = range(len(names))
+    axes.set(xlabel="answer", ylabel="true class", xticks=places, yticks=places)
+    axes.set_xticklabels(names, rotation=90)
+    axes.set_yticklabels(names)
+    for row, column in counts.nonzero().tolist():
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(int(counts[row, column])), ha="center", va="center", color=colour, fontsize=7)
     figure.savefig(file, dpi=110)
     return file

@@ -15,6 +15,7 @@ from lightning_unitscale.errors import InputError, first_line
 
 BYTES = "bytes"  # the name of `byte_tokenizer()` where a path could stand
 LETTERS = "letters"  # likewise, of `letter_tokenizer()`
+CHARACTERS = "characters"  # likewise, of `character_tokenizer()`
 BOS = 256  # of bytes: begins every document
 VOCABULARY = 257
 _DOCUMENT = "<|document|>"  # as text, the token BOS
@@ -44,23 +45,38 @@ def letter_tokenizer() -> PreTrainedTokenizerBase:
 
     Capitals are made small, and other characters are left out. Decoding takes repeated tokens and blanks away.
     """
-    letters = {token: number for number, token in enumerate(("<blank>", "|", "'", *string.ascii_lowercase))}
-    backend = Backend(models.WordLevel(letters, unk_token="<blank>"))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z' ]"), ""), normalizers.Replace(" ", "|")]
-    )
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    backend = _of_letters("<blank>")
     backend.decoder = decoders.CTC(pad_token="<blank>", word_delimiter_token="|", cleanup=True)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<blank>", clean_up_tokenization_spaces=False
     )
 
 
-_OWN = {BYTES: byte_tokenizer, LETTERS: letter_tokenizer}
+def character_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokens of `letter_tokenizer()` for a decoder that writes them one by one: token 0 ends a text, and pads."""
+    backend = _of_letters("<end>")
+    backend.decoder = decoders.Sequence([decoders.Replace("|", " "), decoders.Fuse()])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", pad_token="<end>", clean_up_tokenization_spaces=False
+    )
+
+
+def _of_letters(first: str) -> Backend:
+    """A tokenizer whose token 0 is named so."""
+    letters = {token: number for number, token in enumerate((first, "|", "'", *string.ascii_lowercase))}
+    backend = Backend(models.WordLevel(letters, unk_token=first))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex("[^a-z' ]"), ""), normalizers.Replace(" ", "|")]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return backend
+
+
+_OWN = {BYTES: byte_tokenizer, LETTERS: letter_tokenizer, CHARACTERS: character_tokenizer}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """ "bytes", "letters", or a folder or hub name.
+    """ "bytes", "letters", "characters", or a folder or hub name.
 
     Raises:
         InputError: there is none.

@@ -52,6 +52,18 @@ def test_an_experiment_changes_what_the_file_states() -> None:
     assert composed("finetune", "experiment=digits").patience == 6
 
 
+@pytest.mark.parametrize("name", ["speech_synthesis", "audio_editing", "image_classification", "detection", "digits"])
+def test_an_experiment_can_do_without_unit_scaling(name: str) -> None:
+    assert composed("pretrain", f"experiment={name}").unitscale.lr_units == "umup"
+    assert not composed("pretrain", f"experiment={name}", "unitscale=none").unitscale
+
+
+def test_a_model_with_a_decoder_brings_its_head_along() -> None:
+    assert composed("pretrain", "experiment=speech_recognition").task.head == "AutoModelForCTC"
+    found = composed("pretrain", "experiment=speech_recognition", "model=whisper")
+    assert found.task.head == "AutoModelForSpeechSeq2Seq"
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_a_scheme_s_file_lists_its_hyperparameters_at_their_defaults(name: str) -> None:
     found = composed("pretrain", f"unitscale={name}").unitscale

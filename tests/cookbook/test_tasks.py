@@ -38,12 +38,16 @@ from lightning_unitscale.errors import InputError
 
 @dataclass(frozen=True)
 class Case:
-    """A task made small: what is set, which scores are logged, columns of its predictions, and files to look at."""
+    """A task made small: what is set, which scores are logged, columns of its predictions, and files to look at.
+
+    Its experiment has its name, unless another one is said.
+    """
 
     settings: tuple[str, ...]
     scores: tuple[str, ...]
     columns: tuple[str, ...]
     files: tuple[str, ...]
+    experiment: str = ""
 
 
 SMALL_T5 = ("model.config.d_model=32", "model.config.num_layers=1", "model.config.num_decoder_layers=1")
@@ -65,6 +69,31 @@ TASKS = {
         ("word_error_rate", "character_error_rate"),
         ("text", "target"),
         ("utterance_1.wav",),
+    ),
+    "transcription": Case(
+        ("model=whisper", "data.utterances.count=12", "data.batch_size=4", "model.config.d_model=32"),
+        ("word_error_rate", "character_error_rate"),
+        ("text", "target"),
+        ("utterance_1.wav",),
+        experiment="speech_recognition",
+    ),
+    "speech_synthesis": Case(
+        ("data.utterances.count=12", "data.batch_size=4", "model.config.hidden_size=32"),
+        ("mel_distance", "mean_frame_distance"),
+        ("text", "seconds", "mel_distance"),
+        ("spectrograms.png", "said_1.wav", "true_1.wav"),
+    ),
+    "audio_editing": Case(
+        ("data.mixtures.count=12", "data.batch_size=4", "model.config.channels=[8,8,8]"),
+        ("si_sdr", "si_sdr_improvement"),
+        ("si_sdr_before", "si_sdr"),
+        ("spectrograms.png", "before_1.wav", "after_1.wav", "true_1.wav"),
+    ),
+    "image_classification": Case(
+        ("data.batch_size=4",),
+        ("accuracy", "f1"),
+        ("label", "score", "target"),
+        ("confusion.png", "answers.png"),
     ),
     "music": Case(
         (
@@ -128,8 +157,14 @@ BY_DAY = ("segmentation", "music")  # the others in the nightly run
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The name of a task, and the folder in which four steps of its pre-training lie under `run`."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
-    run_recipe("pretrain", folder, f"experiment={name}", "trainer.max_steps=4", *QUICK, *TASKS[name].settings)
+    run_recipe("pretrain", folder, *settings_of(name))
     return name, folder
+
+
+def settings_of(name: str) -> list[str]:
+    """Of four steps of its pre-training."""
+    case = TASKS[name]
+    return [f"experiment={case.experiment or name}", "trainer.max_steps=4", *QUICK, *case.settings]
 
 
 def test_a_task_is_trained_and_shown(run: tuple[str, Path]) -> None:
@@ -145,8 +180,7 @@ def test_a_task_is_trained_and_shown(run: tuple[str, Path]) -> None:
 def test_a_task_resumes_exactly(run: tuple[str, Path]) -> None:
     name, folder = run
     halfway = folder / "run" / "checkpoints" / "step-2.ckpt"
-    settings = [f"experiment={name}", "trainer.max_steps=4", *QUICK, *TASKS[name].settings, "hydra.run.dir=resumed"]
-    run_recipe("pretrain", folder, *settings, f"ckpt_path={halfway}")
+    run_recipe("pretrain", folder, *settings_of(name), "hydra.run.dir=resumed", f"ckpt_path={halfway}")
     whole, resumed = (
         torch.load(folder / made / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for made in ("run", "resumed")
@@ -323,7 +357,8 @@ def test_sentences_sound_the_same_again_and_the_test_has_its_own_voice() -> None
         }
     )
     found = SimpleNamespace(
-        text_tokenizer=letter_tokenizer, model=SimpleNamespace(config=None, main_input_name="input_values")
+        text_tokenizer=letter_tokenizer,
+        model=SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False), main_input_name="input_values"),
     )
     data = SpeechRecognition.data_module(once, found, cfg)
     training, test = data.training.examples, data.test

@@ -11,6 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import pytorch_lightning as pl
@@ -46,9 +47,13 @@ class Pair:
 
 @dataclass(frozen=True)
 class Image:
-    """An image, [channels, height, width] with values in -1 … 1, and its class."""
+    """An image and its class; images of one group stay on one side of a split.
 
-    pixels: Tensor
+    Attributes:
+        pixels: [channels, height, width] with values in -1 … 1, or a file.
+    """
+
+    pixels: Tensor | Path
     label: str
     group: str
 

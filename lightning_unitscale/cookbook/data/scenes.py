@@ -59,6 +59,7 @@ def digit_scenes(count: int, size: int = 48, most: int = 5, seed: int = 1) -> li
     pools: list[list[tuple[Tensor, str]]] = [[] for _ in range(POOLS)]
     for image in digits():
         pool = int.from_bytes(hashlib.blake2b(image.group.encode(), digest_size=4).digest(), "little") % POOLS
+        assert isinstance(image.pixels, Tensor)
         pools[pool].append((image.pixels[0] / 2 + 0.5, image.label))
     generator = torch.Generator().manual_seed(seed)
     return [_canvas(pools[number % POOLS], str(number % POOLS), size, most, generator) for number in range(count)]

@@ -25,6 +25,7 @@ from lightning_unitscale.errors import InputError
 RATE = 16_000  # samples a second, of all that models are given
 HOP, WINDOW, FFT = 160, 400, 512  # samples
 FLOOR = 1e-6
+BLOCK = 1 << 20  # samples read at once
 
 
 @cache
@@ -72,25 +73,36 @@ def read_sound(file: Path) -> Tensor:
     return resampled(torch.from_numpy(samples).mean(1), rate)
 
 
+def seconds_of(sound: Tensor | Path, where: str) -> float:
+    """How long samples at RATE, or those of a file, take; a file is looked at as by `check_sound`."""
+    return len(sound) / RATE if isinstance(sound, Tensor) else check_sound(sound, where)[0]
+
+
 def check_sound(file: Path, where: str) -> tuple[float, int]:
-    """Seconds and sampling rate of a file that can be read.
+    """Seconds and sampling rate of a file, all of which can be read.
 
     Args:
         where: of the row that names it, for the message.
 
     Raises:
-        InputError: there is no such file, or it holds no sound.
+        InputError: there is no such file, it holds no sound, it is cut short, or a sample of it is no number.
     """
     soundfile = _soundfile()
     if not file.is_file():
         raise InputError(f"{where}: there is no file {file}")
+    count = 0
     try:
-        found = soundfile.info(str(file))
+        with soundfile.SoundFile(file) as found:
+            for block in found.blocks(BLOCK, dtype="float32"):
+                if not numpy.isfinite(block).all():
+                    raise InputError(f"{where}: {file} has samples that are no numbers")
+                count += len(block)
+            said, rate = found.frames, found.samplerate
     except soundfile.LibsndfileError as error:
         raise InputError(f"{where}: {file} is no sound that can be read ({error})") from error
-    if not found.frames:
-        raise InputError(f"{where}: {file} has no samples")
-    return found.duration, found.samplerate
+    if not count or count < said:
+        raise InputError(f"{where}: {file} has {count} samples, and says that it has {said}")
+    return count / rate, rate
 
 
 def _soundfile() -> Any:

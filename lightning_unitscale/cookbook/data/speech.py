@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_unitscale.cookbook.data.labelled_files import read_table
-from lightning_unitscale.cookbook.data.sound import RATE, check_sound, resampled
+from lightning_unitscale.cookbook.data.sound import RATE, check_sound, read_sound, resampled
 from lightning_unitscale.cookbook.data.sound_rows import sound_rows
 from lightning_unitscale.errors import InputError
 
@@ -48,6 +48,11 @@ class Utterance:
     sound: Tensor | Path
     text: str
     speaker: str
+
+
+def sound_of(utterance: Utterance) -> Tensor:
+    """Its samples at RATE."""
+    return utterance.sound if isinstance(utterance.sound, Tensor) else read_sound(utterance.sound)
 
 
 def read_sentences(count: int, voices: Sequence[str] = VOICES, seed: int = 1) -> list[Utterance]:

@@ -15,7 +15,7 @@ from lightning_unitscale.cookbook.data.digits import digits
 def digit_images(size: int = 8) -> tuple[Tensor, Tensor]:
     """Images [1797, 1, size, size] in [-1, 1], and labels; the last ones are by other writers than the first."""
     found = digits()
-    images = torch.stack([image.pixels for image in found])
+    images = torch.stack([image.pixels for image in found if isinstance(image.pixels, Tensor)])
     labels = torch.tensor([int(image.label) for image in found])
     return (images if size == 8 else F.interpolate(images, size=size, mode="bilinear")), labels
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 from transformers import PreTrainedConfig
 
 from lightning_unitscale.cookbook.data.continuing_loader import loading
 from lightning_unitscale.cookbook.data.examples import Batch, Examples, Image, Labelled, split_by
+from lightning_unitscale.cookbook.figures import confusion_matrix
 from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tasks.task import Task
 from lightning_unitscale.errors import InputError
@@ -116,6 +119,17 @@ class Classification(Task):
         score, number = probabilities.max(-1)
         known = {"target": self._names(batch["labels"])} if "labels" in batch else {}
         return {"label": self._names(number), "score": score, **known}
+
+    def show(self, batches: DataLoader[Any], folder: Path, settings: Mapping[str, Any]) -> list[str | Path]:
+        """How often each class was taken for each, of all that is held out."""
+        classes = self.model.config.num_labels
+        counts = MulticlassConfusionMatrix(classes).to(self.device)
+        for held_out in batches:
+            batch = {name: tensor.to(self.device) for name, tensor in held_out.items()}
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            counts.update(self.model(**inputs).logits, batch["labels"])
+        names = self._names(torch.arange(classes))
+        return [confusion_matrix(counts.compute().cpu(), names, folder / "confusion.png")]
 
     def _names(self, numbers: Tensor) -> list[str]:
         return [self.model.config.id2label[number] for number in numbers.tolist()]
