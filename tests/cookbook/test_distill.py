@@ -18,9 +18,11 @@ from lightning_unitscale import unit_scale
 from lightning_unitscale.checkpoint import plan_in
 from lightning_unitscale.cookbook.callbacks import LastCheckpoint
 from lightning_unitscale.cookbook.model_path import load_pretrained
-from lightning_unitscale.cookbook.tasks.distillation import Student, distance_of_hidden_states, distance_of_logits
+from lightning_unitscale.cookbook.tasks.distillation import distance_of_hidden_states, distance_of_logits, student_of
+from lightning_unitscale.cookbook.tasks.language_modeling import LanguageModeling
 from lightning_unitscale.cookbook.tokenizers import byte_tokenizer
 
+Student = student_of(LanguageModeling)
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 STUDENT = {"model_type": "llama", "vocab_size": 257, "bos_token_id": 256, "num_hidden_layers": 1, **WIDTH}
 TINY = [
@@ -50,7 +52,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def results(folder: Path) -> dict[str, float]:
     numbers = json.loads((folder / "distill.json").read_text())
-    return {name: value["test loss"] for name, value in numbers.items() if isinstance(value, dict)}
+    return {name: value["loss"] for name, value in numbers.items() if isinstance(value, dict)}
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
