@@ -2,7 +2,7 @@
 
     unitscale tasks                                         # = python recipes/tasks.py; hours on one core
     unitscale tasks tasks=[dialogue,translation] seeds=[1]
-    unitscale tasks settings=[trainer.max_steps=100] variants.standard.rates=[-10,-9] variants.umup.rates=[0,1]
+    unitscale tasks "settings=['trainer.max_steps=100']" variants.standard.rates=[-10,-9] variants.umup.rates=[0,1]
     unitscale tasks tasks=[mine] --config-dir my_conf       # an experiment of your own
     unitscale tasks only_report=true                        # table and page of what is finished
 
