@@ -29,17 +29,21 @@ class Taught(Task):
         teacher: a model with the same predictions; None trains on the data alone.
     """
 
+    not_saved = (*Task.not_saved, "teacher")
+
     def __init__(
         self, *args: Any, distillation: Mapping[str, float], teacher: nn.Module | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.save_hyperparameters(ignore=["weights", "teacher"])
         self.distillation = dict(distillation)
         self.teacher = Outside(teacher) if teacher is not None else None
         if teacher is not None and self.distillation["hidden"] > 0:
-            models: tuple[Any, Any] = (self.model, teacher)
-            for model in models:
-                model.config.output_hidden_states = True
+            for part in (
+                *self.model.modules(),
+                *teacher.modules(),
+            ):  # an encoder and a decoder have configs of their own
+                if (config := getattr(part, "config", None)) is not None:
+                    config.output_hidden_states = True
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One batch, through the teacher too."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
@@ -57,6 +57,7 @@ class Task(pl.LightningModule):
         shows_scores: whether the progress bar has the scores too.
         predicts_held_out: whether `predict_step` takes the batches of the task's own data. It returns a list or tensor
             with one entry for each example, or a dict of those: the columns of the file that is written.
+        not_saved: arguments that are no part of a checkpoint's settings.
 
     Raises:
         InputError: a glob of `freeze` matches nothing, or nothing is left to train.
@@ -66,6 +67,7 @@ class Task(pl.LightningModule):
     counted = "examples"
     shows_scores = True
     predicts_held_out = False
+    not_saved: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class Task(pl.LightningModule):
         weights: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore="weights")
+        self.save_hyperparameters(ignore=list(self.not_saved))
         built: Any = weights if weights is not None else new_model(model, head or (self.heads or ("AutoModel",))[0])
         freeze_parameters(built, freeze)
         built.name_or_path = base or ""
