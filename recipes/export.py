@@ -46,8 +46,9 @@ def main(cfg: DictConfig) -> float:
     if found.weights != "float32":
         raise InputError(f"model.path={found.path} has weights in {found.weights}; export the checkpoint it is made of")
     scaling = "none" if found.plan is None else f"{found.plan.scheme}, {found.plan.storage} storage"
-    inputs_of = task_of(found).example_inputs
-    difference = export(found.model, output, cfg.format, found.tokenizer, DTYPES[cfg.dtype], inputs_of)
+    task = task_of(found)
+    task.complete(found.tokenizer, found.model)
+    difference = export(found.model, output, cfg.format, found.tokenizer, DTYPES[cfg.dtype], task.example_inputs)
     files = files_of(output)
     size = sum(file.stat().st_size for file in files)
     print(f"model        {type(found.model).__name__} from {found.path}, unit scaling: {scaling}")

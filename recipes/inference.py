@@ -1,7 +1,8 @@
-"""Use a trained model: generate text, predict a data set into a file, or measure it on held-out data.
+"""Use a trained model: generate text, talk, predict a data set into a file, or measure it on held-out data.
 
     unitscale inference                                                # the newest checkpoint of `unitscale pretrain`
     unitscale inference model.path=… prompt="The with statement"       # or prompt_file=prompts.txt
+    unitscale inference mode=chat model.path=…                         # talk to a model of experiment=dialogue
     unitscale inference mode=predict model.path=… rows=reviews.jsonl output=answers.jsonl    # goes on if interrupted
     unitscale inference mode=predict model.path=…/digits/…/best.ckpt output=answers.parquet  # what its run held out
     unitscale inference mode=evaluate model.path=…                     # the scores of its validation
@@ -21,6 +22,7 @@ from omegaconf import DictConfig
 
 from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cli import recipe
+from lightning_unitscale.cookbook.inference.chat import chat
 from lightning_unitscale.cookbook.inference.evaluation import compare_formats
 from lightning_unitscale.cookbook.inference.loading import weight_formats
 from lightning_unitscale.cookbook.inference.prediction import predict_rows
@@ -29,12 +31,12 @@ from lightning_unitscale.cookbook.runs import train_base
 from lightning_unitscale.errors import InputError, UnitScalingError
 from lightning_unitscale.export.fp8_weights import WEIGHT_FORMATS
 
-MODES = {"generate": generate_texts, "predict": predict_rows, "evaluate": compare_formats}
+MODES = {"generate": generate_texts, "chat": chat, "predict": predict_rows, "evaluate": compare_formats}
 
 
 @recipe("inference")
 def main(cfg: DictConfig) -> Any:
-    """One of the three tasks; returns its result."""
+    """What the mode does; returns its result."""
     check(cfg)
     transformers.logging.disable_progress_bar()
     path = cfg.model.path or newest_checkpoint(cfg)
@@ -44,7 +46,7 @@ def main(cfg: DictConfig) -> Any:
 def check(cfg: DictConfig) -> None:
     """Raises InputError for settings that would fail late or obscurely."""
     if cfg.mode not in MODES:
-        raise InputError(f"mode={cfg.mode} is not known; choose generate, predict or evaluate")
+        raise InputError(f"mode={cfg.mode} is not known; choose from {', '.join(MODES)}")
     if cfg.mode == "predict" and not cfg.output:
         raise InputError("mode=predict needs output=<.jsonl or .parquet>")
     if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:

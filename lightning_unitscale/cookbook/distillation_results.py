@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ FILE = "distill.json"
 
 
 class DistillationResults:
-    """Parameters and test loss of each model by name.
+    """Parameters and test scores of each model by name.
 
     Args:
         folder: of the run.
@@ -31,14 +32,17 @@ class DistillationResults:
     def __contains__(self, name: str) -> bool:
         return name in self.rows
 
-    def add(self, name: str, model: PreTrainedModel, test_loss: float) -> None:
-        """Add a model, and write down all."""
-        self.rows[name] = {"parameters": model.num_parameters(), "test loss": test_loss}
+    def add(self, name: str, model: PreTrainedModel, scores: Mapping[str, float]) -> None:
+        """Add a model with its test scores, and write down all."""
+        own = {score.removeprefix("test/"): value for score, value in scores.items()}
+        self.rows[name] = {"parameters": model.num_parameters(), **own}
         self.file.write_text(json.dumps(self.rows, indent=1))
 
     def show(self) -> None:
         """Print them as a table."""
-        table = new_table("Distillation", [""], ["parameters", "test loss, nats per token"])
+        scores = list(dict.fromkeys(score for row in self.rows.values() for score in row if score != "parameters"))
+        table = new_table("Distillation: scores of the test", [""], ["parameters", *scores])
         for name, row in self.rows.items():
-            table.add_row(name, f"{row['parameters']:,}", f"{row['test loss']:.4f}")
+            cells = [f"{row[score]:.4f}" if score in row else "" for score in scores]
+            table.add_row(name, f"{row['parameters']:,}", *cells)
         Console().print(table)

@@ -84,9 +84,17 @@ def generation_config(
 
 
 def check_prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], new_tokens: int | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    new_tokens: int | None,
+    special_tokens: bool = True,
 ) -> None:
     """
+    Args:
+        prompts, special_tokens: as for `generate`.
+        new_tokens: that are to follow.
+
     Raises:
         InputError: there is no prompt, one is empty, or one does not fit the model's context.
     """
@@ -95,7 +103,7 @@ def check_prompts(
     new_tokens = new_tokens or 0
     context = context_length(model)
     for number, prompt in enumerate(prompts, start=1):
-        tokens = len(tokenizer(prompt)["input_ids"])
+        tokens = len(tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"])
         if tokens == 0:
             raise InputError(f"prompt {number} is empty, and the tokenizer puts nothing in front of it")
         needed = tokens + (0 if model.config.is_encoder_decoder else new_tokens)
@@ -115,14 +123,21 @@ def generate(
     prompts: Sequence[str],
     config: GenerationConfig,
     stream: bool = False,
+    special_tokens: bool = True,
 ) -> Generated:
     """Generate one text for each prompt, all in one batch, padded on the left.
 
     Args:
-        stream: print tokens as they come; for one prompt without beams.
+        stream: print tokens as they come, after the prompt if that is plain text; for one prompt without beams.
+        special_tokens: the tokenizer puts its own around a prompt; False where a chat template has done so.
     """
     encoded = tokenizer(
-        list(prompts), return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False
+        list(prompts),
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        return_token_type_ids=False,
+        add_special_tokens=special_tokens,
     )
     encoded = encoded.to(model.device)
     first = _FirstToken()
@@ -132,7 +147,7 @@ def generate(
         **encoded,
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([first]),
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True) if stream else None,
+        streamer=TextStreamer(tokenizer, skip_prompt=not special_tokens, skip_special_tokens=True) if stream else None,
     )
     seconds = time.perf_counter() - begin
     skip = 1 if model.config.is_encoder_decoder else encoded["input_ids"].shape[1]

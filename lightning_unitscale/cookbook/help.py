@@ -6,6 +6,7 @@ Neither torch nor Lightning is imported for it.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def _is_for(command: str, file: Path) -> bool:
     for line in file.read_text(encoding="utf-8").splitlines()[:2]:
         if line.startswith("# unitscale "):
             named = line.removeprefix("# unitscale ").partition(":")[0]
-            return command in named.split(", ") or any(part in named.split(", ") for part in _runs_of(command))
+            return not {command, *_runs_of(command)}.isdisjoint(re.split(r", | \| ", named))
     return True
 
 

@@ -1,18 +1,23 @@
-"""The trained model that a student learns from."""
+"""The trained model that a student learns from, and the student."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch.nn.functional as F
+import pytorch_lightning as pl
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
-from lightning_unitscale.cookbook.data import IGNORED, TokenText
-from lightning_unitscale.cookbook.heads import CAUSAL_LM
+from lightning_unitscale.cookbook.heads import class_names, new_model
 from lightning_unitscale.cookbook.model_path import load_pretrained
 from lightning_unitscale.cookbook.pretrained import Pretrained
-from lightning_unitscale.cookbook.runs import train_base
-from lightning_unitscale.cookbook.tasks.distillation import Outside
+from lightning_unitscale.cookbook.runs import plain, train_base
+from lightning_unitscale.cookbook.tasks import Task
+from lightning_unitscale.cookbook.tasks.classification import numbers_of
+from lightning_unitscale.cookbook.tasks.distillation import student_of
+from lightning_unitscale.cookbook.tokenizers import BYTES
 from lightning_unitscale.errors import InputError
 
 
@@ -28,39 +33,52 @@ def get_teacher(cfg: DictConfig, run_folder: Path) -> Pretrained:
             train_base(cfg.teacher.base, path)
             print(f"use it again with teacher.path={path}")
     teacher = load_pretrained(str(path), tokenizer=cfg.teacher.tokenizer)
-    if teacher.head != CAUSAL_LM:
-        raise InputError(f"teacher.path={path} is a {type(teacher.model).__name__}, not a model that predicts tokens")
-    if teacher.tokenizer is None:
+    if teacher.head != cfg.task.head:
+        raise InputError(
+            f"teacher.path={path} is a {type(teacher.model).__name__}, and this task is for {cfg.task.head}; give "
+            "another teacher, or task=… and data=… that fit"
+        )
+    if teacher.tokenizer is None and "sequence_length" in cfg.task:
         raise InputError(f"teacher.path={path} has no tokenizer beside it; name one: teacher.tokenizer=<path>")
     return teacher
 
 
-def check_fits(cfg: DictConfig, teacher: Pretrained) -> None:
+def check_fits(cfg: DictConfig, teacher: Pretrained, classes: Sequence[str]) -> None:
     """Raises InputError where the student can't learn from this teacher."""
-    config, theirs = cfg.student.config, teacher.model.config.get_text_config()
-    if config["vocab_size"] != theirs.vocab_size:
+    config = new_model(_student_config(cfg, classes), cfg.task.head).config.get_text_config()
+    theirs = teacher.model.config.get_text_config()
+    own, known = getattr(config, "vocab_size", None), getattr(theirs, "vocab_size", None)
+    if own != known:
+        raise InputError(f"student.config.vocab_size={own}, but the teacher has {known} tokens; they must be the same")
+    if classes and list(numbers_of(teacher.model.config)) != list(classes):
         raise InputError(
-            f"student.config.vocab_size={config['vocab_size']}, but the teacher has {theirs.vocab_size} tokens; "
-            "they must be the same"
+            f"the teacher tells apart {', '.join(numbers_of(teacher.model.config))}, not the data's classes"
         )
     context = getattr(theirs, "max_position_embeddings", None)
-    if context is not None and cfg.task.sequence_length > context:
+    if context is not None and cfg.task.get("sequence_length", 0) > context:
         raise InputError(
             f"task.sequence_length={cfg.task.sequence_length} is longer than the teacher's context of {context} tokens"
         )
-    if cfg.distillation.hidden and config.get("hidden_size") != theirs.hidden_size:
+    if cfg.distillation.hidden and config.hidden_size != theirs.hidden_size:
         raise InputError(
-            f"distillation.hidden compares hidden states, but the student's width is {config.get('hidden_size')} and "
+            f"distillation.hidden compares hidden states, but the student's width is {config.hidden_size} and "
             f"the teacher's {theirs.hidden_size}; set distillation.hidden=0, or give both the same width"
         )
 
 
-def test_loss(teacher: Pretrained, data: TokenText) -> float:
-    """The teacher's own loss on the test text, in nats per token."""
-    total, count = 0.0, 0
-    outside = Outside(teacher.model)
-    for batch in data.test_dataloader():
-        logits, labels = outside(batch["input_ids"], False).logits, batch["labels"]
-        total += float(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"))
-        count += int((labels != IGNORED).sum())
-    return total / count
+def new_student(cfg: DictConfig, teacher: Pretrained, classes: Sequence[str], *, taught: bool) -> Task:
+    """The student with the seed's initial weights; it learns from the teacher, or from the data alone."""
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    return student_of(get_class(cfg.task._target_))(
+        model=_student_config(cfg, classes),
+        head=teacher.head,
+        optimizer=plain(cfg.optimizer),
+        schedule=plain(cfg.schedule),
+        tokenizer=(teacher.tokenizer.name_or_path or BYTES) if teacher.tokenizer is not None else None,
+        distillation=plain(cfg.distillation),
+        teacher=teacher.model if taught else None,
+    )
+
+
+def _student_config(cfg: DictConfig, classes: Sequence[str]) -> dict[str, Any]:
+    return {**plain(cfg.student.config), **class_names(classes)}

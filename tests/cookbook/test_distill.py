@@ -18,9 +18,15 @@ from lightning_unitscale import unit_scale
 from lightning_unitscale.checkpoint import plan_in
 from lightning_unitscale.cookbook.callbacks import LastCheckpoint
 from lightning_unitscale.cookbook.model_path import load_pretrained
-from lightning_unitscale.cookbook.tasks.distillation import Student, distance_of_hidden_states, distance_of_logits
+from lightning_unitscale.cookbook.tasks.distillation import distance_of_hidden_states, distance_of_logits, student_of
+from lightning_unitscale.cookbook.tasks.image_classification import ImageClassification
+from lightning_unitscale.cookbook.tasks.language_modeling import LanguageModeling
+from lightning_unitscale.cookbook.tasks.segmentation import Segmentation
+from lightning_unitscale.cookbook.tasks.sequence_to_sequence import SequenceToSequence
 from lightning_unitscale.cookbook.tokenizers import byte_tokenizer
+from lightning_unitscale.errors import InputError
 
+Student = student_of(LanguageModeling)
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
 STUDENT = {"model_type": "llama", "vocab_size": 257, "bos_token_id": 256, "num_hidden_layers": 1, **WIDTH}
 TINY = [
@@ -50,7 +56,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def results(folder: Path) -> dict[str, float]:
     numbers = json.loads((folder / "distill.json").read_text())
-    return {name: value["test loss"] for name, value in numbers.items() if isinstance(value, dict)}
+    return {name: value["loss"] for name, value in numbers.items() if isinstance(value, dict)}
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -89,6 +95,59 @@ def test_the_loss_is_the_sum_of_its_parts(teacher: str) -> None:
     cosine = torch.cosine_similarity(student.hidden_states[-1], wanted.hidden_states[-1], dim=-1).mean()
     expected = -0.7 * likelihood + 0.3 * 9 * kl_divergence(p, q).mean() + 0.7 * (2 - 2 * cosine)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+T5 = {"model_type": "t5", "vocab_size": 257, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+VIT = {"model_type": "vit", "image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_labels": 3}
+OTHER_TASKS = {
+    "seq2seq": (
+        SequenceToSequence,
+        {**T5, "pad_token_id": 256, "decoder_start_token_id": 256},
+        {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[5, 6, -100]])},
+    ),
+    "classes": (
+        ImageClassification,
+        {**VIT, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        {"pixel_values": torch.ones(2, 1, 8, 8), "labels": torch.tensor([0, 2])},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_TASKS)
+def test_other_tasks_are_taught_where_their_loss_counts(name: str) -> None:
+    """Tokens of a decoder without padding, and classes, against torch's own divergence."""
+    task, config, batch = OTHER_TASKS[name]
+    torch.manual_seed(1)
+    taught = task(config).model
+    settings = {"temperature": 2.0, "logits": 0.25, "hidden": 0.0}
+    module = student_of(task)(config, optimizer={}, distillation=settings, teacher=taught).eval()
+    module.log_dict = lambda *_, **__: None
+    with torch.no_grad():
+        found = module.training_step(batch, 0)
+        own, wanted = (model(**batch).logits[batch["labels"] >= 0] for model in (module.model, taught))
+    labels = batch["labels"][batch["labels"] >= 0]
+    p, q = (Categorical(logits=logits / 2) for logits in (wanted, own))
+    likelihood = Categorical(logits=own).log_prob(labels).mean()
+    torch.testing.assert_close(found, -0.75 * likelihood + 0.25 * 4 * kl_divergence(p, q).mean(), rtol=1e-4, atol=0)
+
+
+def test_hidden_states_of_a_decoder_are_compared() -> None:
+    task, config, batch = OTHER_TASKS["seq2seq"]
+    teacher = task(config).model
+    settings = {"temperature": 2.0, "logits": 0.0, "hidden": 1.0}
+    module = student_of(task)(config, optimizer={}, distillation=settings, teacher=teacher).eval()
+    module.log_dict = lambda *_, **__: None
+    module.model.load_state_dict(teacher.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(module.training_step(batch, 0), module.loss(batch)[0])  # no distance to itself
+
+
+def test_a_task_without_a_row_of_logits_a_label_is_not_taught() -> None:
+    model = {"model_type": "segformer", "num_labels": 2, "image_size": 32}
+    settings = {"temperature": 2.0, "logits": 0.5, "hidden": 0.0}
+    module = student_of(Segmentation)(model, distillation=settings, teacher=Segmentation(model).model)
+    with pytest.raises(InputError, match="has not one row of logits a label"):
+        module.training_step({"pixel_values": torch.ones(1, 3, 32, 32), "labels": torch.zeros(1, 32, 32).long()}, 0)
 
 
 def test_the_teacher_is_no_part_of_the_plan(teacher: str) -> None:
@@ -159,6 +218,24 @@ def test_distillation_moves_towards_the_teacher(teacher: str, tmp_path: Path) ->
             for name in ("student_with_teacher", "student_alone")
         ]
     assert distances[0] < distances[1]
+
+
+@pytest.mark.slow
+def test_other_tasks_have_their_own_scores_beside_the_loss(tmp_path: Path) -> None:
+    quick = [
+        *("trainer.max_steps=3", "trainer.val_check_interval=3", "trainer.limit_val_batches=1"),
+        *("+trainer.limit_test_batches=1", "trainer.enable_progress_bar=false", "schedule.warmup_steps=1"),
+    ]
+    base = (
+        "['experiment=digits','trainer.max_steps=2','trainer.val_check_interval=2','model.config.num_hidden_layers=1']"
+    )
+    folder, printed = run_recipe("distill", tmp_path, "experiment=distill_digits", f"teacher.base={base}", *quick)
+    rows = json.loads((folder / "distill.json").read_text())
+    assert all("accuracy" in row for row in rows.values())
+    assert "accuracy" in printed
+    with pytest.raises(SystemExit, match="and this task is for AutoModelForSeq2SeqLM"):
+        settings = [f"teacher.path={folder}/teacher.ckpt", "hydra.run.dir=other"]
+        run_recipe("distill", tmp_path, "experiment=distill_translation", *settings, *quick)
 
 
 @pytest.mark.slow

@@ -107,6 +107,12 @@ TASKS = {
         ("notes", "target"),
         ("music.mid", "music.wav", "music.png"),
     ),
+    "dialogue": Case(
+        ("task.sequence_length=48", "data.batch_size=4", "model.width=32", "model.head_width=16", "model.depth=1"),
+        ("perplexity",),
+        ("prompt", "text", "target"),
+        (),
+    ),
     "translation": Case(
         (
             "data.max_length=9",

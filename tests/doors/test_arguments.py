@@ -83,9 +83,10 @@ def test_a_run_goes_on_with_its_own_settings_and_those_given_anew(tmp_path: Path
 def test_help_lists_what_the_command_can_run() -> None:
     shown = help_of("pretrain")
     assert "[llama]" in shown and "\n  lr: 0.001" in shown and "unitscale pretrain data=text" in shown
-    assert options("pretrain")["experiment"] == ["baseline", "tiny", "transfer"]
+    assert {"baseline", "tiny", "transfer", "dialogue", "detection"} <= set(options("pretrain")["experiment"])
+    assert not {"code", "distill_digits"} & set(options("pretrain")["experiment"])
     assert {"topics", "text", "hf"} <= set(options("pretrain")["data"])
-    assert not {"digits", "paired_file"} & set(options("pretrain")["data"])
+    assert "labelled_file" not in options("pretrain")["data"]
     assert {"digits", "topics"} <= set(options("finetune")["data"])
     assert "schema" not in options("pretrain")
     assert options("formats") == options("pretrain")  # whose runs are runs of that recipe

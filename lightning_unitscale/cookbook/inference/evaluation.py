@@ -28,7 +28,7 @@ def compare_formats(cfg: DictConfig, path: str) -> dict[str, dict[str, float]]:
         found = load(cfg, path, weights)
         module, batches = held_out(cfg, found)
         begin = time.perf_counter()
-        values, count = held_out_scores(module, batches)
+        values, count = held_out_scores(module, batches, test=cfg.part == "test")
         unit = f"{module.counted}/s"
         sizes[found.weights] = stored_bytes(found.model) / 2**20
         speeds[found.weights] = count / (time.perf_counter() - begin)
@@ -63,19 +63,20 @@ def around(task: type[Task], found: Pretrained) -> Task:
 
 
 @torch.inference_mode()
-def held_out_scores(module: Task, batches: Iterable[Batch]) -> tuple[dict[str, float], int]:
+def held_out_scores(module: Task, batches: Iterable[Batch], test: bool = False) -> tuple[dict[str, float], int]:
     """The loss over all targets (nats), with the task's own scores, and the number of targets.
 
     Args:
         module: the task, around the model.
         batches: of the task; targets of -100 do not count.
+        test: with the scores of the test alone, such as those of generated texts.
     """
     module.eval()
     module.on_validation_epoch_start()
     count = 0
     for index, batch in enumerate(batches):
         batch = {name: tensor.to(module.device) for name, tensor in batch.items()}
-        module.validation_step(batch, index)
+        (module.test_step if test else module.validation_step)(batch, index)
         count += int(module.count(batch))
-    scores = {"loss": module.held_out_loss.compute(), **module.scores()}
+    scores = {"loss": module.held_out_loss.compute(), **module.scores(), **(module.test_scores() if test else {})}
     return {name: float(value) for name, value in scores.items()}, count

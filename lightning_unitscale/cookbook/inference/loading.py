@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from lightning_unitscale.cookbook.inference.recorded_run import recorded_task, task_of
+from lightning_unitscale.cookbook.inference.recorded_run import asked_task, recorded_task
 from lightning_unitscale.cookbook.model_path import load_pretrained
 from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tokenizers import make_able_to_pad
@@ -32,10 +32,12 @@ def load(cfg: DictConfig, path: str, weights: str | None) -> Pretrained:
             f"model.path={path} has no weights for {', '.join(found.fresh)} of {type(found.model).__name__}; give the "
             "head that it was trained with: model.head=AutoModelFor…"
         )
+    task = asked_task(found, cfg.get("task"))
+    task.complete(found.tokenizer, found.model)
     if weights not in (None, found.weights):
         if found.weights != "float32":
             raise InputError(f"model.path={path} has weights in {found.weights}; leave out weights={weights}")
-        inputs = task_of(found).example_inputs(found.model)
+        inputs = task.example_inputs(found.model)
         found.model = cast(PreTrainedModel, to_plain(found.model, partial(logits_of, inputs=inputs)))
         quantize_weights(found.model, str(weights), found.plan)
         found.weights = str(weights)

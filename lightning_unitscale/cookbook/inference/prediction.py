@@ -17,7 +17,7 @@ from lightning_unitscale.cookbook.inference.evaluation import around, held_out
 from lightning_unitscale.cookbook.inference.loading import load, load_with_tokenizer, weight_formats
 from lightning_unitscale.cookbook.inference.numbers import print_numbers
 from lightning_unitscale.cookbook.inference.prediction_file import PredictionWriter, finish, read_rows, rows_done
-from lightning_unitscale.cookbook.inference.recorded_run import task_of
+from lightning_unitscale.cookbook.inference.recorded_run import asked_task
 from lightning_unitscale.cookbook.runs import plain, show
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.errors import InputError
@@ -62,14 +62,14 @@ def predict_rows(cfg: DictConfig, path: str) -> Path:
 
 def _rows_of_texts(cfg: DictConfig, path: str, texts: list[str], done: int) -> Rows:
     found = load_with_tokenizer(cfg, path)
-    task = around(task_of(found), found)
+    task = around(asked_task(found, cfg.get("task")), found)
     return task, texts, task.collate_texts(texts[done:] or texts, plain(cfg.generation))
 
 
 def _held_out_rows(cfg: DictConfig, path: str) -> Rows:
     """The examples that the model's run held out."""
     found = load(cfg, path, weight_formats(cfg)[0])
-    if not task_of(found).predicts_held_out:
+    if not asked_task(found, cfg.get("task")).predicts_held_out:
         raise InputError(f"mode=predict needs rows=<file with the texts> for a {type(found.model).__name__}")
     task, batches = held_out(cfg, found)
     rows: Any = batches.dataset

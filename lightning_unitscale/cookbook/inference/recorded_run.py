@@ -51,6 +51,11 @@ def task_of(found: Pretrained) -> type[Task]:
     return task
 
 
+def asked_task(found: Pretrained, task: DictConfig | None) -> type[Task]:
+    """The class of the task that was asked for or, where none was, of the one that the model is for."""
+    return task_of(found) if task is None else _importable(task._target_)
+
+
 def run_to_measure(found: Pretrained, task: DictConfig | None, data: DictConfig | None, **sizes: Any) -> DictConfig:
     """The configuration of the run that made the model, with this task, data and sizes in place of its own.
 

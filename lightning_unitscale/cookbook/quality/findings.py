@@ -69,8 +69,9 @@ class JobFindings:
     @cached_property
     def untrained(self) -> float:
         """The score of the untouched model before training, mean of the seeds; NaN without a run."""
-        scores = [result.untrained for result in self.own if result.run.parametrization == "standard"]
-        return fmean(score for score in scores if score is not None) if scores else math.nan
+        standard = [result.untrained for result in self.own if result.run.parametrization == "standard"]
+        scores = [score for score in standard if score is not None]
+        return fmean(scores) if scores else math.nan
 
     @cached_property
     def baseline(self) -> Best | None:

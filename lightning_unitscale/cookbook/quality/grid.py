@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 
 from lightning_unitscale.cookbook.checks import check_known, check_whole_numbers
 from lightning_unitscale.cookbook.jobs.job import Job
-from lightning_unitscale.cookbook.learning_rates.findings import best_of, losses_of
+from lightning_unitscale.cookbook.learning_rates.findings import best_of
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun
+from lightning_unitscale.cookbook.learning_rates.growth import rate_beyond
 from lightning_unitscale.cookbook.quality.step_time import StepTime
 from lightning_unitscale.cookbook.runs import plain
 from lightning_unitscale.cookbook.sweeps.results import Result
@@ -57,10 +58,9 @@ def runs_beyond(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> list[Rat
     runs = []
     for job in chosen_jobs(cfg):
         for variant in cfg.variants:
-            best, tried = best_of(results, variant, job), losses_of(results, variant, job)
-            if best is None or not best.at_edge or not math.isfinite(best.loss) or variant == "drop-in":
+            rate = rate_beyond(results, variant, job) if variant != "drop-in" else None
+            if rate is None:
                 continue
-            rate = best.learning_rate * (2 if best.learning_rate == max(tried) else 0.5)
             names = [variant, *(["drop-in"] if variant == "standard" and "drop-in" in cfg.variants else [])]
             runs += [RateRun(name, "job", job, rate, seed) for seed in _seeds(cfg) for name in names]
     return runs

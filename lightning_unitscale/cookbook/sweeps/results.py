@@ -33,6 +33,7 @@ class Result(Generic[RunT]):
         curve: training loss, averaged over 10 steps; None where it was not finite.
         error: why the run was refused; empty for a run that came to its end.
         step_seconds: processor time of a training step, the median; None where it was not measured.
+        scores: others that were asked for, by name.
         seconds: that the run took.
     """
 
@@ -44,6 +45,7 @@ class Result(Generic[RunT]):
     curve: list[float | None] = field(default_factory=list)
     error: str = ""
     step_seconds: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
     def to_row(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Outcome:
     curve: list[float | None] = field(default_factory=list)
     error: str = ""
     step_seconds: float | None = field(default=None, compare=False)
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 Measure = Callable[[DictConfig], Outcome]
@@ -67,6 +68,11 @@ class LossCurve(pl.Callback):
         return [_finite(fmean(self.losses[start : start + CURVE_STEPS])) for start in starts]
 
 
+def finite_or_infinite(loss: float) -> float:
+    """A loss that is no number counts as an infinite one."""
+    return loss if math.isfinite(loss) else math.inf
+
+
 def _finite(loss: float) -> float | None:
     return round(loss, 4) if math.isfinite(loss) else None
 
@@ -75,8 +81,7 @@ def measure_pretraining(cfg: DictConfig) -> Outcome:
     """One run of the recipe `pretrain`."""
     curve = LossCurve()
     trainer = train(cfg, [curve])
-    held_out = float(trainer.callback_metrics["val/loss"])
-    held_out = held_out if math.isfinite(held_out) else math.inf
+    held_out = finite_or_infinite(float(trainer.callback_metrics["val/loss"]))
     return Outcome(held_out, first_loss=curve.first, curve=curve.points())
 
 

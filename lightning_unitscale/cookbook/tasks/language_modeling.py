@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
@@ -54,9 +54,13 @@ class LanguageModeling(TextGeneration):
         if prompt > cfg.task.sequence_length - 2:
             raise InputError(f"task.sample.prompt has {prompt} bytes; there is room for {cfg.task.sequence_length - 2}")
 
+    def output(self, model: nn.Module, batch: Batch) -> Any:
+        """Labels are one token ahead already, so that the model's own loss is none of this task's."""
+        return model(input_ids=batch["input_ids"], use_cache=False)
+
     def loss(self, batch: Batch) -> tuple[Tensor, Any]:
         """The mean over the labels that count."""
-        output = self.model(input_ids=batch["input_ids"], use_cache=False)
+        output = self.output(self.model, batch)
         logits, labels = output.logits.flatten(0, 1), batch["labels"].flatten()
         return F.cross_entropy(logits, labels, ignore_index=IGNORED), output
 

@@ -82,15 +82,13 @@ class SequenceToSequence(TextGeneration):
         parts = split_by(lambda pair: pair.group or pair.source, examples, cfg.data.held_out)
         return Examples(parts, PairBatch(tokenizer, cfg.task.sequence_length), **loading(cfg))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """The loss, and generated texts against the targets."""
-        super().test_step(batch, batch_idx)
+    def test_score(self, batch: Batch) -> None:
+        """Generated texts against the targets."""
         self.compare(self._generated(batch), self._wanted(batch))
 
-    def on_test_epoch_end(self) -> None:
-        """Log the scores of generated texts too."""
-        super().on_test_epoch_end()
-        self.log_dict({f"test/{name}": value for name, value in self.compared().items()}, sync_dist=True)
+    def test_scores(self) -> dict[str, Tensor]:
+        """Those of generated texts."""
+        return self.compared()
 
     def compare(self, texts: Sequence[str], wanted: Sequence[str]) -> None:
         """Update the metrics of generated texts."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 from hydra.utils import instantiate
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric, Metric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_unitscale.cookbook.adapters import with_adapter
 from lightning_unitscale.cookbook.data.examples import Batch
@@ -33,7 +35,8 @@ class Task(pl.LightningModule):
     """Trains a model on the loss that it computes itself; batches are its arguments, with all that its loss needs.
 
     A task of one's own is a subclass in one file and an option of the group `task` (see conf/README.md). What may be
-    changed, in the order in which it is used: `check`, `classes`, `data_module`, `loss`, `count`, `score` and `scores`,
+    changed, in the order in which it is used: `check`, `classes`, `data_module`, `output`, `loss`, `count`,
+    `score` and `scores`, `test_score` and `test_scores`,
     `predict_step` (with `predicts_held_out`) and `collate_texts`, `show`, `example_inputs`.
 
     Args:
@@ -54,6 +57,7 @@ class Task(pl.LightningModule):
         shows_scores: whether the progress bar has the scores too.
         predicts_held_out: whether `predict_step` takes the batches of the task's own data. It returns a list or tensor
             with one entry for each example, or a dict of those: the columns of the file that is written.
+        not_saved: arguments that are no part of a checkpoint's settings.
 
     Raises:
         InputError: a glob of `freeze` matches nothing, or nothing is left to train.
@@ -63,6 +67,7 @@ class Task(pl.LightningModule):
     counted = "examples"
     shows_scores = True
     predicts_held_out = False
+    not_saved: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __init__(
         self,
@@ -77,7 +82,7 @@ class Task(pl.LightningModule):
         weights: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore="weights")
+        self.save_hyperparameters(ignore=list(self.not_saved))
         built: Any = weights if weights is not None else new_model(model, head or (self.heads or ("AutoModel",))[0])
         freeze_parameters(built, freeze)
         built.name_or_path = base or ""
@@ -119,7 +124,15 @@ class Task(pl.LightningModule):
         data: pl.LightningDataModule = examples
         return data
 
+    @classmethod
+    def complete(cls, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> None:
+        """Gives a model that is loaded what this task needs beside its weights and tokenizer."""
+
     # --- training and scores ----------------------------------------------------------------------------------------
+
+    def output(self, model: nn.Module, batch: Batch) -> Any:
+        """What a model makes of a batch: the task's own, or a teacher."""
+        return model(**batch)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Any]:
         """The loss, a mean over what `count` counts, and the model's output.
@@ -127,7 +140,7 @@ class Task(pl.LightningModule):
         Raises:
             InputError: the model gives none for such a batch.
         """
-        output = self.model(**batch)
+        output = self.output(self.model, batch)
         if getattr(output, "loss", None) is None:
             raise InputError(
                 f"{self.hparams['head']} computes no loss from a batch of {', '.join(batch)}: it is no head for "
@@ -139,11 +152,31 @@ class Task(pl.LightningModule):
         """How many numbers the loss is a mean of; heads without `labels` (answers to questions) take one an example."""
         return (batch["labels"] >= 0).sum() if "labels" in batch else _examples(batch)
 
+    def logits(self, batch: Batch, output: Any) -> Tensor:
+        """The predictions that the loss counts, [labels, classes]: what a student learns of a teacher.
+
+        Raises:
+            InputError: the model has not one row of logits for each label.
+        """
+        logits, labels = getattr(output, "logits", None), batch.get("labels")
+        if not isinstance(logits, Tensor) or labels is None or logits.shape[:-1] != labels.shape:
+            raise InputError(
+                f"{type(self.model).__name__} has not one row of logits a label, so there is no teaching it"
+            )
+        return logits[labels >= 0]
+
     def score(self, batch: Batch, output: Any) -> None:
         """Update the task's own metrics."""
 
     def scores(self) -> dict[str, Tensor]:
         """Name -> value of the task's own metrics over all batches."""
+        return {}
+
+    def test_score(self, batch: Batch) -> None:
+        """Update metrics that the test alone has, such as those of generated texts."""
+
+    def test_scores(self) -> dict[str, Tensor]:
+        """Name -> value of the metrics that the test alone has."""
         return {}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -159,8 +192,9 @@ class Task(pl.LightningModule):
         self.score(batch, output)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """As for validation."""
+        """As for validation, and the scores of the test alone."""
         self.validation_step(batch, batch_idx)
+        self.test_score(batch)
 
     def on_validation_epoch_start(self) -> None:
         """Begin all metrics anew, here rather than at the end: what a test leaves can't be changed in training."""
@@ -178,11 +212,11 @@ class Task(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log as test/…."""
-        self._log_scores("test")
+        self._log_scores("test", self.test_scores())
 
-    def _log_scores(self, part: str) -> None:
+    def _log_scores(self, part: str, more: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         self.log(f"{part}/loss", self.held_out_loss.compute(), prog_bar=True, sync_dist=True)
-        scores = {f"{part}/{name}": value for name, value in self.scores().items()}
+        scores = {f"{part}/{name}": value for name, value in {**self.scores(), **more}.items()}
         self.log_dict(scores, prog_bar=self.shows_scores, sync_dist=True)
 
     def configure_optimizers(self) -> Any:

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from torchmetrics import Metric
 
+from lightning_unitscale.cookbook.tasks.kept_texts import KeptTexts
 from lightning_unitscale.cookbook.tasks.sequence_to_sequence import SequenceToSequence
 from lightning_unitscale.errors import InputError
 
-_END = b"\0"  # of a text, in the bytes that are kept
 
-
-class SacrebleuScores(Metric):
+class SacrebleuScores(KeptTexts):
     """chrF and BLEU of a corpus, both from 0 to 1, by sacrebleu.
 
     torchmetrics' own smooth BLEU otherwise, and average chrF otherwise.
@@ -25,35 +23,20 @@ class SacrebleuScores(Metric):
         InputError: `sacrebleu` is not installed.
     """
 
-    texts: list[Tensor]
-    references: list[Tensor]
-
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("texts", "references")
         sacrebleu_package()
-        self.add_state("texts", [], dist_reduce_fx="cat")
-        self.add_state("references", [], dist_reduce_fx="cat")
 
     def update(self, texts: Sequence[str], references: Sequence[str]) -> None:
         """One reference for each text."""
-        for text, reference in zip(texts, references, strict=True):
-            self.texts.append(_bytes(text, self.device))
-            self.references.append(_bytes(reference, self.device))
+        self.keep("texts", texts)
+        self.keep("references", references)
 
     def compute(self) -> dict[str, Tensor]:
         """`chrf` and `bleu`."""
-        tools, texts, references = sacrebleu_package(), _texts(self.texts), _texts(self.references)
+        tools, texts, references = sacrebleu_package(), self.kept("texts"), self.kept("references")
         scores = {"chrf": tools.corpus_chrf(texts, [references]), "bleu": tools.corpus_bleu(texts, [references])}
         return {name: torch.tensor(score.score / 100) for name, score in scores.items()}
-
-
-def _bytes(text: str, device: torch.device) -> Tensor:
-    return torch.tensor([*text.replace("\0", "").encode(), *_END], dtype=torch.uint8, device=device)
-
-
-def _texts(state: list[Tensor] | Tensor) -> list[str]:
-    kept = torch.cat(state) if isinstance(state, list) else state
-    return [text.decode() for text in bytes(kept.tolist()).split(_END)[:-1]]
 
 
 def sacrebleu_package() -> Any:

@@ -1,0 +1,1 @@
+"""The sweep of `unitscale tasks`: its runs, what they show, its table and page."""
