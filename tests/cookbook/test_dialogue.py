@@ -202,7 +202,7 @@ def test_a_long_conversation_is_cut_where_a_user_speaks() -> None:
     answers = [text.count("yes|") + text.count("no|") for text in texts]
     assert sum(answers) == 6 * 9  # none is lost
     assert max(answers) > 1
-    with pytest.raises(InputError, match="no answer begins within task.sequence_length=4"):
+    with pytest.raises(InputError, match=r"no answer begins within task\.sequence_length=4"):
         batches(copies(*TALK), 4)
 
 

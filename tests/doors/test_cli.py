@@ -101,8 +101,9 @@ def test_full_traceback_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 )
 def test_every_option_composes(group: str, option: str) -> None:
     config.register()
+    is_of_distill = "# unitscale distill: " in (CONF / group / f"{option}.yaml").read_text()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra.compose("pretrain", overrides=[f"{group}={option}"])
+        composed = hydra.compose("distill" if is_of_distill else "pretrain", overrides=[f"{group}={option}"])
     assert composed.optimizer.lr > 0
 
 

@@ -44,7 +44,7 @@ class TextToMelConfig(PreTrainedConfig):
         super().__init__(**others)
 
 
-class Attention(nn.Module):
+class SpeechAttention(nn.Module):
     """Every moment looks at every other."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -62,14 +62,14 @@ class Attention(nn.Module):
         return self.output(seen.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
 
-class Block(nn.Module):
+class SpeechBlock(nn.Module):
     """Attention, then two convolutions over time; each is added to what it read."""
 
     def __init__(self, config: TextToMelConfig) -> None:
         super().__init__()
         width, kernel = config.hidden_size, config.conv_kernel
         self.attention_norm, self.conv_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = Attention(width, config.num_attention_heads)
+        self.attention = SpeechAttention(width, config.num_attention_heads)
         self.widen = nn.Conv1d(width, 2 * width, kernel, padding=kernel // 2)
         self.narrow = nn.Conv1d(2 * width, width, kernel, padding=kernel // 2)
 
@@ -92,12 +92,12 @@ class TextToMel(PreTrainedModel):
         width, bins = config.hidden_size, config.num_mel_bins
         self.letters = nn.Embedding(config.vocab_size, width)
         self.voices = nn.Embedding(config.num_labels or 1, width)
-        self.encoder = nn.ModuleList(Block(config) for _ in range(config.encoder_layers))
+        self.encoder = nn.ModuleList(SpeechBlock(config) for _ in range(config.encoder_layers))
         self.encoder_norm = nn.LayerNorm(width)
         self.duration_inner = nn.Conv1d(width, width, 3, padding=1)
         self.duration = nn.Linear(width, 1)
         self.sound = nn.Linear(width, bins)  # of a letter by itself
-        self.decoder = nn.ModuleList(Block(config) for _ in range(config.decoder_layers))
+        self.decoder = nn.ModuleList(SpeechBlock(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.mel = nn.Linear(width, bins)
         self.post_init()  # type: ignore[no-untyped-call]
