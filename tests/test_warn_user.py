@@ -55,8 +55,10 @@ def test_a_trainers_and_torchs_lines_between_are_passed_over() -> None:
         max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[UnitScaling(lr_units="umup")],
     )  # fmt: skip
+    torch.manual_seed(0)
+    module = Regression()
     with pytest.warns(UserWarning, match="a learning rate of") as caught:
         line = here(1)
-        trainer.fit(Regression(), torch.utils.data.DataLoader(torch.zeros(2, 1)))
+        trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(2, 1)))
     ours = [w for w in caught if "a learning rate of" in str(w.message)]
     assert [(w.filename, w.lineno) for w in ours] == [(__file__, line)]
