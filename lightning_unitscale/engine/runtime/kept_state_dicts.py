@@ -9,7 +9,6 @@ end in an error about shapes, after a step or after many. So what is known to be
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.record.held_tensors import held_mappings, is_copy
 from lightning_unitscale.engine.runtime.kept_copies import roots_beside
 from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.warn_user import warn_user
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -50,7 +50,7 @@ def refuse_kept_state_dicts(module: nn.Module, plan: Plan, trainer: pl.Trainer |
             ):
                 raise UnitScalingError(f"{message}. Nothing was changed.")
             if _takes_state_dicts(roots):
-                warnings.warn(f"unit scaling: {message}, as it may be already.", stacklevel=5)
+                warn_user(f"unit scaling: {message}, as it may be already.")
 
 
 def _part_it_is_of(module: nn.Module, plan: Plan, kept: Mapping[Any, Any]) -> str | None:
