@@ -1,6 +1,7 @@
 """What importing this package adds to torch and to Lightning, once they are imported themselves.
 
-    torch        `load_state_dict` puts the plan in force that a state dict carries (see `loading`)
+    torch        `load_state_dict` puts the plan in force that a state dict carries (see `loading`);
+                 `AveragedModel` refuses a prepared model that it was not made of (see `averages`)
     Lightning    the names of the strategies: `Trainer(strategy="unitscale")`;
                  after `ddp_spawn`, callback and strategy are told of the plan that came back (see `spawned`);
                  a Trainer knows from which checkpoint it is to go on before it reads it (see `before_wrapping`)
@@ -51,6 +52,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {  # as Lightning calls its 
 def attach() -> None:
     """Does all of it, each part once."""
     _attach_to("torch", wrap_load_state_dict)
+    _attach_to("torch.optim.swa_utils", wrap_averages)
     for namespace in NAMESPACES:
         strategies = f"{namespace}.strategies"  # not the namespace: it may be half way, importing torch
         _attach_to(strategies, partial(register_strategies, namespace))
@@ -88,6 +90,26 @@ def wrap_load_state_dict() -> None:
 
     setattr(load_state_dict, _OURS, True)
     nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign]  # a function for a method
+
+
+def wrap_averages() -> None:
+    """Make `torch.optim.swa_utils.AveragedModel` look whether it may average a prepared model."""
+    from torch.optim.swa_utils import AveragedModel
+
+    original = AveragedModel.update_parameters
+    if hasattr(original, _OURS):
+        return
+
+    @wraps(original)
+    def update_parameters(self: AveragedModel, model: nn.Module) -> None:
+        if PLAN_KEY in vars(model):
+            from lightning_unitscale.averages import check_average
+
+            check_average(self, model)
+        original(self, model)
+
+    setattr(update_parameters, _OURS, True)
+    AveragedModel.update_parameters = update_parameters  # type: ignore[method-assign]  # on purpose
 
 
 def _carries_a_plan(state: Mapping[str, Any]) -> bool:

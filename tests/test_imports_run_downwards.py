@@ -32,7 +32,7 @@ FLOORS = [
     ("record_step", "in_force"),
     ("prepare",),
     ("loss_scale",),
-    ("checkpoint", "loading", "sharded_checkpoint", "whole_checkpoints"),
+    ("averages", "checkpoint", "loading", "sharded_checkpoint", "whole_checkpoints"),
     ("wrapped_methods", "before_wrapping"),
     ("lifecycle",),
     ("strategy",),

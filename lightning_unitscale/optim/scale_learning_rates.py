@@ -10,8 +10,8 @@ from lightning_unitscale.engine.plan.step_scales import FAMILIES
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.families import check_family, optimizer_family
+from lightning_unitscale.optim.replaced_parameters import warn_of_replaced
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps
-from lightning_unitscale.warn_user import warn_user
 
 
 def scale_learning_rates(
@@ -53,27 +53,8 @@ def scale_learning_rates(
     check_family(family, "family")
     prepared = plan.model if module is None else module
     check_placement(prepared)
-    _warn_of_replaced(prepared, plan)
+    warn_of_replaced(prepared, plan)
     return ScaledStep(optimizer, plan, family or _family_under(plan, optimizer), module)
-
-
-def _warn_of_replaced(module: nn.Module, plan: Plan) -> None:
-    differences = plan.differences(module)
-    for kind, consequence in (
-        ("missing", "what took their place has no learning-rate multiplier"),
-        ("other shape", "they take the learning-rate multipliers of what was there before"),
-        (
-            "replaced",
-            "they are at a scale of their own, and take the learning-rate multipliers of what was there before",
-        ),
-    ):
-        names = differences[kind]
-        if names and plan.changes_training:
-            warn_user(
-                f"unit scaling: {type(module).__name__} was changed since it was prepared ({kind}: "
-                f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}); {consequence}. Change a model before it is "
-                "prepared, or between remove_unit_scaling(model) and preparing it anew."
-            )
 
 
 def _family_under(plan: Plan, optimizer: Optimizer) -> str:

@@ -38,6 +38,7 @@ from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.divided_gradients import DividedGradients
 from lightning_unitscale.optim.families import decay_is_decoupled, family_of_group
 from lightning_unitscale.optim.late_parameters import LateParameters
+from lightning_unitscale.optim.replaced_parameters import warn_of_replaced
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup, StepWay
 from lightning_unitscale.optim.write_watch import Watched, WriteWatch
 from lightning_unitscale.warn_user import warn_user
@@ -264,6 +265,8 @@ class ScaledStep:
             layout.fits(group["params"], way) for layout, group, way in zip(self._layouts, groups, ways, strict=True)
         ):
             return
+        if self._layouts:  # groups have changed since, perhaps for modules that have
+            warn_of_replaced(self._plan.model if self._module is None else self._module, self._plan)
         named, divided = list(self._named_parameters()), self._plan.divided_gradients
         scales = {way: self._scales(named, way) for way in set(ways)}
         self._layouts = [

@@ -110,7 +110,8 @@ def _looks(graph: Graph) -> Iterator[tuple[int, Value]]:
     for call in graph.calls:
         if call.index not in graph.to_loss and call.name not in MATMULS:
             read = [value for value in uses(call) if learned.issuperset(value.parameters)]
-            if read and not _is_near_product(graph, call):
+            moved = all(graph.trace.written.keys() >= set(value.parameters) for value in read)  # by the step itself
+            if read and (moved or not _is_near_product(graph, call)):
                 yield from ((call.index, value) for value in read)
 
 

@@ -118,6 +118,31 @@ def test_a_clamp_after_the_step_is_noticed_once(through_data: bool) -> None:
     assert "0.weight" in said[0] and "preserve" in said[0]
 
 
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+def test_an_average_made_before_the_model_was_prepared_is_its_function_or_refused(storage: str) -> None:
+    model, x = plain(), torch.randn(12, 8)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    unit_scale(model, lambda m: m(x).square().mean(), storage=storage)
+    if storage == "unit":
+        with pytest.raises(UnitScalingError, match="made of Sequential before"):
+            average.update_parameters(model)
+        average = torch.optim.swa_utils.AveragedModel(model)
+    average.update_parameters(model)
+    torch.testing.assert_close(average(x), model(x))
+
+
+def test_a_head_put_in_while_training_is_named_when_the_optimizer_gets_it() -> None:
+    model, x = plain(), torch.randn(12, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scale_learning_rates(optimizer, unit_scale(model, lambda m: m(x).square().mean()))
+    model(x).square().mean().backward()
+    optimizer.step()
+    model[2] = nn.Linear(16, 4)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.warns(UserWarning, match=r"replaced: 2\.bias, 2\.weight"):
+        optimizer.step()
+
+
 def test_an_inner_gradient_step_is_refused_by_the_name_of_its_code() -> None:
     model, x = plain(), torch.randn(12, 8)
 

@@ -222,3 +222,34 @@ class _Averaged(Learner):
 def test_an_average_in_the_model_is_let_be(write: Callable[[Tensor, Tensor], Any], storage: str) -> None:
     _, said = fitted(_Averaged(write), storage)
     assert not said
+
+
+class _Perturbed(Learner):
+    """Sharpness-aware steps by manual optimization, that put the weights elsewhere through `.data`."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Sequence[Tensor], _: int) -> None:  # type: ignore[override]
+        optimizer: Any = self.optimizers()
+        parameters = list(self.parameters())
+        before = [p.data.clone() for p in parameters]
+        self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+        size = torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm() + 1e-12
+        for p in parameters:
+            p.data = p.data + 0.05 * p.grad / size
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+        for p, value in zip(parameters, before, strict=True):
+            p.data = value
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@each_storage
+def test_a_perturbation_through_data_is_warned_of_and_leaves_the_plan_as_it_is(storage: str) -> None:
+    (callback, _), (other, said) = fitted(Learner(), storage), fitted(_Perturbed(), storage)
+    assert callback.plan is not None
+    assert other.plan is not None
+    expected = {name: p.multiplier for name, p in callback.plan.parameters.items()}
+    assert {name: p.multiplier for name, p in other.plan.parameters.items()} == pytest.approx(expected)
+    assert any("written outside" in line and "training_step" in line for line in said)
