@@ -119,10 +119,12 @@ def in_each_process(folder: str, engine: str, scheme: str, storage: str, clip: s
 def save_and_resume(folder: str, engine: str, stage: str) -> None:
     path = Path(folder, "half.ckpt")
     dtype = torch.float64 if engine == "fsdp1" else torch.float32
+    # Whole ones are put on the CPU, and where they are there already torch (2.13) frees them before they are written.
+    kind = {"state_dict_type": "sharded"} if engine == "fsdp1" else {}
     if stage == "save":
-        train(Path(folder), strategy_of(engine), 2, steps=HALF, save=path, dtype=dtype)
+        train(Path(folder), strategy_of(engine, **kind), 2, steps=HALF, save=path, dtype=dtype)
     else:
-        result = train(Path(folder), strategy_of(engine), 2, resume=path, dtype=dtype)
+        result = train(Path(folder), strategy_of(engine, **kind), 2, resume=path, dtype=dtype)
         torch.save(result, Path(folder, f"{os.environ['LOCAL_RANK']}.pt"))
     torch.distributed.destroy_process_group()
 
