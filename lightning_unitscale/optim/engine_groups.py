@@ -1,7 +1,7 @@
 """Multipliers in an optimizer that an engine takes apart: DeepSpeed's ZeRO makes one flat tensor of a parameter group.
 
 The engine gets an optimizer of the same class, whose groups are the user's, split by multiplier: all elements of a flat
-tensor then have one. Before each step, and before their state is saved, they take the values of the user's groups, which
+tensor then have one. Before each step, and before a state is saved, they take the values of the user's groups, which
 schedulers go on writing to; when the engine loads a state, the user's groups take theirs.
 """
 
