@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,12 @@ class ScaleMonitor(Callback):
             return
         self.last = probes.snapshot("run", step, updates)
         if not self.last.measurements:
+            warnings.warn(
+                f"ScaleMonitor has seen no product with a parameter in step {step}: nothing was measured. Under FSDP1 "
+                "and DeepSpeed's ZeRO 3 others run in the place of parameters; watch a run on one device, or take FSDP2 "
+                "(ModelParallelStrategy and fully_shard).",
+                stacklevel=2,
+            )
             return
         self.last.append_to(self.file)
         for logger in trainer.loggers:

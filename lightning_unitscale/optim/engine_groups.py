@@ -1,12 +1,14 @@
 """Multipliers in an optimizer that an engine takes apart: DeepSpeed's ZeRO makes one flat tensor of a parameter group.
 
 The engine gets an optimizer of the same class, whose groups are the user's, split by multiplier: all elements of a flat
-tensor then have one. Before each step they take the values of the user's groups, which schedulers go on writing to.
+tensor then have one. Before each step, and before a state is saved, they take the values of the user's groups, which
+schedulers go on writing to; when the engine loads a state, the user's groups take theirs.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.families import decay_is_decoupled, family_of_group
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup, StepWay
 
-_OWN = ("step", "_step", "param_groups", "state", "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_PIECE = "piece"  # a group's number: engines put groups by, and load others in their place
 
 
 def optimizer_for_engine(optimizer: Optimizer, plan: Plan, module: nn.Module, family: str) -> Optimizer:
@@ -46,19 +48,45 @@ def optimizer_for_engine(optimizer: Optimizer, plan: Plan, module: nn.Module, fa
         pieces = SplitGroup(group, layout).pieces
         split += [(piece, group, scale) for piece, (scale, _) in zip(pieces, layout.pieces, strict=True)]
 
-    twin: Optimizer = object.__new__(type(optimizer))
-    vars(twin).update({name: value for name, value in vars(optimizer).items() if name not in _OWN})
-    twin.param_groups = [piece for piece, _, _ in split]
-    twin.state = defaultdict(dict)
-    vars(twin).update({name: OrderedDict() for name in _OWN if name.endswith("hooks")})
+    twin = _plain_twin(optimizer, [{**piece, _PIECE: number} for number, (piece, _, _) in enumerate(split)])
 
     def follow(*_: Any) -> None:
+        for piece in twin.param_groups:
+            _, group, scale = split[piece[_PIECE]]
+            for key, factor in _factors(optimizer, group, scale):
+                piece[key] = group[key] if factor == 1.0 else group[key] * factor
+
+    def lead(*_: Any) -> None:
+        for piece in twin.param_groups:
+            _, group, scale = split[piece[_PIECE]]
+            for key, factor in _factors(optimizer, group, scale):
+                if factor == 1.0:
+                    group[key] = piece[key]
+                elif factor:
+                    group[key] = piece[key] / factor
+
+    def stepped(*_: Any) -> None:
         vars(optimizer)["_opt_called"] = True  # what schedulers ask for
-        for piece, group, scale in split:
-            for key in optimizer.defaults:
-                if key in group:
-                    factor = getattr(scale, key, 1.0)
-                    piece[key] = group[key] if factor == 1.0 else group[key] * factor
 
     twin.register_step_pre_hook(follow)
+    twin.register_step_post_hook(stepped)
+    twin.register_state_dict_pre_hook(follow)  # a schedule has written since the last step
+    twin.register_load_state_dict_post_hook(lead)
     return twin
+
+
+def _plain_twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """One of the same class and constants, without what was put on the other: hooks, state, a scheduler's `step`."""
+    twin: Optimizer = object.__new__(type(optimizer))
+    vars(twin).update(vars(optimizer))
+    vars(twin).pop("step", None)
+    vars(twin).update({name: OrderedDict() for name in vars(optimizer) if name.endswith("_hooks")})
+    twin.param_groups, twin.state = groups, defaultdict(dict)
+    return twin
+
+
+def _factors(optimizer: Optimizer, group: dict[str, Any], scale: StepScale) -> Iterator[tuple[str, float]]:
+    """The user's hyperparameters in a group, each with its factor in a piece."""
+    for key in optimizer.defaults:
+        if key in group:
+            yield key, getattr(scale, key, 1.0)

@@ -81,6 +81,15 @@ def test_factors_in_the_forward_pass_are_refused(tmp_path: Path, engine: str) ->
         check_plan(scaling.plan, engine)
 
 
+@pytest.mark.parametrize("engine", ["FSDP1", "DeepSpeed", "DeepSpeed's ZeRO 3"])
+def test_divided_gradients_are_refused_on_flat_pieces(tmp_path: Path, engine: str) -> None:
+    scaling = UnitScaling("amax")
+    trainer(tmp_path, scaling, max_steps=1).fit(build(), batches())
+    assert scaling.plan is not None
+    with pytest.raises(UnitScalingError, match=f"largest element are not to be had under {engine}.*gradients=False"):
+        check_plan(scaling.plan, engine)
+
+
 @pytest.mark.parametrize("name", ["unitscale", "unitscale_ddp"])
 def test_a_named_strategy_trains_on_one_process(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, expected = build(), build()

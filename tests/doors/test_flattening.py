@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader
 
-from lightning_unitscale import UnitScaling
+from lightning_unitscale import ScaleMonitor, UnitScaling
 from lightning_unitscale.engine.plan.plan import plan_of
 
 STEPS, HALF = 6, 3
@@ -116,13 +117,25 @@ def in_each_process(folder: str, engine: str, scheme: str, storage: str, clip: s
     torch.distributed.destroy_process_group()
 
 
+def monitored(folder: str, engine: str) -> None:
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        train(Path(folder), strategy_of(engine), 2, ScaleMonitor(2, folder=Path(folder)), dtype=torch.float32)
+    blind = any("ScaleMonitor has seen no product" in str(warning.message) for warning in given)
+    assert torch.distributed.get_rank() != 0 or blind != Path(folder, "monitor.jsonl").exists()
+    Path(folder, "blind" if blind else f"seen{torch.distributed.get_rank()}").touch()
+    torch.distributed.destroy_process_group()
+
+
 def save_and_resume(folder: str, engine: str, stage: str) -> None:
     path = Path(folder, "half.ckpt")
     dtype = torch.float64 if engine == "fsdp1" else torch.float32
+    # Whole ones are put on the CPU, and where they are there already torch (2.13) frees them before they are written.
+    kind = {"state_dict_type": "sharded"} if engine == "fsdp1" else {}
     if stage == "save":
-        train(Path(folder), strategy_of(engine), 2, steps=HALF, save=path, dtype=dtype)
+        train(Path(folder), strategy_of(engine, **kind), 2, steps=HALF, save=path, dtype=dtype)
     else:
-        result = train(Path(folder), strategy_of(engine), 2, resume=path, dtype=dtype)
+        result = train(Path(folder), strategy_of(engine, **kind), 2, resume=path, dtype=dtype)
         torch.save(result, Path(folder, f"{os.environ['LOCAL_RANK']}.pt"))
     torch.distributed.destroy_process_group()
 
@@ -159,6 +172,13 @@ def test_two_processes_are_one(tmp_path: Path, engine: str, scheme: str, storage
     options: dict[str, Any] = {"gradient_clip_val": float(clip)} if clip else {}
     dtype = torch.float64 if engine == "fsdp1" else torch.float32
     check(tmp_path, train(tmp_path, "auto", 1, UnitScaling(scheme, storage=storage), dtype=dtype, **options), engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_monitor_sees_the_model_or_says_that_it_does_not(tmp_path: Path, engine: str) -> None:
+    run(2, "doors.test_flattening:monitored", tmp_path, engine, seconds=300)
+    assert (tmp_path / "blind").exists() == (engine in ("fsdp1", "zero3"))
 
 
 @pytest.mark.slow

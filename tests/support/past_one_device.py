@@ -1,41 +1,144 @@
-"""The table "Past one device" of the package's README, from results of tests:
+"""The tables "Past one device" of the package's README, from results of tests:
 
     python -m pytest -m "slow or not slow" --junitxml=/tmp/results.xml tests/doors/test_ddp.py \
-        tests/doors/test_model_parallel.py tests/doors/test_every_strategy.py tests/doors/test_faults.py
+        tests/doors/test_faults.py tests/doors/test_loading.py tests/doors/test_model_parallel.py \
+        tests/doors/test_every_strategy.py tests/doors/test_flattening.py tests/cookbook/test_trainer_presets.py
     PYTHONPATH=tests python -m support.past_one_device /tmp/results.xml
 
-A row works if all its tests passed, and is refused if they are tests of a refusal; it is not run if there is no test of
-it in the results, or none that was not skipped. There is no fourth outcome: a test that failed ends the program.
+A cell names tests. It works if some of them passed, and is refused if they are tests of a refusal; it is not run, and a
+note says why, if none is named, or none of them ran. There is no fourth outcome: a test that failed ends the program.
 """
+
+from __future__ import annotations
 
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from typing import NamedTuple
 
-WORKS, REFUSED = "works", "refused"
-ROWS: list[tuple[str, str, str, str]] = [  # what, tests that match, what passing means, what a reader should know
-    ("DDP, two processes started beforehand", r"test_ddp.*test_two_processes_are_one", WORKS, "1e-12 of one process"),
-    ("… experts that one rank does not see", r"test_ddp.*routed", WORKS, ""),
-    ("… started by `ddp_spawn`, `ddp_fork`", r"test_loading.*come_back_from_processes", WORKS, ""),
-    ("FSDP2 (`fully_shard`), 2 ranks", r"test_model_parallel.*one_in_every_way\[fsdp\]", WORKS, "1e-9; see below"),
-    ("… 4 ranks", r"test_model_parallel.*test_four_processes_are_one\[fsdp\]", WORKS, "1e-9"),
-    ("tensor parallel, 2 ranks", r"test_model_parallel.*one_in_every_way\[tp\]", WORKS, "1e-9; see below"),
-    ("… 4 ranks", r"test_model_parallel.*test_four_processes_are_one\[tp\]", WORKS, "1e-9"),
-    ("FSDP2 × tensor parallel, 2 × 2", r"test_model_parallel.*test_four_processes_are_one\[both\]", WORKS, "1e-9"),
-    ("a run of 2 ranks goes on with 4", r"test_model_parallel.*other_numbers\[fsdp-2-4\]", WORKS, "a file, or shards"),
-    ("a run of 2 × 2 goes on with 2", r"test_model_parallel.*other_numbers\[both-4-2\]", WORKS, "a file, or shards"),
-    ("a split run goes on", r"test_model_parallel.*other_numbers\[tp-2-2\]", WORKS, "a file, or shards"),
-    ("`ScaleMonitor` over all ranks", r"test_model_parallel.*monitor_sees_all_ranks", WORKS, ""),
-    ("FSDP1", r"test_every_strategy.*FSDP1", REFUSED, "“FSDP1 flattens parameters before the first batch …”"),
-    ("DeepSpeed", r"test_every_strategy.*DeepSpeed", REFUSED, "“DeepSpeed flattens parameters before …”"),
-    ("kill -9, restart", r"test_faults.*killed", WORKS, "the same weights, bit for bit"),
-    ("a disk that is full", r"test_faults.*full_disk", REFUSED, "“… could not be written …”; the one before stays"),
-    ("a checkpoint that is none", r"test_faults.*none_is_named", REFUSED, "“… not a readable checkpoint …”"),
-    ("a NaN batch", r"test_faults.*no_number", WORKS, "`NonFiniteSteps`: stop and name it, or skip and count"),
-    ("a rank that dies", r"test_faults.*rank_dies", WORKS, "the others end with an error"),
-    ("any of it on CUDA and NCCL", r"tests\.gpu", WORKS, "no GPU was available"),
-]
+STRATEGIES = ("DDP", "FSDP2", "tensor parallel", "FSDP2 × TP", "FSDP1", "ZeRO 1", "ZeRO 2", "ZeRO 3")
+
+
+class Cell(NamedTuple):
+    """Attributes:
+    tests: a pattern of names; "" for none.
+    means: what it means that they pass.
+    note: the message of a refusal, or why there is no test.
+    """
+
+    tests: str
+    means: str = "works"
+    note: str = ""
+
+
+def ddp(name: str) -> Cell:
+    return Cell(rf"test_ddp.*{name}")
+
+
+def spread(kind: str, name: str) -> Cell:
+    return Cell(rf"test_model_parallel.*{name}.*\[{kind}\b")
+
+
+def flat(engine: str, case: str) -> Cell:
+    return Cell(rf"test_flattening.*test_two_processes_are_one\[{case}-{engine}\]")
+
+
+def refused(tests: str, note: str) -> Cell:
+    return Cell(tests, "refused", note)
+
+
+def not_run(why: str) -> Cell:
+    return Cell("", "not run", why)
+
+
+EVERY, ENGINES = "one_in_every_way", ("fsdp1", "zero1", "zero2", "zero3")
+NO_TEST = not_run("no test of it")
+NO_CASTS = refused("test_every_strategy.*flat_pieces.*casts", "“format='fp8' casts the operands of each weight, and …”")
+NO_FACTORS = refused(
+    "test_every_strategy.*factors_in_the_forward_pass", "“… factors stay in the forward pass …; use storage='folded'”"
+)
+NO_DIVISION = refused("test_every_strategy.*divided", "“gradients divided by their own largest element …”")
+NO_NORM = not_run("torch takes no norm over split and whole weights together")
+NO_CLIPPING = not_run("Lightning's FSDPStrategy refuses clipping by norm itself")
+
+
+def blind(engine: str) -> Cell:
+    return refused(
+        rf"test_flattening.*test_the_monitor_sees.*\[{engine}\]", "a warning: “ScaleMonitor has seen no product …”"
+    )
+
+
+ON_4 = r"test_model_parallel.*test_four_processes_are_one\[{}\]"
+FEATURES: dict[str, tuple[Cell, ...]] = {
+    "`umup`, folded": (
+        ddp("test_two_processes_are_one"),
+        *(spread(kind, EVERY) for kind in ("fsdp", "tp")),
+        Cell(ON_4.format("both")),
+        *(flat(engine, "umup-folded-") for engine in ENGINES),
+    ),
+    "`umup`, unit": (
+        ddp("test_two_processes_are_one"),
+        *(spread(kind, EVERY) for kind in ("fsdp", "tp")),
+        Cell(ON_4.format("both")),
+        *(NO_FACTORS, flat("zero1", "umup-unit-"), flat("zero2", "umup-unit-"), NO_FACTORS),
+    ),
+    "`preserve`": (
+        NO_TEST,
+        *(spread(kind, EVERY) for kind in ("fsdp", "tp")),
+        NO_TEST,
+        *(flat(engine, "preserve-folded-") for engine in ENGINES),
+    ),
+    "`amax`": (ddp(r"are_one\[amax"), *(spread(kind, EVERY) for kind in ("fsdp", "tp")), NO_TEST, *[NO_DIVISION] * 4),
+    "operands in bf16": (
+        NO_TEST,
+        *(spread(kind, EVERY) for kind in ("fsdp", "tp")),
+        Cell(ON_4.format("both")),
+        *[NO_CASTS] * 4,
+    ),
+    "clipping by norm": (
+        NO_TEST,
+        spread("fsdp", EVERY),
+        *[NO_NORM] * 2,
+        NO_CLIPPING,
+        *(flat(engine, r"umup-folded-0\.05") for engine in ENGINES[1:]),
+    ),
+    "checkpointing, compiled blocks": (NO_TEST, *(spread(kind, EVERY) for kind in ("fsdp", "tp")), *[NO_TEST] * 5),
+    "4 processes": (NO_TEST, *(Cell(ON_4.format(kind)) for kind in ("fsdp", "tp", "both")), *[NO_TEST] * 4),
+    "a run goes on": (
+        Cell(r"test_trainer_presets.*goes_on.*\[ddp_cpu-a file\]"),
+        Cell(r"test_model_parallel.*other_numbers\[fsdp-2-4\]"),
+        Cell(r"test_model_parallel.*other_numbers\[tp-2-2\]"),
+        Cell(r"test_model_parallel.*other_numbers\[both-4-2\]"),
+        *(Cell(rf"test_flattening.*test_a_run_goes_on\[{engine}\]") for engine in ENGINES),
+    ),
+    "`ScaleMonitor`": (
+        ddp("monitors"),
+        Cell("test_model_parallel.*monitor_sees_all_ranks"),
+        *[NO_TEST] * 2,
+        blind("fsdp1"),
+        *(Cell(rf"test_flattening.*test_the_monitor_sees.*\[{engine}\]") for engine in ("zero1", "zero2")),
+        blind("zero3"),
+    ),
+    "`unitscale pretrain trainer=…`": (
+        *(
+            Cell(rf"test_trainer_presets.*goes_on.*\[{preset}-a file\]")
+            for preset in ("ddp_cpu", "fsdp2", "tensor_parallel", "fsdp2_tp")
+        ),
+        not_run("no preset"),
+        *[not_run("the preset asks for GPUs")] * 3,
+    ),
+    "CUDA, NCCL": (*[Cell(r"gpu\.test_past_one_device", note="no GPU was available")] * 8,),
+}
+FAULTS: dict[str, Cell] = {
+    "`ddp_spawn`, `ddp_fork`": Cell("test_loading.*come_back_from_processes", note="the plan comes back"),
+    "experts that one rank does not see": Cell("test_ddp.*first_tokens_go", note="DDP"),
+    "kill -9, restart": Cell("test_faults.*killed", note="the same weights, bit for bit"),
+    "a disk that is full": refused("test_faults.*full_disk", "“… could not be written …”; the one before stays"),
+    "a checkpoint that is none": refused("test_faults.*none_is_named", "“… not a readable checkpoint …”"),
+    "a NaN batch": Cell("test_faults.*no_number", note="`NonFiniteSteps`: stop and name it, or skip and count"),
+    "a rank that dies": Cell("test_faults.*rank_dies", note="the others end with an error"),
+}
 
 
 def outcomes(file: str) -> Iterator[tuple[str, str]]:
@@ -47,12 +150,36 @@ def outcomes(file: str) -> Iterator[tuple[str, str]]:
         yield name, "skipped" if "skipped" in kinds else "passed"
 
 
+class Notes:
+    """Numbered in the order in which they are asked for."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def number(self, text: str) -> str:
+        if text not in self.texts:
+            self.texts.append(text)
+        return f" ({self.texts.index(text) + 1})"
+
+
+def said(cell: Cell, passed: list[str], notes: Notes) -> str:
+    if cell.tests and any(re.search(cell.tests, name) for name in passed):
+        return cell.means + (notes.number(cell.note) if cell.means == "refused" else "")
+    return "not run" + notes.number(cell.note if cell.note and cell.means != "refused" else "its tests were not run")
+
+
 def main() -> None:
-    known = [outcome for file in sys.argv[1:] for outcome in outcomes(file)]
+    passed = [name for file in sys.argv[1:] for name, outcome in outcomes(file) if outcome == "passed"]
+    notes = Notes()
+    print(f"| | {' | '.join(STRATEGIES)} |\n|---|{'---|' * len(STRATEGIES)}")
+    for feature, cells in FEATURES.items():
+        assert len(cells) == len(STRATEGIES), feature
+        print(f"| {feature} | {' | '.join(said(cell, passed, notes) for cell in cells)} |")
+    print("\n" + "; ".join(f"({number}) {text}" for number, text in enumerate(notes.texts, start=1)) + ".\n")
     print("| what | outcome | tests | |\n|---|---|---|---|")
-    for what, pattern, means, note in ROWS:
-        passed = [name for name, outcome in known if outcome == "passed" and re.search(pattern, name)]
-        print(f"| {what} | {means if passed else 'not run'} | {len(passed)} | {note} |")
+    for what, cell in FAULTS.items():
+        count = sum(bool(re.search(cell.tests, name)) for name in passed)
+        print(f"| {what} | {cell.means if count else 'not run'} | {count} | {cell.note} |")
 
 
 if __name__ == "__main__":

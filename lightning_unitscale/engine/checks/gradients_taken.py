@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,8 +89,8 @@ def take_gradients(
 
 
 def number_of(loss: Tensor) -> float:
-    """The value of a loss."""
-    return float(whole(loss.detach()).double())
+    """The value of a loss; NaN on `meta`, where it has none."""
+    return nan if loss.is_meta else float(whole(loss.detach()).double())
 
 
 def said(error: Exception) -> str:
