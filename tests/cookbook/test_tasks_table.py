@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from support.recipe_runs import run_recipe
 
+from lightning_unitscale.cookbook.config import register, shipped
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun
+from lightning_unitscale.cookbook.runs import check
 from lightning_unitscale.cookbook.sweeps.results import Result
 from lightning_unitscale.cookbook.task_table.findings import claims, task_rows
-from lightning_unitscale.cookbook.task_table.grid import first_runs, last_runs, runs_beyond, score_of
+from lightning_unitscale.cookbook.task_table.grid import configuration, first_runs, last_runs, runs_beyond, score_of
 from lightning_unitscale.cookbook.task_table.tables import markdown
 from lightning_unitscale.errors import InputError
 
@@ -93,6 +97,22 @@ def test_a_task_without_a_score_of_its_own_is_compared_by_what_it_monitors() -> 
     assert score_of(OmegaConf.create({"task": {"monitor": "val/map", "mode": "max"}})) == ("test/map", "max")
     with pytest.raises(InputError, match="mode=best is not known"):
         score_of(OmegaConf.create({"task": {"score": {"name": "test/map", "mode": "best"}}}))
+
+
+def test_every_task_of_the_list_can_be_run() -> None:
+    register()
+    with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+        cfg = compose("tasks")
+        runs = [run for run in first_runs(cfg) if run.learning_rate in (1.0, 2.0**-8)]
+        assert list(dict.fromkeys(run.value for run in runs)) == list(cfg.tasks)
+        for run in runs[:2] + [run for run in runs[2:] if run.parametrization == "umup"]:
+            composed = configuration(cfg, run)
+            check(composed)
+            assert (composed.unitscale is None) == (run.parametrization == "standard")
+            assert composed.optimizer.lr == run.learning_rate
+            assert score_of(composed)[0].startswith("test/")
+        drop_in = configuration(cfg, replace(runs[0], parametrization="drop-in"))
+        assert (drop_in.unitscale.scheme, drop_in.unitscale.lr_units) == ("umup", "standard")
 
 
 SMALL = [

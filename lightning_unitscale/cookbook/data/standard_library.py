@@ -13,6 +13,7 @@ from lightning_unitscale.errors import InputError
 
 _COMMENTS = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
 _NOT_OURS = ("test", "idlelib", "lib2to3", "site-packages")
+_SENTENCE = re.compile(r"[A-Z][a-z'-]* [\w'-]+ [\w'-]")
 _NAME = re.compile(rb"\b[a-z]+(?:_[a-z]+)+\b")
 
 
@@ -81,9 +82,11 @@ def _parts_of(source: str) -> Iterator[tuple[str, str]]:
 
 
 def docstrings(max_bytes: int = 100_000_000) -> list[Pair]:
-    """Docstrings of the standard library without their first line, and that line; those of one file stay together.
+    """What a docstring of the standard library says after its first line, and that line; those of a file stay together.
 
-    A body that several files have is left out, so a split by file leaks nothing.
+    In front of the text stands the name of what it describes: "open_binary: If the resource does not …". A text that
+    several files have is left out, so a split by file leaks nothing; so are first lines that are no sentence of at
+    least three words, such as examples and signatures.
 
     Args:
         max_bytes: see `python_sources`.
@@ -101,8 +104,9 @@ def docstrings(max_bytes: int = 100_000_000) -> list[Pair]:
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 head, _, body = (ast.get_docstring(node) or "").partition("\n")
                 text = " ".join(body.split())
-                if head and text:
-                    found.setdefault(text, []).append(Pair(text, head.strip(), group=file))
+                if text and _SENTENCE.match(head):
+                    name = getattr(node, "name", Path(file).stem)
+                    found.setdefault(text, []).append(Pair(f"{name}: {text}", head.strip(), group=file))
     return [pairs[0] for pairs in found.values() if len({pair.group for pair in pairs}) == 1]
 
 
