@@ -57,7 +57,7 @@ class Residual(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[batch, width, height, width of the grid] of the same."""
-        return (states + self.outer(self.inner(states))).relu()
+        return (states + self.outer(self.inner(states))).relu()  # type: ignore[no-any-return]
 
 
 class CenterNet(PreTrainedModel):
@@ -141,7 +141,8 @@ def loss_of(heat: Tensor, boxes: Tensor, labels: Sequence[Mapping[str, Tensor]])
     found = boxes[pictures, :, row, column]  # [objects, 4]
     overlap = generalized_box_iou(corners(found), corners(true)).diagonal()
     box_loss = 5 * (found - true).abs().sum() + 2 * (1 - overlap).sum()
-    return (box_loss - hits - misses) / max(1, len(true))
+    total: Tensor = box_loss - hits - misses
+    return total / max(1, len(true))
 
 
 def heat_of(box: Tensor, rows: int, columns: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Finding objects in a picture: a class and a box for each.
 
-A model answers with a fixed number of boxes, each with a class or none. Either it is known where in its answer an object
-belongs (`center_net`), or training matches boxes to true objects by the cheapest assignment, as DETR does (arXiv
-2005.12872); that loss is transformers' own.
+A model answers with a fixed number of boxes, each with a class or none. Where in its answer an object belongs is known
+(`center_net`), or found by the cheapest assignment of boxes to objects (DETR, arXiv 2005.12872); that loss is that of
+transformers.
 """
 
 from __future__ import annotations
