@@ -47,7 +47,7 @@ def convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
 
 
-class Residual(nn.Module):
+class ResidualConvolutions(nn.Module):
     """Two convolutions, added to what they read."""
 
     def __init__(self, width: int) -> None:
@@ -72,7 +72,7 @@ class CenterNet(PreTrainedModel):
         self.stem = nn.Sequential(
             convolution(config.num_channels, full), convolution(full, half, 2), convolution(half, quarter, 2)
         )
-        self.blocks = nn.Sequential(*(Residual(quarter) for _ in range(config.blocks)))
+        self.blocks = nn.Sequential(*(ResidualConvolutions(quarter) for _ in range(config.blocks)))
         self.class_inner, self.box_inner = convolution(quarter, quarter), convolution(quarter, quarter)
         self.classes = nn.Conv2d(quarter, config.num_labels or 1, 1)
         self.boxes = nn.Conv2d(quarter, 4, 1)
