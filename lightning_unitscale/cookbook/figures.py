@@ -28,7 +28,7 @@ def picture_grid(pixels: Tensor, file: Path, draw: Callable[[Axes, int], None]) 
     for number in range(count):
         axes = figure.add_subplot(rows, columns, number + 1)
         picture = pixels[number].float().cpu().clamp(-1, 1).permute(1, 2, 0) / 2 + 0.5
-        axes.imshow(picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3])
+        axes.imshow((picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture[..., :3]).numpy())
         axes.axis("off")
         draw(axes, number)
     figure.savefig(file, dpi=110)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from lightning_unitscale.cookbook.data.examples import IGNORED
-from lightning_unitscale.cookbook.data.sound import RATE, log_mel
+from lightning_unitscale.cookbook.data.sound import RATE, log_mel, read_sound
 from lightning_unitscale.cookbook.data.speech import Utterance
 from lightning_unitscale.cookbook.tasks.alignment import OFF_DIAGONAL, monotonic_alignment, warped_distance
 from lightning_unitscale.cookbook.tasks.mel_distance import MelDistance
@@ -109,3 +110,14 @@ def test_a_text_that_its_sound_can_not_say_is_named(text: str, seconds: float, m
 def test_a_held_out_voice_is_refused() -> None:
     with pytest.raises(InputError, match="can't speak with a voice it never heard"):
         SpeechSynthesis.check(OmegaConf.create({"data": {"held_out_speaker": "en-us"}}))
+
+
+def test_any_text_becomes_a_sound_as_long_as_its_durations(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = SpeechSynthesis(TINY, tokenizer="letters").eval()
+    files = module.files_of(["see it", "no"], tmp_path / "said")
+    seconds = module.predict_step(module.collate_texts(["see it"], {})(["see it"]), 0)["seconds"]
+    assert [file.name for file in files] == ["row_0.wav", "row_1.wav"]
+    assert len(read_sound(files[0])) / RATE == pytest.approx(seconds[0], abs=0.011)
+    with pytest.raises(InputError, match="row 1 says '7', of which the tokenizer knows no letter"):
+        module.collate_texts(["7"], {})

@@ -53,7 +53,7 @@ class Case:
 SMALL_T5 = ("model.config.d_model=32", "model.config.num_layers=1", "model.config.num_decoder_layers=1")
 TASKS = {
     "detection": Case(
-        ("model=yolos", "model.config.num_hidden_layers=2", "data.scenes.count=60", "data.batch_size=4"),
+        ("model.config.channels=[8,8,16]", "data.scenes.count=60", "data.batch_size=4"),
         ("map", "map_50"),
         ("objects", "target"),
         ("objects.png",),

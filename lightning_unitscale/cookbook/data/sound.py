@@ -25,6 +25,7 @@ from lightning_unitscale.errors import InputError
 RATE = 16_000  # samples a second, of all that models are given
 HOP, WINDOW, FFT = 160, 400, 512  # samples
 FLOOR = 1e-6
+SHORTEST = 4  # frames that can be made sound of; silence follows where there are fewer
 BLOCK = 1 << 20  # samples read at once
 
 
@@ -49,6 +50,8 @@ def normalised(values: Tensor) -> Tensor:
 
 def from_log_mel(mel: Tensor, iterations: int = 32) -> Tensor:
     """Samples at RATE of what `log_mel` gives, [frames, bins]; phases are found by iteration."""
+    length = max(1, len(mel) - 1) * HOP
+    mel = torch.nn.functional.pad(mel, (0, 0, 0, max(0, SHORTEST - len(mel))), value=math.log(FLOOR))
     power = (mel.exp() @ torch.linalg.pinv(filters(mel.shape[1]))).clamp(min=0)
     size, window = power.sqrt().T, torch.hann_window(WINDOW)
     phase = torch.exp(2j * math.pi * torch.rand(size.shape, generator=torch.Generator().manual_seed(0)))
@@ -56,7 +59,7 @@ def from_log_mel(mel: Tensor, iterations: int = 32) -> Tensor:
         sound = torch.istft(size * phase, FFT, HOP, WINDOW, window)
         spectrum = torch.stft(sound, FFT, HOP, WINDOW, window, return_complex=True)
         phase = spectrum / spectrum.abs().clamp(min=1e-8)
-    return torch.istft(size * phase, FFT, HOP, WINDOW, window)
+    return torch.istft(size * phase, FFT, HOP, WINDOW, window)[:length]
 
 
 def resampled(sound: Tensor, rate: int) -> Tensor:

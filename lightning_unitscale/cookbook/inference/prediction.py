@@ -52,6 +52,8 @@ def predict_rows(cfg: DictConfig, path: str) -> Path:
     finish(output)
     if texts is None:
         show(task, loader_of(rows, batch_size=cfg.batch_size, collate_fn=collate), output.parent / output.stem, {})
+    elif files := task.files_of(texts, output.parent / output.stem):
+        print(f"to look at or listen to: {len(files)} files in {files[0].parent}")
     seconds = time.perf_counter() - begin
     now = len(rows) - done
     print_numbers(

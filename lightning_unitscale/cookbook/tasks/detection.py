@@ -1,7 +1,8 @@
 """Finding objects in a picture: a class and a box for each.
 
-A model answers with a fixed number of boxes, each with a class or none; training matches them to the true objects by
-the cheapest assignment (DETR, arXiv 2005.12872). Loss and matching are those of transformers.
+A model answers with a fixed number of boxes, each with a class or none. Where in its answer an object belongs is known
+(`center_net`), or found by the cheapest assignment of boxes to objects (DETR, arXiv 2005.12872); that loss is that of
+transformers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lightning_unitscale.cookbook.data.pictures import read_picture, resized
 from lightning_unitscale.cookbook.data.scenes import Scene
 from lightning_unitscale.cookbook.figures import picture_grid
 from lightning_unitscale.cookbook.pretrained import Pretrained, image_size
+from lightning_unitscale.cookbook.tasks import center_net  # noqa: F401  # tells transformers of the model
 from lightning_unitscale.cookbook.tasks.average_precision import CocoAveragePrecision, coco_tools
 from lightning_unitscale.cookbook.tasks.classification import check_classes, numbers_of
 from lightning_unitscale.cookbook.tasks.task import Task

@@ -152,6 +152,17 @@ class SpeechSynthesis(Task):
                 raise InputError(f"row {number} says {text!r}, of which the tokenizer knows no letter")
         return lambda batch: letters_of(batch, self.tokenizer)
 
+    @torch.inference_mode()
+    def files_of(self, texts: Sequence[str], folder: Path) -> list[Path]:
+        """A WAV file for each text, named by its row."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for row, text in enumerate(texts):
+            letters = {name: tensor.to(self.device) for name, tensor in letters_of([text], self.tokenizer).items()}
+            (mel,) = self.spoken(letters)
+            files.append(write_wav(from_log_mel(mel.cpu()), folder / f"row_{row}.wav"))
+        return files
+
     def show(self, batches: DataLoader[Any], folder: Path, settings: Mapping[str, Any]) -> list[str | Path]:
         """Some texts as the model says them, and as they were said: spectrograms, and sound."""
         utterances: Any = batches.dataset

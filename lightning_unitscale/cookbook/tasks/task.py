@@ -239,6 +239,15 @@ class Task(pl.LightningModule):
         """
         raise InputError(f"{type(self.model).__name__} neither writes text nor has classes for whole texts")
 
+    def files_of(self, texts: Sequence[str], folder: Path) -> list[Path]:
+        """Files beside the table of predictions: what the model makes of each text, where that is to be heard or seen.
+
+        Args:
+            texts: as for `collate_texts`.
+            folder: made where there is something to write.
+        """
+        return []
+
     def show(self, batches: DataLoader[Any], folder: Path, settings: Mapping[str, Any]) -> list[str | Path]:
         """What the model does with some held-out examples, as a person would look at it.
 

@@ -36,11 +36,13 @@ class TextToMelConfig(PreTrainedConfig):
         decoder_layers: int = 3,
         num_attention_heads: int = 4,
         conv_kernel: int = 5,
+        pad_token_id: int = 0,
         **others: Any,
     ) -> None:
         self.vocab_size, self.num_mel_bins, self.hidden_size = vocab_size, num_mel_bins, hidden_size
         self.encoder_layers, self.decoder_layers = encoder_layers, decoder_layers
         self.num_attention_heads, self.conv_kernel = num_attention_heads, conv_kernel
+        self.pad_token_id = pad_token_id
         super().__init__(**others)
 
 
