@@ -20,7 +20,7 @@ from rich.table import Table
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.checks import check_whole_numbers
-from lightning_unitscale.cookbook.measuring.communication import step_costs
+from lightning_unitscale.cookbook.measuring.communication import spread_steps
 from lightning_unitscale.cookbook.measuring.scale_out import planning_cost
 from lightning_unitscale.cookbook.runs import plain
 from lightning_unitscale.errors import InputError
@@ -58,7 +58,7 @@ def _steps(models: dict[str, Any], cfg: DictConfig) -> Table:
     table = Table("model", "sent, untouched", "sent, prepared", "s, untouched", "s, prepared", title=title)
     for name, config in models.items():
         try:
-            plain_step, scaled = step_costs(config, data, tensor, cfg.scheme, cfg.storage)
+            plain_step, scaled = spread_steps(config, data, tensor, cfg.scheme, cfg.storage)
         except InputError as error:
             table.add_row(name, f"not run: {error}", "", "", "")
             continue

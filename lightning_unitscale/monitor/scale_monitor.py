@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from lightning_unitscale.monitor.scalars import for_progress_bar
 from lightning_unitscale.monitor.snapshot import FILE, Snapshot
 from lightning_unitscale.monitor.updates import copies_of, updates_since
 from lightning_unitscale.namespaces import Callback
+from lightning_unitscale.warn_user import warn_user
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -178,11 +178,10 @@ class ScaleMonitor(Callback):
             return
         self.last = probes.snapshot("run", step, updates)
         if not self.last.measurements:
-            warnings.warn(
+            warn_user(
                 f"ScaleMonitor has seen no product with a parameter in step {step}: nothing was measured. Under FSDP1 "
-                "and DeepSpeed's ZeRO 3 others run in the place of parameters; watch a run on one device, or take FSDP2 "
-                "(ModelParallelStrategy and fully_shard).",
-                stacklevel=2,
+                "and DeepSpeed's ZeRO 3 others run in the place of parameters; watch a run on one device, or take "
+                "FSDP2 (ModelParallelStrategy and fully_shard)."
             )
             return
         self.last.append_to(self.file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_unitscale.cookbook.measuring.communication import fake_mesh, narrow, step_costs
+from lightning_unitscale.cookbook.measuring.communication import fake_mesh, narrow, spread_steps
 from lightning_unitscale.cookbook.measuring.scale_out import planning_cost
 from lightning_unitscale.errors import InputError
 
@@ -15,7 +15,7 @@ CONFIG = {"model_type": "llama", "num_hidden_layers": LAYERS, "num_attention_hea
 
 @pytest.mark.parametrize(("data", "tensor", "storage"), [(4, 1, "folded"), (2, 4, "unit")])
 def test_a_prepared_step_sends_what_an_untouched_one_does(data: int, tensor: int, storage: str) -> None:
-    plain, scaled = step_costs(CONFIG, data, tensor, "umup", storage)
+    plain, scaled = spread_steps(CONFIG, data, tensor, "umup", storage)
     assert scaled.collectives == plain.collectives
     assert scaled.resident == plain.resident
     if tensor == 1:  # layers and the rest: gathered for each pass, but what stays gathered in between; reduced once
@@ -32,7 +32,7 @@ def test_another_communication_would_be_counted() -> None:
 
 def test_what_can_not_be_split_says_so() -> None:
     with pytest.raises(InputError, match="no plan for tensor parallelism"):
-        step_costs({**CONFIG, "model_type": "gpt_bigcode", "n_head": 8}, 1, 2, "umup", "folded")
+        spread_steps({**CONFIG, "model_type": "gpt_bigcode", "n_head": 8}, 1, 2, "umup", "folded")
 
 
 def test_planning_on_meta_leaves_nothing_alone() -> None:

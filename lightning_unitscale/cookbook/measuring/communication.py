@@ -27,7 +27,7 @@ STEPS = 5  # of which the fastest counts
 
 
 @dataclass(frozen=True)
-class StepCost:
+class SpreadStep:
     """Of one step: forward, backward, optimizer.
 
     Attributes:
@@ -44,9 +44,9 @@ class StepCost:
         return ", ".join(f"{count} {kind}" for kind, count in sorted(self.collectives.items())) or "none"
 
 
-def step_costs(
+def spread_steps(
     config: Mapping[str, Any], data: int, tensor: int, scheme: str, storage: str
-) -> tuple[StepCost, StepCost]:
+) -> tuple[SpreadStep, SpreadStep]:
     """Of the untouched model, and of the prepared one.
 
     Args:
@@ -57,7 +57,7 @@ def step_costs(
         InputError: the model can't be split so.
     """
     with fake_mesh(data, tensor) as mesh:
-        return _step_cost(config, mesh, None, storage), _step_cost(config, mesh, scheme, storage)
+        return _spread_step(config, mesh, None, storage), _spread_step(config, mesh, scheme, storage)
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def narrow(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, **small}
 
 
-def _step_cost(config: Mapping[str, Any], mesh: DeviceMesh, scheme: str | None, storage: str) -> StepCost:
+def _spread_step(config: Mapping[str, Any], mesh: DeviceMesh, scheme: str | None, storage: str) -> SpreadStep:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -112,4 +112,4 @@ def _step_cost(config: Mapping[str, Any], mesh: DeviceMesh, scheme: str | None, 
         step()
         seconds.append(time.perf_counter() - begin)
     parts = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters())
-    return StepCost(kinds, min(seconds), sum(part.numel() for part in parts))
+    return SpreadStep(kinds, min(seconds), sum(part.numel() for part in parts))
