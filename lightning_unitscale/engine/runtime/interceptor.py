@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.comptime import ComptimeContext, comptime
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from lightning_unitscale.engine.record.keys import UseId
@@ -63,6 +64,8 @@ class Interceptor(TorchFunctionMode):
 
     def run_outermost(self, scope: Scope, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the scope with this interceptor in force."""
+        if not self.traced and parametrize._cache_enabled:
+            parametrize._cache.clear()  # weights made in another run are not known in this one
         if self.outside is None:
             with self, observers_inside():
                 return self.run(scope, args, kwargs)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_unitscale import unit_scale
 
@@ -43,6 +44,28 @@ def test_the_storages_are_one_function(build: Callable[[], nn.Module]) -> None:
     torch.testing.assert_close(*outputs)
     last = max(name for name in plan.parameters if name.endswith("weight"))
     assert plan.parameters[last].multiplier != 1.0
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.triu() + weight.triu(1).mT
+
+
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+def test_a_weight_that_is_cached_between_two_runs_has_its_factor_in_both(storage: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    parametrize.register_parametrization(model[2], "weight", Symmetric())
+    x = torch.randn(12, 8)
+
+    def step(m: nn.Module) -> Tensor:
+        with parametrize.cached():
+            return F.cross_entropy(m(x), torch.arange(12) % 4) + m(-x).square().mean()
+
+    plan = unit_scale(model, step, storage=storage)
+    assert plan.explicit_sites
+    expected = F.cross_entropy(model(x), torch.arange(12) % 4) + model(-x).square().mean()
+    torch.testing.assert_close(step(model), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
