@@ -75,6 +75,17 @@ def losses(model: Net, plan: Plan) -> list[float]:
     return found
 
 
+def off_kinks(model: Net) -> Net:
+    """A copy with other biases than zero, for which a ReLU after a norm of zeros is at its kink itself."""
+    moved = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            if not parameter.any():
+                parameter += 1e-3 * torch.randn(parameter.shape, generator=generator)
+    return moved
+
+
 def assert_slopes(model: Net, found: dict[str, Tensor]) -> None:
     """Gradients are central differences of the loss; near a kink some widths miss them, not all.
 
@@ -165,7 +176,8 @@ def check(program: Program) -> None:
     grads, unit_grads = gradients(folded), gradients(unit)
     assert_alike(unit_grads, transported(plan, unit_plan, grads))
     if program.has_slopes:
-        assert_slopes(folded, grads)  # and so those of the other storage
+        moved = off_kinks(folded)
+        assert_slopes(moved, gradients(moved))  # and so those of the other storage
 
     removed = copy.deepcopy(unit)
     try:
