@@ -14,7 +14,7 @@ from lightning_unitscale.engine.plan.factors import Factor, averaged
 from lightning_unitscale.engine.plan.parameter_plan import FROZEN, UNUSED, ParameterPlan
 from lightning_unitscale.engine.plan.plan import FramePlan, Plan
 from lightning_unitscale.engine.plan.site import READING, Site
-from lightning_unitscale.engine.record.keys import ParameterKey, UseId
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId, way_of
 from lightning_unitscale.engine.record.places import Place
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import MATMULS
@@ -86,7 +86,7 @@ class Draft:
         cast = self.casting.decide_attention(self.structure, plan.sites)
         plan.frames = [FramePlan(*frame, keys) for frame, keys in self.trace.touched.items() if keys]
         self._count_in_frames(plan, [*free_sites, *cast])
-        plan.followed = sorted({call.name for call in self.trace.calls if call.outputs and call.outputs[0].parameters})
+        plan.followed = sorted({_way(call) for call in self.trace.calls if call.outputs and call.outputs[0].parameters})
         return plan
 
     def _roles(self) -> dict[str, str]:
@@ -220,3 +220,9 @@ def operand_rms(call: Call) -> dict[str, float]:
     operands = MATMULS[call.name].operands(call)
     found = {label: v.rms for label, v in operands.items() if isinstance(v, Value) and v.rms is not None and v.is_float}
     return {**found, "output": call.output.rms} if call.output.rms is not None else found
+
+
+def _way(call: Call) -> str:
+    """How a call makes a weight of parameters, see `way_of`."""
+    made = [bool(value.parameters) for value in call.inputs if value.is_float]
+    return way_of(call.name, made.count(True), made.count(False))

@@ -137,6 +137,9 @@ def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @example(  # a Function inside another one gives back its input, which autograd then makes an alias of
     Program((Part("silu"), Part("checkpointed by hand", inner=(Part("alias"), Part("linear")))))
 )
+@example(  # a sum of weights makes a weight, an activation and a position none: though both are additions
+    Program((Part("sum of weights"), Part("position"), Part("gram")), entry="linear", penalties=("L2",))
+)
 def test_a_few_random_modules_keep_every_property(program: Program) -> None:
     check(program)
 

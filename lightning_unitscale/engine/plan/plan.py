@@ -62,7 +62,8 @@ class Plan:
         parameters: by name.
         sites: every matmul-like call and every other place with a factor.
         frames: where parameters, or what is made of them, are handed to torch functions, and parameter-free sites are.
-        followed: short names of the functions that made weights out of parameters (views, casts, weight norm).
+        followed: the ways in which functions made weights out of parameters (views, casts, weight norm), see
+            `engine.record.keys.way_of`; plans of earlier versions have the functions' short names alone.
         storage: "folded" | "unit".
         lr_units: "standard" | "umup".
         changes_training: False where the scheme leaves weights, function and learning rates alone.

@@ -155,6 +155,15 @@ def is_made_of_parameters(
     return not _makes_activation(op, call, inputs, in_parametrization)
 
 
+def way_of(op: str, weights: int, others: int) -> str:
+    """How parameters go through a function: `add:2+0`, the sum of two, is another way than `add:1+1`, that of a bias.
+
+    Args:
+        weights, others: how many of the floating-point tensors that go in are made of parameters, and how many not.
+    """
+    return f"{op}:{weights}+{others}"
+
+
 def _fits(noise: tuple[int, ...], weights: Sequence[tuple[int, ...]]) -> bool:
     """Whether noise has the shape of one of the weights, or is spread over it."""
     return any(

@@ -122,7 +122,7 @@ class Interceptor(TorchFunctionMode):
                 return self._run_site(free, watched, call)
         result = self._run(name, call)
         if name in self.rules.followed:
-            self.known.follow(name, call, result, self._in_parametrization)
+            self.known.follow(name, call, result, self._in_parametrization, self.rules.ways)
         return result
 
     # --- uses of parameters ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_unitscale.engine.record.keys import TensorInput, arguments_used, is_made_of_parameters
+from lightning_unitscale.engine.record.keys import TensorInput, arguments_used, is_made_of_parameters, way_of
 from lightning_unitscale.engine.record.tensors_of_calls import tensors_in
 from lightning_unitscale.engine.runtime.compilation import only_inside_others
 from lightning_unitscale.engine.runtime.made_of import MadeOf
@@ -91,13 +91,23 @@ class KnownTensors:
             if made_of is not None:
                 self.outside.derived.append((tensor, made_of))
 
-    def follow(self, name: str, call: FunctionCall, result: Any, in_parametrization: Callable[[], bool]) -> None:
-        """Remember what the output of a call is made of, if of parameters."""
+    def follow(
+        self,
+        name: str,
+        call: FunctionCall,
+        result: Any,
+        in_parametrization: Callable[[], bool],
+        ways: frozenset[str],
+    ) -> None:
+        """Remember what the output of a call is made of, if of parameters, in one of the recorded ways."""
         call = arguments_used(name, call)
         inputs = [(tensor, self.made_of(tensor)) for tensor in tensors_in((*call.args, *call.kwargs.values()))]
         parameters = [made_of for _, made_of in inputs if made_of is not None]
         if not parameters:
             return  # at once: most calls of these functions are on activations
+        made = [made_of is not None for t, made_of in inputs if t.is_floating_point() or t.is_complex()]
+        if name not in ways and way_of(name, made.count(True), made.count(False)) not in ways:
+            return
         if any([name in made_of.readings for made_of in parameters]):  # noqa: C419
             return
         known = [TensorInput.of(t, () if made_of is None else (made_of,), made_of is None) for t, made_of in inputs]

@@ -35,6 +35,7 @@ class Rules:
         made_of: the weights with uses that have a factor or are cast, by key.
         casts: the uses whose operands are cast, those of products without a weight too.
         followed: names of the functions through which parameters are followed.
+        ways: in which ways, see `engine.record.keys.way_of`; a name alone is any way.
         free: names of the functions with parameter-free sites.
         ops: names of the functions that use weights with a factor, or are cast.
         names: of all these functions.
@@ -51,7 +52,8 @@ class Rules:
     ) -> None:
         self.applied: AppliedFactors | None = None
         self.made_of = made_of_by_key(factors, readings, casts)
-        self.casts, self.followed, self.free = casts, frozenset(followed), frozenset(free)
+        self.casts, self.free, self.ways = casts, frozenset(free), frozenset(followed)
+        self.followed = frozenset(way.partition(":")[0] for way in followed)
         self.ops = frozenset(op for _, op in (*factors, *casts))
         self.names = self.followed | self.free | self.ops | {MULTI_HEAD}
         self._find_functions()
