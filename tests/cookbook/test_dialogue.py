@@ -206,6 +206,18 @@ def test_a_long_conversation_is_cut_where_a_user_speaks() -> None:
         batches(copies(*TALK), 4)
 
 
+def test_what_is_cut_or_left_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    question, answer = Message("user", "hi"), Message("assistant", 40 * "a")
+    long = [
+        conversation_of((Message("user", f"{number} {40 * 'q'}"), Message("assistant", "no"))) for number in range(9)
+    ]
+    batches([*copies(*TALK[:2]), *copies(question, answer), *long], 40)
+    assert (
+        "18 of 27 conversations are longer than task.sequence_length=40 and are cut there; 9 of them before"
+        in capsys.readouterr().out
+    )
+
+
 def test_distinct_n_grams_of_a_hand_made_case() -> None:
     metric = DistinctNGrams()
     metric.update(["a b a", "A b"])  # 5 words of 2 kinds; pairs ab, ba, ab

@@ -9,6 +9,7 @@ The best is chosen on the validation examples, by the score that the task monito
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import hydra
@@ -98,12 +99,12 @@ def measure_task(cfg: DictConfig) -> Outcome:
     except InputError:
         raise
     except UnitScalingError as refusal:
-        return Outcome(float("inf"), error=str(refusal))
+        return Outcome(math.inf, error=str(refusal))
     monitored = float(trainer.callback_metrics[cfg.task.monitor])
     (tested,) = trainer.test(trainer.lightning_module, trainer.datamodule, verbose=False)  # type: ignore[attr-defined]
     return Outcome(
         finite_or_infinite(-monitored if cfg.task.mode == "max" else monitored),
         first_loss=curve.first,
         curve=curve.points(),
-        scores={name: float(value) for name, value in tested.items()},
+        scores={name: float(value) for name, value in tested.items() if math.isfinite(value)},
     )

@@ -74,12 +74,21 @@ class Dialogue(LanguageModeling):
         tokenizer = tokenizer_of(found, cfg)
         cls.complete(tokenizer, found.model)
         make_able_to_pad(tokenizer, found.model)
-        parts = []
+        length, long, empty, parts = cfg.task.sequence_length, 0, 0, []
         for part in split_by(lambda conversation: conversation.group, examples, cfg.data.held_out):
-            samples = [s for conversation in part for s in _samples(tokenizer, conversation, cfg.task.sequence_length)]
-            if not samples:
-                raise InputError(f"no answer begins within task.sequence_length={cfg.task.sequence_length}; give more")
+            whole = [sample for conversation in part for sample in _samples(tokenizer, conversation, length)]
+            cut = [(tokens[: length + 1], answers[: length + 1]) for tokens, answers in whole]
+            samples = [(tokens, answers) for tokens, answers in cut if answers[1:].any()]
+            long += sum(len(tokens) > length + 1 for tokens, _ in whole)
+            empty += len(whole) - len(samples)
             parts.append(samples)
+        if not all(parts):
+            raise InputError(f"no answer begins within task.sequence_length={length}; give more")
+        if long:
+            print(
+                f"{long} of {sum(map(len, parts)) + empty} conversations are longer than task.sequence_length={length} "
+                f"and are cut there" + (f"; {empty} of them before an answer, and are left out" if empty else "")
+            )
         return Examples(parts, ChatBatch(int(tokenizer.pad_token_id)), **loading(cfg))
 
     @classmethod
@@ -135,11 +144,12 @@ class Dialogue(LanguageModeling):
         """The last answer of each, greedily, up to the longest of those that were given."""
         prompts, targets = zip(*_last_answers(batch), strict=True)
         longest, context = max(map(len, prompts)), context_length(self.model)
-        room = max(1, context - longest) if context is not None else longest
+        new_tokens = max(map(len, targets))
+        if context is not None:
+            new_tokens = max(1, min(new_tokens, context - longest))
         padding = self.tokenizer.pad_token_id
         ids = pad_sequence(list(prompts), batch_first=True, padding_value=padding, padding_side="left")
         counts = torch.arange(longest, device=ids.device) >= torch.tensor([[longest - len(p)] for p in prompts]).to(ids)
-        new_tokens = min(max(map(len, targets)), room)
         config = generation_config(self.model, self.tokenizer, {"max_new_tokens": new_tokens, "do_sample": False})
         generated = self.model.generate(input_ids=ids, attention_mask=counts.long(), generation_config=config)
         texts: list[str] = self.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
@@ -163,18 +173,15 @@ class ChatBatch:
 
 
 def _samples(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, length: int) -> Iterator[Sample]:
-    """A conversation in parts of so many predicted tokens, each of whole exchanges as far as one fits.
-
-    A part without an answer, where what is said before it is longer, is left out.
-    """
+    """A conversation in parts of so many predicted tokens, of whole exchanges; a longer one is a part by itself."""
     system = [message for message in conversation.messages if message.role == "system"]
     part: list[Message] = []
     for exchange in _exchanges(conversation.messages):
         if part and len(_tokens(tokenizer, [*system, *part, *exchange])[0]) > length + 1:
-            yield from _cut(_tokens(tokenizer, [*system, *part]), length)
+            yield _tokens(tokenizer, [*system, *part])
             part = []
         part += exchange
-    yield from _cut(_tokens(tokenizer, [*system, *part]), length)
+    yield _tokens(tokenizer, [*system, *part])
 
 
 def _exchanges(messages: Sequence[Message]) -> Iterator[list[Message]]:
@@ -198,12 +205,6 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> 
         ids += new
         answers += [is_answer] * len(new)
     return torch.tensor(ids), torch.tensor(answers)
-
-
-def _cut(sample: Sample, length: int) -> Iterator[Sample]:
-    tokens, answers = (tensor[: length + 1] for tensor in sample)
-    if answers[1:].any():
-        yield tokens, answers
 
 
 def _last_answers(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
