@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import distributed
 from torch.utils.data import DataLoader
 
 
@@ -32,6 +33,11 @@ class ContinuingLoader(DataLoader[Any]):
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continues after that many batches."""
         self.batches = state["batches"]
+
+
+def processes() -> int:
+    """How many share a run's samples: so many times those of its steps keep an epoch from ending in part of a batch."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def loading(cfg: DictConfig) -> dict[str, Any]:

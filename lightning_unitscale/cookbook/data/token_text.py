@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lightning_unitscale.cookbook.data.continuing_loader import ContinuingLoader
+from lightning_unitscale.cookbook.data.continuing_loader import ContinuingLoader, processes
 from lightning_unitscale.cookbook.data.documents import hold_out
 from lightning_unitscale.cookbook.data.examples import IGNORED, Batch
 from lightning_unitscale.cookbook.tokenizers import is_of_bytes
@@ -42,7 +42,7 @@ class RandomCrops(Dataset[Sample]):
         self.start = 0
 
     def __len__(self) -> int:
-        return self.length
+        return self.length * processes()
 
     def __getitem__(self, index: int) -> Sample:
         digest = hashlib.blake2b(f"{self.seed}/{self.start + index}".encode(), digest_size=8).digest()
