@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_unitscale.cookbook.data.continuing_loader import ContinuingLoader, processes
+from lightning_unitscale.cookbook.data.continuing_loader import ContinuingLoader, in_turns, processes
 from lightning_unitscale.errors import InputError
 
 Example = TypeVar("Example")
@@ -151,7 +151,7 @@ class Examples(pl.LightningDataModule):
 
     def train_dataloader(self) -> ContinuingLoader:
         """In the order that the seed gives."""
-        return ContinuingLoader(self.training, **self.options)
+        return ContinuingLoader(self.training, sampler=in_turns(self.training, self.trainer), **self.options)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation example once."""
