@@ -85,7 +85,7 @@ def command(folder: Path, *arguments: str) -> str:
 
 
 SMALL = (
-    "model.width=64",
+    "model.width=128",
     "model.depth=2",
     "task.sequence_length=32",
     "data.batch_size=4",
