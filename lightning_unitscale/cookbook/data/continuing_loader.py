@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import pytorch_lightning as pl
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
 class ContinuingLoader(DataLoader[Any]):
@@ -32,6 +34,21 @@ class ContinuingLoader(DataLoader[Any]):
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continues after that many batches."""
         self.batches = state["batches"]
+
+
+def in_turns(dataset: Dataset[Any], trainer: pl.Trainer | None) -> DistributedSampler[Any] | None:
+    """Samples in order, dealt out to the processes; None for one process.
+
+    Lightning's own would shuffle them, over an epoch that is as long as the run: a run that goes on would draw others.
+    """
+    if trainer is None or trainer.world_size == 1:
+        return None
+    return DistributedSampler(dataset, shuffle=False, **(trainer.distributed_sampler_kwargs or {}))
+
+
+def processes() -> int:
+    """How many share a run's samples: so many times those of its steps keep an epoch from ending in part of a batch."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def loading(cfg: DictConfig) -> dict[str, Any]:

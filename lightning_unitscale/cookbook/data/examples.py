@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_unitscale.cookbook.data.continuing_loader import ContinuingLoader
+from lightning_unitscale.cookbook.data.continuing_loader import ContinuingLoader, in_turns, processes
 from lightning_unitscale.errors import InputError
 
 Example = TypeVar("Example")
@@ -107,7 +107,7 @@ class Endless(Dataset[Example], Generic[Example]):
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
-        return self.length
+        return self.length * processes()
 
     def __getitem__(self, index: int) -> Example:
         epoch, position = divmod(self.start + index, len(self.examples))
@@ -151,7 +151,7 @@ class Examples(pl.LightningDataModule):
 
     def train_dataloader(self) -> ContinuingLoader:
         """In the order that the seed gives."""
-        return ContinuingLoader(self.training, **self.options)
+        return ContinuingLoader(self.training, sampler=in_turns(self.training, self.trainer), **self.options)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation example once."""

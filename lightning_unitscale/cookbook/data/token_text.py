@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lightning_unitscale.cookbook.data.continuing_loader import ContinuingLoader
+from lightning_unitscale.cookbook.data.continuing_loader import ContinuingLoader, in_turns, processes
 from lightning_unitscale.cookbook.data.documents import hold_out
 from lightning_unitscale.cookbook.data.examples import IGNORED, Batch
 from lightning_unitscale.cookbook.tokenizers import is_of_bytes
@@ -42,7 +42,7 @@ class RandomCrops(Dataset[Sample]):
         self.start = 0
 
     def __len__(self) -> int:
-        return self.length
+        return self.length * processes()
 
     def __getitem__(self, index: int) -> Sample:
         digest = hashlib.blake2b(f"{self.seed}/{self.start + index}".encode(), digest_size=8).digest()
@@ -136,7 +136,7 @@ class TokenText(pl.LightningDataModule):
 
     def train_dataloader(self) -> ContinuingLoader:
         """Random crops, in the order that the seed gives."""
-        return ContinuingLoader(self.training, **self.options)
+        return ContinuingLoader(self.training, sampler=in_turns(self.training, self.trainer), **self.options)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """All validation text once."""
