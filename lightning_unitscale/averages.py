@@ -6,11 +6,30 @@ has none: it would take the weights over and be another function. Lightning's ow
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.namespaces import callbacks_of
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+
+def averages_of(trainer: pl.Trainer) -> Iterator[nn.Module]:
+    """The copies of the model that averaging callbacks made before it was prepared, or before its weights are loaded.
+
+    Lightning's WeightAveraging and StochasticWeightAveraging copy the module in `setup` and exchange weights with it
+    later, so both must store the same; an average that was never updated holds the initial weights.
+    """
+    for callback in callbacks_of(trainer):
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, nn.Module):
+            yield average.module if isinstance(average, AveragedModel) else average
 
 
 def check_average(average: AveragedModel, model: nn.Module) -> None:

@@ -117,7 +117,7 @@ class UnitScaling(Callback):
                     "the UnitScaling callback and the strategy were given different options; give them to one of the "
                     "two."
                 )
-            theirs.options, theirs.optimizer_family = ours.settings
+            theirs.settings = ours.settings
             self.unit_scaling = theirs
         self.unit_scaling.before_run(pl_module)
 

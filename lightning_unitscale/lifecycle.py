@@ -26,8 +26,7 @@ callback alone wraps the same few methods on the instance of whatever strategy t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +34,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
+from lightning_unitscale.averages import averages_of
 from lightning_unitscale.before_wrapping import (
     DEEPSPEED,
     ZERO3,
@@ -52,7 +51,6 @@ from lightning_unitscale.engine.checks.calibration import Calibration, check_dev
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
-from lightning_unitscale.engine.plan.step_scales import check_has_rates
 from lightning_unitscale.engine.plan.summary import headline
 from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.engine.runtime.placement import check_placement
@@ -60,16 +58,12 @@ from lightning_unitscale.errors import NoLossError, UnitScalingError
 from lightning_unitscale.in_force import adopt, forget, put_in_force
 from lightning_unitscale.loss_scale import LossScale, find_loss_scale, needs_loss_scale
 from lightning_unitscale.namespaces import callbacks_of, classes
-from lightning_unitscale.optim.engine_groups import optimizer_for_engine
-from lightning_unitscale.optim.families import check_family, family_of_group, optimizer_family
-from lightning_unitscale.optim.late_parameters import may_learn_late
-from lightning_unitscale.optim.ordinary_units import warn_of_ordinary_units
-from lightning_unitscale.optim.scale_learning_rates import scale_learning_rates
-from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps
-from lightning_unitscale.options import PLAN_OPTIONS, Options
+from lightning_unitscale.options import Options
 from lightning_unitscale.prepare import prepare
 from lightning_unitscale.record_step import Step
-from lightning_unitscale.schemes import find, scheme_of
+from lightning_unitscale.run_optimizers import RunOptimizers
+from lightning_unitscale.same_options import check_goes_on, check_same_options, other_options
+from lightning_unitscale.schemes import scheme_of
 from lightning_unitscale.sharded_checkpoint import (
     agree_on_plan,
     all_but_weights,
@@ -101,11 +95,9 @@ class Lifecycle:
 
     def __init__(self, options: Options, optimizer_family: str | None = None) -> None:
         scheme_of(options)
-        check_family(optimizer_family, "optimizer_family")
         self.options = options
-        self.optimizer_family = optimizer_family
         self.plan: Plan | None = None
-        self._steps: dict[Optimizer, tuple[Plan, ScaledStep | None]] = {}  # None where no step is to be another
+        self._optimizers = RunOptimizers(optimizer_family)
         self._calibration: Calibration | None = None
         self._loss_scale: LossScale | None = None
         self._wrapped: WrappedMethods | None = None
@@ -116,7 +108,11 @@ class Lifecycle:
     @property
     def settings(self) -> tuple[Options, str | None]:
         """All that it was told."""
-        return self.options, self.optimizer_family
+        return self.options, self._optimizers.family
+
+    @settings.setter
+    def settings(self, settings: tuple[Options, str | None]) -> None:
+        self.options, self._optimizers.family = settings
 
     @property
     def _changes_training(self) -> bool:
@@ -183,14 +179,8 @@ class Lifecycle:
     def _around_engine(
         self, strategy: Strategy, proceed: Callable[..., Any], model: nn.Module, optimizer: Optimizer, *args: Any
     ) -> Any:
-        """Give DeepSpeed an optimizer whose groups have one multiplier each."""
-        plan, module = self.plan, _module_of(strategy)
-        assert plan is not None
-        if changes_steps(plan):
-            optimizer = optimizer_for_engine(optimizer, plan, module, self._family(optimizer))
-        engine, made = proceed(model, optimizer, *args)
-        self._steps[made] = plan, None
-        return engine, made
+        assert self.plan is not None
+        return self._optimizers.hand_over(proceed, model, optimizer, self.plan, _module_of(strategy))
 
     def after_run(self) -> None:
         """Leave the strategy as it was.
@@ -214,10 +204,7 @@ class Lifecycle:
         if self._uncompiled is not None:
             self._uncompiled.__dict__.pop("log", None)
             self._uncompiled = None
-        for _, step in self._steps.values():
-            if step is not None:
-                step.remove()
-        self._steps.clear()
+        self._optimizers.release()
         if self._calibration is not None:
             self._calibration.abort()
             self._calibration = None
@@ -243,7 +230,7 @@ class Lifecycle:
             return  # this batch has no loss, the next may have one
         self.plan, self._without_loss = plan, None
         for optimizer in strategy.optimizers:
-            self._scale_steps(optimizer, plan, module)
+            self._optimizers.scale(optimizer, plan, module)
         self._scale_losses(strategy, module, plan, step)
         self._measure_if_due(module, plan)
 
@@ -252,25 +239,22 @@ class Lifecycle:
 
         Where training is to stay as it was, a plan whose weights alone are the function gives way to one of our own.
         """
-        models = [module, *_averages(module.trainer)]
+        models = [module, *averages_of(module.trainer)]
         plan, *_ = [adopt(model) for model in models]
         if plan is None or plan is self.plan:
             return plan
-        if not self._changes_training and plan.is_plain and self._other_options(plan):
+        if not self._changes_training and plan.is_plain and other_options(plan, self.options):
             for model in models:
                 if plan_of(model) is not None:
                     forget(model)
             return None
-        self._check_options(plan)
+        check_same_options(plan, self.options)
         return plan
 
     def _prepare(self, strategy: Strategy, module: pl.LightningModule, step: Step, batch_idx: int) -> Plan | None:
         """Rehearse the step and put its plan in force on the model and its averages; None if the step has no loss."""
         if self._changes_training:
-            for optimizer in strategy.optimizers:
-                known = find(self.options.scheme).families  # both known, before anything is changed
-                for family in {family_of_group(group) or self._family(optimizer) for group in optimizer.param_groups}:
-                    check_has_rates(self.options.scheme, known, family, self.options.lr_units)
+            self._optimizers.check(strategy.optimizers, self.options)
             _refuse_pruning(module.trainer)
         try:
             plan = prepare(
@@ -282,7 +266,7 @@ class Lifecycle:
             self._wait_for_a_loss(error, module.trainer, batch_idx)
             return None
         _announce(plan)
-        for average in _averages(module.trainer):
+        for average in averages_of(module.trainer):
             rescale_parameters(average, plan)
             put_in_force(average, Plan.from_dict(plan.to_dict()))
         return plan
@@ -296,23 +280,6 @@ class Lifecycle:
                 "batch has one."
             )
         self._without_loss = error
-
-    def _scale_steps(self, optimizer: Optimizer, plan: Plan, module: pl.LightningModule) -> None:
-        """Give an optimizer the plan's learning-rate multipliers, if it has not got them and there is cause to."""
-        known, step = self._steps.get(optimizer, (None, None))
-        if known is plan:
-            return
-        if step is not None:
-            step.remove()
-        step = None
-        if changes_steps(plan) or may_learn_late(plan):
-            step = scale_learning_rates(optimizer, plan, module=module, family=self._family(optimizer))
-            if plan.lr_units == "umup":
-                warn_of_ordinary_units(optimizer, find(plan.scheme).least_usual_rate)
-        self._steps[optimizer] = plan, step
-
-    def _family(self, optimizer: Optimizer) -> str:
-        return optimizer_family(optimizer, otherwise=self.optimizer_family)
 
     def _scale_losses(self, strategy: Strategy, module: pl.LightningModule, plan: Plan, step: Step) -> None:
         """Give losses a scale if gradients travel in FP16 and no GradScaler sees to it."""
@@ -393,15 +360,8 @@ class Lifecycle:
         if plan is None:
             self.plan = None  # as when the Tuner puts the model back to what it was before its trials
         if module.trainer.state.fn == "fit":
-            if plan is not None:
-                self._check_options(plan)
-            elif self._changes_training and _is_of_a_run(checkpoint):
-                raise UnitScalingError(
-                    f"the checkpoint (step {checkpoint['global_step']}) was trained without unit scaling, and "
-                    f"scheme={self.options.scheme!r} would change its weights and learning rates. Go on with "
-                    "scheme='preserve', or load its weights as initial weights without ckpt_path."
-                )
-        for model in (module, *_averages(module.trainer)):
+            check_goes_on(checkpoint, plan, self.options)
+        for model in (module, *averages_of(module.trainer)):
             prepare_for_loading(model, plan)
 
     def around_loading(
@@ -434,18 +394,6 @@ class Lifecycle:
             agree_on_plan(strategy, checkpoint)
         return write_whole(strategy, proceed, checkpoint, *args, **kwargs)
 
-    def _check_options(self, plan: Plan) -> None:
-        for name, (theirs, ours) in self._other_options(plan).items():
-            raise UnitScalingError(
-                f"the model (or its checkpoint) was prepared with {name}={theirs!r}, but UnitScaling has "
-                f"{name}={ours!r}. Use the same, or start from an unprepared model."
-            )
-
-    def _other_options(self, plan: Plan) -> dict[str, tuple[Any, Any]]:
-        """The options under which the plan was made and ours, where they differ."""
-        theirs, ours = (_spelled_out(as_plain_data(options)) for options in (plan.options, self.options.to_dict()))
-        return {name: (theirs[name], ours[name]) for name in PLAN_OPTIONS if theirs.get(name, ours[name]) != ours[name]}
-
 
 def _module_of(strategy: Strategy) -> pl.LightningModule:
     module = strategy.lightning_module
@@ -455,18 +403,6 @@ def _module_of(strategy: Strategy) -> pl.LightningModule:
 
 def _training_step(batch: Any, batch_idx: int) -> Step:
     return lambda run: run.training_step(batch, batch_idx)
-
-
-def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
-    """The copies of the model that averaging callbacks made before it was prepared, or before its weights are loaded.
-
-    Lightning's WeightAveraging and StochasticWeightAveraging copy the module in `setup` and exchange weights with it
-    later, so both must store the same; an average that was never updated holds the initial weights.
-    """
-    for callback in callbacks_of(trainer):
-        average = getattr(callback, "_average_model", None)
-        if isinstance(average, nn.Module):
-            yield average.module if isinstance(average, AveragedModel) else average
 
 
 def _refuse_pruning(trainer: pl.Trainer) -> None:
@@ -486,14 +422,3 @@ def _announce(plan: Plan) -> None:
             "beside them. Where lightning_unitscale is imported it is put in force as they are loaded; elsewhere they "
             "are refused."
         )
-
-
-def _spelled_out(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with all hyperparameters of their scheme, those not given at their defaults."""
-    scheme = find(options["scheme"], options.get("hyperparameters"))
-    return {**options, "hyperparameters": asdict(scheme)}
-
-
-def _is_of_a_run(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether it has taken steps and can be resumed."""
-    return bool(checkpoint.get("global_step", 0) > 0 and checkpoint.get("optimizer_states"))

@@ -34,6 +34,7 @@ FLOORS = [
     ("loss_scale",),
     ("averages", "checkpoint", "loading", "sharded_checkpoint", "whole_checkpoints"),
     ("wrapped_methods", "before_wrapping"),
+    ("run_optimizers", "same_options"),
     ("lifecycle",),
     ("strategy",),
     ("callback", "spawned", "plain_torch", "non_finite_steps"),
