@@ -120,7 +120,7 @@ FEATURES: dict[str, tuple[Cell, ...]] = {
         *(Cell(rf"test_flattening.*test_the_monitor_sees.*\[{engine}\]") for engine in ("zero1", "zero2")),
         blind("zero3"),
     ),
-    "`unitscale pretrain trainer=…`": (
+    "presets of the recipes (`trainer=`)": (
         *(
             Cell(rf"test_trainer_presets.*goes_on.*\[{preset}-a file\]")
             for preset in ("ddp_cpu", "fsdp2", "tensor_parallel", "fsdp2_tp")
