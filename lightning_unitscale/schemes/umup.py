@@ -47,7 +47,7 @@ give the total. Under SGD, learning rates are fan_in (hidden) and width (others)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 
 from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.schemes.registry import register
@@ -55,6 +55,8 @@ from lightning_unitscale.schemes.scheme import Rates, ResidualBranch, Scheme, We
 
 TABLE = "u-μP, arXiv 2407.17465, table 2"
 RESIDUAL = "u-μP, arXiv 2407.17465, appendix G.2.2"
+COMPLETEP = "CompleteP, arXiv 2505.01618, table 1"
+SGD = "μP, arXiv 2203.03466, table 8"
 MEASURED = "measured, see schemes/umup.py"
 
 
@@ -69,14 +71,17 @@ class UMuP(Scheme):
         alpha_res: size of what all branches add, beside the stream that they are added to.
         alpha_res_attn_ratio: size of attention branches beside the others.
         alpha_out: on the logits.
-        eta_emb: learning rate of embeddings beside that of the table.
-        eta_out: the same of readouts; on the logits where the readout is the embedding too.
-        depth_exponent: p of the branch multiplier L^-p.
+        alpha_tied: the same where the readout is the embedding too.
+        eta_emb, eta_out: learning rates of embeddings and readouts beside those of the table.
+        base_depth: pairs of branches up to which branches and their rates have L^-½, as in the paper.
+        depth_exponent: p of what deeper ones have beyond: branches (L / base_depth)^-p, rates ^(p-1); the paper has ½.
+        attn_exponent: p of the factor d_head^-p on attention logits; the paper's is 1.
+        readout_exponent: p of the readout's multiplier fan_in^-p; the paper's is 1.
     """
 
     name = "umup"
-    of_weights = ("alpha_out", "eta_emb", "eta_out")
-    of_activations = ("alpha_attn", "alpha_ffn_act", "alpha_res", "alpha_res_attn_ratio")
+    of_weights = ("alpha_out", "alpha_tied", "eta_emb", "eta_out", "readout_exponent")
+    of_activations = ("alpha_attn", "attn_exponent", "alpha_ffn_act", "alpha_res", "alpha_res_attn_ratio")
     least_usual_rate = 0.02  # about 1 is usual (figure 1)
     source = "Blake et al., u-μP: The Unit-Scaled Maximal Update Parametrization, arXiv 2407.17465"
 
@@ -85,50 +90,62 @@ class UMuP(Scheme):
     alpha_res: float = 1.0
     alpha_res_attn_ratio: float = 1.0
     alpha_out: float = 1.0
+    alpha_tied: float = 4.0
     eta_emb: float = 1.0
-    eta_out: float = 4.0
-    depth_exponent: float = 0.5
+    eta_out: float = 1.0
+    base_depth: float = 4.0
+    depth_exponent: float = 1.0
+    attn_exponent: float = 0.5
+    readout_exponent: float = 0.5
 
     def weight(self, weight: Weight) -> list[Factor]:
         """The first column of the table above."""
         if weight.role == "hidden":
-            return [Factor(weight.fan_in**-0.5, f"fan_in^-½, fan_in = {weight.fan_in}", TABLE)]
+            return [_power("fan_in", weight.fan_in, -0.5, TABLE)]
+        if weight.role == "readout" and weight.is_tied:
+            tied = Factor(self.alpha_tied, "alpha_tied, of a readout that is the embedding too", MEASURED)
+            return [_power("fan_in", weight.fan_in, -1.0, TABLE), tied, *self.hyperparameter("alpha_out")]
         if weight.role == "readout":
-            rule = Factor(1 / weight.fan_in, f"1 / fan_in, fan_in = {weight.fan_in}", TABLE)
-            tied = [Factor(self.eta_out, "eta_out, of a readout that is the embedding too", MEASURED)]
-            return [rule, *self.hyperparameter("alpha_out"), *(tied if weight.is_tied else [])]
+            source = TABLE if self.readout_exponent == 1.0 else MEASURED
+            rule = _power("fan_in", weight.fan_in, -self.readout_exponent, source)
+            return [rule, *self.hyperparameter("alpha_out")]
         return []
 
     def rates(self, weight: Weight) -> Rates:
         """The second column of the table above; for SGD as in the last paragraph."""
-        width = Factor(weight.width, f"width = {weight.width}", "μP, arXiv 2203.03466, table 8")
+        width = _power("width", weight.width, self.readout_exponent, SGD)
         if weight.role == "hidden":
-            fan_in = Factor(weight.fan_in, f"fan_in = {weight.fan_in}", "μP, arXiv 2203.03466, table 8")
-            power, cause = self.depth_exponent - 1, f"L^{self._power(self.depth_exponent - 1)}, L = {weight.depth:g}"
-            depth = [Factor(weight.depth**power, cause, TABLE)] if power and weight.depth != 1.0 else []
-            adam = Factor(weight.fan_in**-0.5, f"fan_in^-½, fan_in = {weight.fan_in}", TABLE)
-            return Rates([adam, *depth], [fan_in], depth)
+            depth = self._of_depth(weight.depth, self.depth_exponent - 1) if weight.depth != 1.0 else []
+            sgd = _power("fan_in", weight.fan_in, self.readout_exponent, SGD)
+            return Rates([_power("fan_in", weight.fan_in, -0.5, TABLE), *depth], [sgd], depth)
         if weight.role == "readout":
-            return Rates([Factor(self.eta_out, "eta_out, of a readout", MEASURED)], [width])
+            p, ratio = self.readout_exponent, self.hyperparameter("eta_out")
+            adam = _power("fan_in", weight.fan_in, p - 1, TABLE if p == 1.0 else MEASURED)
+            return Rates([adam, *ratio], [_power("fan_in", weight.fan_in, 2 * p - 1, SGD)])
         if weight.is_table:
-            rule = Factor(weight.width**-0.5, f"d_model^-½, d_model = {weight.width}", TABLE)
             ratio = self.hyperparameter("eta_emb")
-            return Rates([rule, *ratio], [width, *ratio], standard=ratio)
+            return Rates([_power("d_model", weight.width, -0.5, TABLE), *ratio], [width, *ratio], standard=ratio)
         larger = max(weight.fan_in, weight.width)
-        return Rates([Factor(1 / larger, f"1 / width, width = {larger}", MEASURED)], [width])
+        return Rates([_power("width", larger, -1.0, MEASURED)], [width])
 
     def branch(self, branch: ResidualBranch) -> list[Factor]:
         """α/L^p before the addition; behind it a norm, τ."""
         alpha = self.alpha_of(branch.kind)
         cause = f"α of {branch.kind} branches: alpha_res = {self.alpha_res:g}, ratio = {self.alpha_res_attn_ratio:g}"
         factors = [Factor(alpha, cause, RESIDUAL)] if alpha != 1.0 else []
-        if not branch.post_norm:
-            cause = f"L^{self._power(-self.depth_exponent)}, a stream of {2 * branch.depth:g} branches"
-            return [*factors, Factor(branch.depth**-self.depth_exponent, cause, RESIDUAL)]
         before = sum(earlier.scheme.alpha_of(earlier.kind) ** 2 for earlier in branch.before)
-        power = "L" if self.depth_exponent == 0.5 else f"L^{2 * self.depth_exponent:g}"
-        cause = f"1/√({power} + Σα²), L = {branch.depth:g}, {len(branch.before)} branches before, a norm behind"
-        return [*factors, Factor((branch.depth ** (2 * self.depth_exponent) + before) ** -0.5, cause, RESIDUAL)]
+        depth = self._of_depth(branch.depth, -self.depth_exponent)
+        if not branch.post_norm:
+            return [*factors, *depth]
+        share = prod(factor.value for factor in depth)
+        cause = f"1/√(1/m² + Σα²), m = {share:.3g} by depth, {len(branch.before)} branches before, a norm behind"
+        return [*factors, Factor((share**-2 + before) ** -0.5, cause, RESIDUAL)]
+
+    def _of_depth(self, depth: float, power: float) -> list[Factor]:
+        """Of a stream with L pairs of branches: L^-½, and from `base_depth` on L^power."""
+        shallow, deep = min(depth, self.base_depth), max(1.0, depth / self.base_depth)
+        beyond = [_power("(L / base_depth)", deep, power, COMPLETEP)] if deep > 1.0 else []
+        return [_power("L", shallow, -0.5, TABLE), *beyond]
 
     def alpha_of(self, kind: str) -> float:
         """α of the branches of a kind, "attention" or "mlp"."""
@@ -140,8 +157,9 @@ class UMuP(Scheme):
         return [Factor(terms**-0.5, f"1/√n, a sum of {terms} independent tensors", "Unit Scaling, arXiv 2303.11257")]
 
     def attention(self, head_dim: int) -> list[Factor]:
-        """α / d_head."""
-        return [Factor(1 / head_dim, f"1 / d_head, d_head = {head_dim}", TABLE), *self.hyperparameter("alpha_attn")]
+        """α / d_head^p."""
+        source = TABLE if self.attn_exponent == 1.0 else MEASURED
+        return [_power("d_head", head_dim, -self.attn_exponent, source), *self.hyperparameter("alpha_attn")]
 
     def activation_input(self) -> list[Factor]:
         """α."""
@@ -151,6 +169,10 @@ class UMuP(Scheme):
         """1/RMS."""
         return [Factor(1 / rms, f"1 / RMS {rms:.4g} of the function of normal input", "Unit Scaling, arXiv 2303.11257")]
 
-    @staticmethod
-    def _power(exponent: float) -> str:
-        return "-½" if exponent == -0.5 else f"{exponent:g}"
+
+def _power(name: str, size: float, exponent: float, source: str) -> Factor:
+    return Factor(size**exponent, f"{name}^{_written(exponent)}, {name} = {size:g}", source)
+
+
+def _written(exponent: float) -> str:
+    return {0.5: "½", -0.5: "-½"}.get(exponent, f"{exponent:g}")

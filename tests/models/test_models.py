@@ -537,14 +537,15 @@ def fan_in(family: str, plan: Any, parameter: str) -> int:
 
 @each_of_twelve
 def test_attention_logits(name: str) -> None:
-    """1/d_head in all, whatever the model itself divides by: T5 by nothing, the others by √d_head."""
+    """1/√d_head in all, whatever the model itself divides by: T5 by nothing, the others by √d_head already."""
     family = name.split("-")[0]
     _, plan = prepared(EVERY_CASE[name])
     sites = [site for site in plan.sites if site.role == "attention"]
     assert len(sites) == {"t5": 6, "whisper": 6}.get(family, 2)
     for site in sites:
-        assert site.multiplier == pytest.approx(1 / 8 if family == "t5" else 8**-0.5)
-        assert site.folded == (family != "gpt2")  # queries and keys of GPT-2 come out of one weight
+        assert site.multiplier == pytest.approx(8**-0.5 if family == "t5" else 1.0)
+        assert site.folded == (family == "t5")
+        assert family == "t5" or site.reason == "the model's own constant is the scheme's"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "whisper"])

@@ -41,23 +41,26 @@ def by_hand(net: Any, alpha: dict[str, float]) -> Tensor:
     for index, b in enumerate(net.blocks):
         h = norm(x)
         q, k, v = (heads(linear(h, layer)) for layer in (b.q, b.k, b.v))
-        scale = alpha.get("alpha_attn", 1.0) / HEAD_DIM
+        scale = alpha.get("alpha_attn", 1.0) / HEAD_DIM ** alpha.get("attn_exponent", 0.5)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         x = add(x, linear(mixed.transpose(-2, -3).flatten(-2), b.o), 2 * index)
         h = norm(x)
         g = linear(h, b.gate)
         x = add(x, linear(g * torch.sigmoid(bend * g) / silu_rms * linear(h, b.up), b.down), 2 * index + 1)
-    return norm(x) @ net.readout.weight.T / WIDTH * alpha.get("alpha_out", 1.0)
+    readout = alpha.get("alpha_out", 1.0) / WIDTH ** alpha.get("readout_exponent", 0.5)
+    return norm(x) @ net.readout.weight.T * readout
 
 
+PAPER = {"attn_exponent": 1.0, "readout_exponent": 1.0}
 ALPHAS: list[dict[str, float]] = [
     {},
+    PAPER,
     {"alpha_attn": 2.5},
     {"alpha_ffn_act": 0.5},
     {"alpha_ffn_act": 2.0, "alpha_out": 0.25},
     {"alpha_res": 0.5},
     {"alpha_res": 2.0, "alpha_res_attn_ratio": 0.25},
-    {"alpha_attn": 0.5, "alpha_ffn_act": 3.0, "alpha_res": 0.3, "alpha_res_attn_ratio": 2.0, "alpha_out": 4.0},
+    {**PAPER, "alpha_attn": 0.5, "alpha_ffn_act": 3.0, "alpha_res": 0.3, "alpha_res_attn_ratio": 2.0, "alpha_out": 4.0},
 ]
 
 
@@ -82,7 +85,7 @@ def test_learning_rates_of_embeddings_and_readouts() -> None:
     )
     ratios = {name: other[name] / plain[name] for name in plain}
     assert ratios.pop("embedding.weight") == pytest.approx(3.0)
-    assert ratios.pop("readout.weight") == pytest.approx(2 / 4)
+    assert ratios.pop("readout.weight") == pytest.approx(2.0)
     assert set(ratios.values()) == {1.0}
 
 
@@ -96,7 +99,8 @@ def test_in_standard_units_the_embedding_has_its_own_relative_step_times_the_rat
 @pytest.mark.parametrize("exponent", [0.5, 0.75, 1.0])
 def test_depth_exponent(depth: int, exponent: float) -> None:
     """Branches × L^-p, their learning rates × L^(p-1): what all branches change in one step is free of L."""
-    _, plan = scaled(depth, storage="unit", lr_units="umup", hyperparameters={"depth_exponent": exponent})
+    hyperparameters = {"base_depth": 1.0, "depth_exponent": exponent}
+    _, plan = scaled(depth, storage="unit", lr_units="umup", hyperparameters=hyperparameters)
     for name, fan_in in (("o", WIDTH), ("down", 2 * WIDTH), ("q", WIDTH)):
         weight = plan.parameters[f"blocks.{depth - 1}.{'q' if name == 'q' else name}.weight"]
         branch = 1.0 if name == "q" else depth**-exponent
@@ -105,10 +109,41 @@ def test_depth_exponent(depth: int, exponent: float) -> None:
         assert plan.lr_multipliers[weight.name] == pytest.approx(fan_in**-0.5 * depth ** (exponent - 1))
 
 
+def test_up_to_the_base_depth_it_is_the_papers_and_then_completeps() -> None:
+    def constants(depth: int) -> tuple[float, float]:
+        _, plan = scaled(depth, storage="unit", lr_units="umup", hyperparameters={"base_depth": 3.0})
+        site = next(site for site in plan.sites if "blocks.0.o.weight" in site.params)
+        return site.multiplier * WIDTH**0.5, plan.lr_multipliers["blocks.0.o.weight"] * WIDTH**0.5
+
+    assert constants(2) == pytest.approx((2**-0.5, 2**-0.5))
+    assert constants(3) == pytest.approx((3**-0.5, 3**-0.5))
+    assert constants(12) == pytest.approx((3**-0.5 / 4, 3**-0.5))
+
+
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_a_step_of_the_readout_changes_logits_alike_at_every_width(width: int, exponent: float) -> None:
+    """Of RMS-1 features and a step along the signs: fan_in · multiplier · rate."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3)).double()
+    x = torch.randn(5, 8, dtype=torch.float64)
+    plan = unit_scale(
+        model,
+        lambda net: net(x).square().mean(),
+        storage="unit",
+        lr_units="umup",
+        activations=False,
+        hyperparameters={"readout_exponent": exponent, "eta_out": 2.0},
+    )
+    assert plan.parameters["2.weight"].multiplier == pytest.approx(width**-exponent)
+    assert width * plan.parameters["2.weight"].multiplier * plan.lr_multipliers["2.weight"] == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
 def test_branches_with_a_norm_behind_have_their_share_of_the_sum_so_far(exponent: float) -> None:
     """BERT, two layers: each branch × α/√(L^2p + Σα²) by its kind."""
-    hyperparameters = {"alpha_res": 2.0, "alpha_res_attn_ratio": 0.5, "depth_exponent": exponent}
+    depth = {"base_depth": 1.0, "depth_exponent": exponent}
+    hyperparameters = {"alpha_res": 2.0, "alpha_res_attn_ratio": 0.5, **depth}
     _, plan = prepared(zoo.CASES["bert-sdpa"], storage="unit", hyperparameters=hyperparameters)
     alpha_mlp = 2.0 * math.sqrt(2 / 1.25)
     alphas = [0.5 * alpha_mlp, alpha_mlp] * 2
