@@ -1,53 +1,61 @@
-"""u-μP: the Unit-Scaled Maximal Update Parametrization (Blake et al., arXiv 2407.17465).
+"""u-μP: the Unit-Scaled Maximal Update Parametrization (Blake et al., arXiv 2407.17465), with readouts as drawn.
 
-Weights have RMS 1 and explicit multipliers (Table 2 of the paper; p = ½):
+Weights have RMS 1 and explicit multipliers (Table 2 of the paper, but for what is marked *):
 
-    hidden weight    W · fan_in^-½              learning rate η · fan_in^-½ · L^(p-1) inside residual branches
-    readout weight   W · α_out / fan_in         η · η_out; tied to an embedding: W · η_out α_out / fan_in, its rate
+    hidden weight    W · fan_in^-½              learning rate η · fan_in^-½, × L^-½ inside residual branches
+    readout: logits  W · α_out fan_in^-½ *      η · η_out · fan_in^-½ *
+      … tied         W · α_out α_tied ln V / fan_in *     the embedding's
+      … others       W · α_out / fan_in         η · η_target
     embedding        W                          η · η_emb · d_model^-½
-    bias, norm gain  1                          η / width
-    attention        softmax(α_attn q·k/d_head) in place of the model's own factor
+    bias, norm gain  1                          η / width *
+    attention        softmax(α_attn q·k/√d_head) *, in place of the model's own factor
     activation f     f(α x) / √E[f(α z)²]       z ~ N(0, 1), α = α_ffn_act
 
-Residual streams with L pairs of branches (L = half their number). Pre-norm: each branch × α/L^p, the addition left
+Residual streams with L pairs of branches (L = half their number). Pre-norm: each branch × α · L^-½, the addition left
 alone, which is the paper's τ rule with its common denominators multiplied out (appendix G.2.2). Post-norm: branch i ×
-τ_i = α/√(L^2p + Σα²), the sum over the branches before it; the norm does the dividing.
+τ_i = α/√(L + Σα²), the sum over the branches before it; the norm does the dividing.
 
     α_mlp = r·√(2/(1+ρ²)),  α_attn = ρ·α_mlp,   r = α_res,  ρ = α_res_attn_ratio
 
-These αs are the paper's hyperparameters (its table 3); all are 1 unless set, and none changes with size. α_out is its
-α_loss-softmax, a multiplier of the logits. Two more are of learning rates, η_emb = 1 and η_out = 4, and p =
-depth_exponent is the rule for depth: ½, the paper's, keeps a sum of independent branches at RMS 1; 1, that of CompleteP
-(arXiv 2505.01618), one of branches that are all alike, and its learning rates do not depend on depth.
+Beyond B = base_depth = 4 pairs the rule is CompleteP's (arXiv 2505.01618) *: L^-½ is B^-½ · (L/B)^-p for branches,
+B^-½ · (L/B)^(p-1) for rates, p = depth_exponent = 1. With ½ a sum of independent branches keeps RMS 1, with 1 one of
+branches that are all alike, as training makes those of deep models. The αs are the paper's hyperparameters (its table
+3), 1 unless set; none changes with size. α_out is its α_loss-softmax.
 
-Two learning rates differ from the paper, whose models have neither gains nor biases. There all of them have η; at
-η = 1 an Adam step would change a gain of 1 by 1. Here a bias or gain has the rate that a hidden weight of its width has
-in folded storage, and the readout η_out = 4 times the paper's. Measured on the default pre-training job (300 steps, one
-seed, held-out nats per byte, best η):  width 64: 2.01 → 1.72 (gains) → 1.64 (readout);  width 256: 1.76 → 1.56
-(readout).
+What differs from the paper, and what of it can be undone (attn_exponent=1, readout_exponent=1, depth_exponent=½,
+η_out = η_target = 1: the paper's):
 
-A readout that is the embedding too has the embedding's step, η · d_model^-½, so η_out stands in the forward pass.
-Measured (GPT-2, 300 steps, held-out nats per byte, multiplier times fan_in = 1 and 4):  width 128, η = 1: 2.376, 2.297;
-3e-4 in standard units: 3.151, 2.421, untouched 2.523. (16 learns faster still, 2.358, but starts from logits so large
-that a model of few tokens begins at twice the loss of guessing.)
+Readouts. Logits are outputs that a softmax takes, by linear calls, additions and soft caps. In the paper their weight
+is W/fan_in with the rate η: it begins √fan_in smaller than one drawn by fan-in, and the first part of a short run goes
+by while it grows. A step still changes a logit by the same at every width: fan_in · fan_in^-½ · fan_in^-½. What hidden
+weights change through the readout's initial values does grow, as √fan_in, so the paper's rule is the one of infinite
+width. Outputs that are regressed to (squares, energies) start small as in the paper: they would begin with an error.
+
+A readout that is the embedding too has the embedding's step, and what a token's own row says of itself is a logit of
+α_tied ln V times the share of the embedding in the stream: with α_tied = 1.5 the loss begins little above ln V.
+
+Attention. 1/d_head is for queries and keys that have become alike; they begin independent, with logits of d_head^-½,
+uniform weights, and take long to leave them. At 1/√d_head the model's own constant is kept, so nothing stands in the
+forward pass of a model whose queries and keys come out of one weight.
+
+Gains and biases. The paper's models have none. At η = 1 an Adam step would change a gain of 1 by 1; here it has the
+rate that a hidden weight of its width has in folded storage.
 
 With lr_units="standard" a learning rate `lr` gives each hidden weight the relative step that it had in the untouched
 model: η = (lr / its initial RMS) · √(fan_in · L). The readout has the step of the table at the geometric mean of these
-η. Keeping the readout's own step instead falls behind the untouched model as the width grows: there most of the first
-change of the logits comes from the hidden weights, through a readout whose initial RMS is that of any weight, and the
-readout of u-μP starts √fan_in smaller. Measured (width 256, 3e-4, one seed): untouched 1.785; readout's own step 1.996,
-5 times that 1.897, the table's (27 times) 1.618. A matrix that starts at zero has the user's own step. What a step of
-these rates does to the loss of the first batch is then limited: see `schemes.step_limits`.
+η. A matrix that starts at zero has the user's own step. What a step of these rates does to the loss of the first batch
+is then limited: see `schemes.step_limits`.
 
 The model's own constants (1/√d on logits, √d on embeddings, fixed residual multipliers) are absorbed: the rules above
 give the total. Under SGD, learning rates are fan_in (hidden) and width (others), the gradient's own scale taken out
-(μP, Yang & Hu, arXiv 2203.03466, Table 8).
+(μP, Yang & Hu, arXiv 2203.03466, Table 8); where all readouts make logits as drawn, whose gradients are √fan_in
+larger, these to the power of readout_exponent.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import log, prod, sqrt
 
 from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.schemes.registry import register
@@ -71,16 +79,17 @@ class UMuP(Scheme):
         alpha_res: size of what all branches add, beside the stream that they are added to.
         alpha_res_attn_ratio: size of attention branches beside the others.
         alpha_out: on the logits.
-        alpha_tied: the same where the readout is the embedding too.
-        eta_emb, eta_out: learning rates of embeddings and readouts beside those of the table.
+        alpha_tied: the same where the readout is the embedding too, of V tokens: a token's own logit beside ln V.
+        eta_emb: learning rate of embeddings beside that of the table.
+        eta_out, eta_target: the same of readouts that make logits for a softmax, and of all others.
         base_depth: pairs of branches up to which branches and their rates have L^-½, as in the paper.
         depth_exponent: p of what deeper ones have beyond: branches (L / base_depth)^-p, rates ^(p-1); the paper has ½.
         attn_exponent: p of the factor d_head^-p on attention logits; the paper's is 1.
-        readout_exponent: p of the readout's multiplier fan_in^-p; the paper's is 1.
+        readout_exponent: p of the multiplier fan_in^-p of readouts that make logits; the paper's is 1.
     """
 
     name = "umup"
-    of_weights = ("alpha_out", "alpha_tied", "eta_emb", "eta_out", "readout_exponent")
+    of_weights = ("alpha_out", "alpha_tied", "eta_emb", "eta_out", "eta_target", "readout_exponent")
     of_activations = ("alpha_attn", "attn_exponent", "alpha_ffn_act", "alpha_res", "alpha_res_attn_ratio")
     least_usual_rate = 0.02  # about 1 is usual (figure 1)
     source = "Blake et al., u-μP: The Unit-Scaled Maximal Update Parametrization, arXiv 2407.17465"
@@ -90,9 +99,10 @@ class UMuP(Scheme):
     alpha_res: float = 1.0
     alpha_res_attn_ratio: float = 1.0
     alpha_out: float = 1.0
-    alpha_tied: float = 4.0
+    alpha_tied: float = 1.5
     eta_emb: float = 1.0
     eta_out: float = 1.0
+    eta_target: float = 4.0
     base_depth: float = 4.0
     depth_exponent: float = 1.0
     attn_exponent: float = 0.5
@@ -102,31 +112,45 @@ class UMuP(Scheme):
         """The first column of the table above."""
         if weight.role == "hidden":
             return [_power("fan_in", weight.fan_in, -0.5, TABLE)]
-        if weight.role == "readout" and weight.is_tied:
-            tied = Factor(self.alpha_tied, "alpha_tied, of a readout that is the embedding too", MEASURED)
-            return [_power("fan_in", weight.fan_in, -1.0, TABLE), tied, *self.hyperparameter("alpha_out")]
         if weight.role == "readout":
-            source = TABLE if self.readout_exponent == 1.0 else MEASURED
-            rule = _power("fan_in", weight.fan_in, -self.readout_exponent, source)
-            return [rule, *self.hyperparameter("alpha_out")]
+            p, source = self._readout(weight)
+            rule = _power("fan_in", weight.fan_in, -p, source)
+            return [rule, *self.hyperparameter("alpha_out"), *(self._tied(weight) if weight.is_tied else [])]
         return []
 
     def rates(self, weight: Weight) -> Rates:
         """The second column of the table above; for SGD as in the last paragraph."""
-        width = _power("width", weight.width, self.readout_exponent, SGD)
+        p, source = self._readout(weight)
+        width = _power("width", weight.width, p, SGD)
         if weight.role == "hidden":
             depth = self._of_depth(weight.depth, self.depth_exponent - 1) if weight.depth != 1.0 else []
-            sgd = _power("fan_in", weight.fan_in, self.readout_exponent, SGD)
+            sgd = _power("fan_in", weight.fan_in, p, SGD)
             return Rates([_power("fan_in", weight.fan_in, -0.5, TABLE), *depth], [sgd], depth)
         if weight.role == "readout":
-            p, ratio = self.readout_exponent, self.hyperparameter("eta_out")
-            adam = _power("fan_in", weight.fan_in, p - 1, TABLE if p == 1.0 else MEASURED)
-            return Rates([adam, *ratio], [_power("fan_in", weight.fan_in, 2 * p - 1, SGD)])
+            ratio = Factor(self.eta_out, "eta_out, of logits", MEASURED)
+            if not weight.logits:
+                ratio = Factor(self.eta_target, "eta_target, of outputs that no softmax takes", MEASURED)
+            adam = [_power("fan_in", weight.fan_in, p - 1, source)] if p != 1.0 else []
+            return Rates([*adam, ratio], [_power("fan_in", weight.fan_in, 2 * p - 1, SGD)])
         if weight.is_table:
-            ratio = self.hyperparameter("eta_emb")
-            return Rates([_power("d_model", weight.width, -0.5, TABLE), *ratio], [width, *ratio], standard=ratio)
+            ratios = self.hyperparameter("eta_emb")
+            return Rates([_power("d_model", weight.width, -0.5, TABLE), *ratios], [width, *ratios], standard=ratios)
         larger = max(weight.fan_in, weight.width)
         return Rates([_power("width", larger, -1.0, MEASURED)], [width])
+
+    def _tied(self, weight: Weight) -> list[Factor]:
+        """α_tied · ln V on logits over V tokens; its step is the embedding's."""
+        if not weight.logits:
+            return [Factor(self.eta_target, "eta_target, of outputs that no softmax takes", MEASURED)]
+        tokens = max(3, weight.elements // weight.fan_in)
+        size = Factor(log(tokens), f"ln V, V = {tokens} tokens: of a readout that is the embedding too", MEASURED)
+        return [size, Factor(self.alpha_tied, "alpha_tied", MEASURED)]
+
+    def _readout(self, weight: Weight) -> tuple[float, str]:
+        """p of the readout's fan_in^-p, and its source."""
+        if weight.logits and not weight.is_tied and self.readout_exponent != 1.0:
+            return self.readout_exponent, MEASURED
+        return 1.0, TABLE
 
     def branch(self, branch: ResidualBranch) -> list[Factor]:
         """α/L^p before the addition; behind it a norm, τ."""

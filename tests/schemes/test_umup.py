@@ -120,23 +120,56 @@ def test_up_to_the_base_depth_it_is_the_papers_and_then_completeps() -> None:
     assert constants(12) == pytest.approx((3**-0.5 / 4, 3**-0.5))
 
 
+OUTPUTS: dict[str, Any] = {
+    "cross entropy": (F.cross_entropy, True),
+    "soft cap, shift, probabilities": (lambda y, t: (5 * torch.tanh(y / 5) + 1).log_softmax(-1)[:, 0].sum(), True),
+    "squares": (lambda y, t: y.square().mean(), False),
+    "cosines": (lambda y, t: F.cross_entropy(F.normalize(y) @ F.normalize(y).T, t), False),
+}
+
+
 @pytest.mark.parametrize("width", [16, 64])
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
-def test_a_step_of_the_readout_changes_logits_alike_at_every_width(width: int, exponent: float) -> None:
-    """Of RMS-1 features and a step along the signs: fan_in · multiplier · rate."""
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_a_step_of_the_readout_changes_outputs_alike_at_every_width(kind: str, exponent: float, width: int) -> None:
+    """By fan_in · multiplier · rate, of RMS-1 features; what no softmax takes starts small, as in the paper."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3)).double()
-    x = torch.randn(5, 8, dtype=torch.float64)
+    x, targets = torch.randn(3, 8, dtype=torch.float64), torch.arange(3)
+    loss, are_logits = OUTPUTS[kind]
     plan = unit_scale(
         model,
-        lambda net: net(x).square().mean(),
+        lambda net: loss(net(x), targets),
         storage="unit",
         lr_units="umup",
         activations=False,
-        hyperparameters={"readout_exponent": exponent, "eta_out": 2.0},
+        hyperparameters={"readout_exponent": exponent, "eta_out": 2.0, "eta_target": 3.0},
     )
-    assert plan.parameters["2.weight"].multiplier == pytest.approx(width**-exponent)
-    assert width * plan.parameters["2.weight"].multiplier * plan.lr_multipliers["2.weight"] == pytest.approx(2.0)
+    multiplier = plan.parameters["2.weight"].multiplier
+    assert multiplier == pytest.approx(width ** -(exponent if are_logits else 1.0))
+    assert width * multiplier * plan.lr_multipliers["2.weight"] == pytest.approx(2.0 if are_logits else 3.0)
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_a_tokens_own_logit_is_about_ln_v_where_the_readout_is_the_embedding(tokens: int) -> None:
+    """So a model that only repeats its input begins near the loss of guessing, whatever V."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = nn.Embedding(tokens, 64)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(self.table(ids), self.table.weight)
+
+    ids = torch.arange(tokens)
+    net = Tied()
+    plan = unit_scale(net, lambda m: F.cross_entropy(m(ids), ids.roll(1)), hyperparameters={"alpha_tied": 1.2})
+    (site,) = (site for site in plan.sites if site.role == "readout")
+    assert site.multiplier == pytest.approx(1.2 * math.log(tokens) / 64)
+    own = net(ids).diagonal().mean()
+    assert float(own) == pytest.approx(1.2 * math.log(tokens), rel=0.05)
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0])

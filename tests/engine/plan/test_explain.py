@@ -57,10 +57,10 @@ def test_every_factor_has_a_cause_and_a_rule_s_factor_a_source(name: str) -> Non
 def test_a_multiplier_is_explained_by_rule_and_neighbour() -> None:
     _, plan = mlp()
     text = plan.explain("2.weight")
-    assert re.search(r"multiplier +0\.176777\n", text)  # √2 / √64
-    assert "0.125: fan_in^-½, fan_in = 64 (measured, see schemes/umup.py)" in text
+    assert re.search(r"multiplier +0\.0220971\n", text)  # √2 / 64
+    assert "0.01562: fan_in^-1, fan_in = 64 (u-μP, arXiv 2407.17465, table 2)" in text
     assert re.search(r"1\.414: 1 / RMS 0\.7071 .*; of the activation .*relu.*, folded", text)
-    assert plan.parameters["2.weight"].multiplier == pytest.approx(sqrt(2) / 8)
+    assert plan.parameters["2.weight"].multiplier == pytest.approx(sqrt(2) / 64)
 
 
 def test_the_explanation_of_a_site_names_the_weights_that_took_its_factor() -> None:

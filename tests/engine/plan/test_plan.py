@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_unitscale import Plan, UnitScalingError, remove_unit_scaling, scale_learning_rates, unit_scale
 from lightning_unitscale.engine.plan.plan import plan_of
+from lightning_unitscale.schemes.umup import UMuP
 
 NAMES = ("sequential", "llama-sdpa", "gpt2-eager", "lstm", "resnet", "weight-norm", "experts-loop")
 
@@ -420,13 +421,13 @@ def test_rates_in_units_of_umup(width: int) -> None:
     plan = unit_scale(model, lambda m: m(ids).square().mean(), storage="unit", lr_units="umup")
     assert plan.lr_multipliers["0.weight"] == pytest.approx(width**-0.5)
     assert plan.lr_multipliers["1.weight"] == pytest.approx(width**-0.5)
-    assert plan.lr_multipliers["3.weight"] == pytest.approx(width**-0.5)
+    assert plan.lr_multipliers["3.weight"] == UMuP().eta_target
     scales = plan.step_scales("adam", decoupled_decay=True)
     for scale in scales.values():
         assert scale.lr * scale.weight_decay == pytest.approx(1)
     assert scales["1.weight"].eps == pytest.approx(plan.parameters["1.weight"].multiplier)
     sgd = plan.step_scales("sgd", decoupled_decay=False)
-    assert sgd["1.weight"].lr == pytest.approx(width**0.5)
+    assert sgd["1.weight"].lr == pytest.approx(width)
     assert sgd["1.weight"].eps == 1.0
 
 
