@@ -3,7 +3,7 @@
 Weights have RMS 1 and explicit multipliers (Table 2 of the paper, but for what is marked *):
 
     hidden weight    W · fan_in^-½              learning rate η · fan_in^-½, × L^-½ inside residual branches
-    readout: logits  W · α_out fan_in^-½ *      η · η_out · fan_in^-½ *
+    readout: logits  W · α_out fan_in^-½ *      η · η_out ln V · fan_in^-½ *
       … tied         W · α_out α_tied ln V / fan_in *     the embedding's
       … others       W · α_out / fan_in         η · η_target
     embedding        W                          η · η_emb · d_model^-½
@@ -66,6 +66,7 @@ RESIDUAL = "u-μP, arXiv 2407.17465, appendix G.2.2"
 COMPLETEP = "CompleteP, arXiv 2505.01618, table 1"
 SGD = "μP, arXiv 2203.03466, table 8"
 MEASURED = "measured, see schemes/umup.py"
+TARGET = "eta_target, of outputs that no softmax takes"
 
 
 @register
@@ -81,7 +82,8 @@ class UMuP(Scheme):
         alpha_out: on the logits.
         alpha_tied: the same where the readout is the embedding too, of V tokens: a token's own logit beside ln V.
         eta_emb: learning rate of embeddings beside that of the table.
-        eta_out, eta_target: the same of readouts that make logits for a softmax, and of all others.
+        eta_out: the same of readouts that make logits of V classes for a softmax, beside ln V.
+        eta_target: the same of all others.
         base_depth: pairs of branches up to which branches and their rates have L^-½, as in the paper.
         depth_exponent: p of what deeper ones have beyond: branches (L / base_depth)^-p, rates ^(p-1); the paper has ½.
         attn_exponent: p of the factor d_head^-p on attention logits; the paper's is 1.
@@ -101,7 +103,7 @@ class UMuP(Scheme):
     alpha_out: float = 1.0
     alpha_tied: float = 1.5
     eta_emb: float = 1.0
-    eta_out: float = 1.0
+    eta_out: float = 0.7
     eta_target: float = 4.0
     base_depth: float = 4.0
     depth_exponent: float = 1.0
@@ -127,11 +129,11 @@ class UMuP(Scheme):
             sgd = _power("fan_in", weight.fan_in, p, SGD)
             return Rates([_power("fan_in", weight.fan_in, -0.5, TABLE), *depth], [sgd], depth)
         if weight.role == "readout":
-            ratio = Factor(self.eta_out, "eta_out, of logits", MEASURED)
+            sgd = [_power("fan_in", weight.fan_in, 2 * p - 1, SGD)]
             if not weight.logits:
-                ratio = Factor(self.eta_target, "eta_target, of outputs that no softmax takes", MEASURED)
-            adam = [_power("fan_in", weight.fan_in, p - 1, source)] if p != 1.0 else []
-            return Rates([*adam, ratio], [_power("fan_in", weight.fan_in, 2 * p - 1, SGD)])
+                return Rates([Factor(self.eta_target, TARGET, MEASURED)], sgd)
+            adam = [_power("fan_in", weight.fan_in, p - 1, source), _range(weight)] if p != 1.0 else []
+            return Rates([*adam, Factor(self.eta_out, "eta_out, of logits", MEASURED)], sgd)
         if weight.is_table:
             ratios = self.hyperparameter("eta_emb")
             return Rates([_power("d_model", weight.width, -0.5, TABLE), *ratios], [width, *ratios], standard=ratios)
@@ -141,10 +143,8 @@ class UMuP(Scheme):
     def _tied(self, weight: Weight) -> list[Factor]:
         """α_tied · ln V on logits over V tokens; its step is the embedding's."""
         if not weight.logits:
-            return [Factor(self.eta_target, "eta_target, of outputs that no softmax takes", MEASURED)]
-        tokens = max(3, weight.elements // weight.fan_in)
-        size = Factor(log(tokens), f"ln V, V = {tokens} tokens: of a readout that is the embedding too", MEASURED)
-        return [size, Factor(self.alpha_tied, "alpha_tied", MEASURED)]
+            return [Factor(self.eta_target, TARGET, MEASURED)]
+        return [_range(weight), Factor(self.alpha_tied, "alpha_tied, of a readout that is the embedding too", MEASURED)]
 
     def _readout(self, weight: Weight) -> tuple[float, str]:
         """p of the readout's fan_in^-p, and its source."""
@@ -192,6 +192,12 @@ class UMuP(Scheme):
     def activation(self, rms: float) -> list[Factor]:
         """1/RMS."""
         return [Factor(1 / rms, f"1 / RMS {rms:.4g} of the function of normal input", "Unit Scaling, arXiv 2303.11257")]
+
+
+def _range(weight: Weight) -> Factor:
+    """How far the logits of V classes must come apart to be sure of one."""
+    classes = max(2, weight.elements // weight.fan_in)
+    return Factor(log(classes), f"ln V, V = {classes}", MEASURED)
 
 
 def _power(name: str, size: float, exponent: float, source: str) -> Factor:
