@@ -3,7 +3,7 @@
 Weights have RMS 1 and explicit multipliers (Table 2 of the paper, but for what is marked *):
 
     hidden weight    W · fan_in^-½              learning rate η · fan_in^-½, × L^-½ inside residual branches
-    readout: logits  W · α_out fan_in^-½ *      η · η_out ln V · fan_in^-½ *
+    readout: logits  W · α_out s fan_in^-½ *    η · η_out ln V · fan_in^-½ / s *    s = min(1, 0.45 ln V), V classes
       … tied         W · α_out α_tied ln V / fan_in *     the embedding's
       … others       W · α_out / fan_in         η · η_target
     embedding        W                          η · η_emb · d_model^-½
@@ -57,7 +57,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import log, prod, sqrt
 
-from lightning_unitscale.engine.plan.factors import Factor
+from lightning_unitscale.engine.plan.factors import Factor, inverse
 from lightning_unitscale.schemes.registry import register
 from lightning_unitscale.schemes.scheme import Rates, ResidualBranch, Scheme, Weight
 
@@ -103,7 +103,7 @@ class UMuP(Scheme):
     alpha_out: float = 1.0
     alpha_tied: float = 1.5
     eta_emb: float = 1.0
-    eta_out: float = 0.7
+    eta_out: float = 0.6
     eta_target: float = 4.0
     base_depth: float = 4.0
     depth_exponent: float = 1.0
@@ -116,8 +116,9 @@ class UMuP(Scheme):
             return [_power("fan_in", weight.fan_in, -0.5, TABLE)]
         if weight.role == "readout":
             p, source = self._readout(weight)
-            rule = _power("fan_in", weight.fan_in, -p, source)
-            return [rule, *self.hyperparameter("alpha_out"), *(self._tied(weight) if weight.is_tied else [])]
+            few = [_few_classes(weight)] if p != 1.0 else []
+            tied = self._tied(weight) if weight.is_tied else []
+            return [_power("fan_in", weight.fan_in, -p, source), *few, *tied, *self.hyperparameter("alpha_out")]
         return []
 
     def rates(self, weight: Weight) -> Rates:
@@ -132,8 +133,11 @@ class UMuP(Scheme):
             sgd = [_power("fan_in", weight.fan_in, 2 * p - 1, SGD)]
             if not weight.logits:
                 return Rates([Factor(self.eta_target, TARGET, MEASURED)], sgd)
-            adam = [_power("fan_in", weight.fan_in, p - 1, source), _range(weight)] if p != 1.0 else []
-            return Rates([*adam, Factor(self.eta_out, "eta_out, of logits", MEASURED)], sgd)
+            adam = [Factor(self.eta_out, "eta_out, of logits", MEASURED)]
+            if p != 1.0:
+                few = inverse(_few_classes(weight).value, "its multiplier for so few classes", MEASURED)
+                adam += [_power("fan_in", weight.fan_in, p - 1, source), _range(weight), *few]
+            return Rates(adam, sgd)
         if weight.is_table:
             ratios = self.hyperparameter("eta_emb")
             return Rates([_power("d_model", weight.width, -0.5, TABLE), *ratios], [width, *ratios], standard=ratios)
@@ -198,6 +202,12 @@ def _range(weight: Weight) -> Factor:
     """How far the logits of V classes must come apart to be sure of one."""
     classes = max(2, weight.elements // weight.fan_in)
     return Factor(log(classes), f"ln V, V = {classes}", MEASURED)
+
+
+def _few_classes(weight: Weight) -> Factor:
+    """What logits begin at, beside RMS 1: few classes have a small loss, which RMS 1 would raise by much of it."""
+    range = _range(weight)
+    return Factor(min(1.0, 0.45 * range.value), f"at most 0.45 {range.cause}", MEASURED)
 
 
 def _power(name: str, size: float, exponent: float, source: str) -> Factor:

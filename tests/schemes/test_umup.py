@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from support import zoo
 from support.prepared import prepared
-from support.small_transformer import HEAD_DIM, TOKENS, Transformer, heads, loss, norm, scaled
+from support.small_transformer import HEAD_DIM, TOKENS, VOCAB, Transformer, heads, loss, norm, scaled
 from torch import Tensor, nn
 from unit_scaling.core.functional import transformer_residual_scaling_rule
 
@@ -47,7 +47,9 @@ def by_hand(net: Any, alpha: dict[str, float]) -> Tensor:
         h = norm(x)
         g = linear(h, b.gate)
         x = add(x, linear(g * torch.sigmoid(bend * g) / silu_rms * linear(h, b.up), b.down), 2 * index + 1)
-    readout = alpha.get("alpha_out", 1.0) / WIDTH ** alpha.get("readout_exponent", 0.5)
+    exponent = alpha.get("readout_exponent", 0.5)
+    few = min(1.0, 0.45 * math.log(VOCAB)) if exponent < 1 else 1.0
+    readout = alpha.get("alpha_out", 1.0) * few / WIDTH**exponent
     return norm(x) @ net.readout.weight.T * readout
 
 
@@ -85,7 +87,7 @@ def test_learning_rates_of_embeddings_and_readouts() -> None:
     )
     ratios = {name: other[name] / plain[name] for name in plain}
     assert ratios.pop("embedding.weight") == pytest.approx(3.0)
-    assert ratios.pop("readout.weight") == pytest.approx(2 / 0.7)
+    assert ratios.pop("readout.weight") == pytest.approx(2 / 0.6)
     assert set(ratios.values()) == {1.0}
 
 
@@ -146,7 +148,8 @@ def test_a_step_of_the_readout_changes_outputs_alike_at_every_width(kind: str, e
         hyperparameters={"readout_exponent": exponent, "eta_out": 2.0, "eta_target": 3.0},
     )
     multiplier = plan.parameters["2.weight"].multiplier
-    assert multiplier == pytest.approx(width ** -(exponent if are_logits else 1.0))
+    start = 0.45 * math.log(3) if are_logits and exponent < 1 else 1.0
+    assert multiplier == pytest.approx(start * width ** -(exponent if are_logits else 1.0))
     step = width * multiplier * plan.lr_multipliers["2.weight"]
     assert step == pytest.approx(2.0 * (math.log(3) if exponent < 1 else 1) if are_logits else 3.0)
 
@@ -171,6 +174,31 @@ def test_a_tokens_own_logit_is_about_ln_v_where_the_readout_is_the_embedding(tok
     assert site.multiplier == pytest.approx(1.2 * math.log(tokens) / 64)
     own = net(ids).diagonal().mean()
     assert float(own) == pytest.approx(1.2 * math.log(tokens), rel=0.05)
+
+
+@pytest.mark.parametrize("start", [0.0, 1e-6, 2.7])
+def test_learned_scales_step_as_gains_do_however_small_they_start(start: float) -> None:
+    """A LayerScale of 1e-6 with steps relative to itself would never let its branch begin."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.norm = nn.Linear(8, WIDTH), nn.LayerNorm(WIDTH)
+            self.branch, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+            self.gamma = nn.Parameter(torch.full((WIDTH,), start))
+            self.temperature = nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.head(h + self.gamma * self.branch(self.norm(h))) * self.temperature
+
+    x, classes = torch.randn(6, 8), torch.arange(6) % 3
+    plan = unit_scale(Scaled(), lambda m: F.cross_entropy(m(x), classes), lr_units="umup")
+    fan_in = (8 * WIDTH) ** 0.5  # of the hidden weights, whose rates in folded storage this is
+    assert plan.lr_multipliers["gamma"] == pytest.approx(1 / round(fan_in))
+    assert plan.lr_multipliers["temperature"] == pytest.approx(1 / round(fan_in))
+    assert plan.lr_multipliers["norm.weight"] == pytest.approx(1 / WIDTH)
 
 
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
