@@ -1,9 +1,9 @@
 """u-μP: the Unit-Scaled Maximal Update Parametrization (Blake et al., arXiv 2407.17465), with readouts as drawn.
 
-Weights have RMS 1 and explicit multipliers (Table 2 of the paper, but for what is marked *):
+Weights have RMS 1 and explicit multipliers (Table 2 of the paper, but for what is marked *); V is a number of classes:
 
     hidden weight    W · fan_in^-½              learning rate η · fan_in^-½, × L^-½ inside residual branches
-    readout: logits  W · α_out s fan_in^-½ *    η · η_out ln V · fan_in^-½ / s *    s = min(1, 0.45 ln V), V classes
+    readout: logits  W · α_out s fan_in^-½ *    η · η_out ln V · fan_in^-½ / s *    s = min(1, 0.45 ln V)
       … tied         W · α_out α_tied ln V / fan_in *     the embedding's
       … others       W · α_out / fan_in         η · η_target
     embedding        W                          η · η_emb · d_model^-½
@@ -22,17 +22,17 @@ B^-½ · (L/B)^(p-1) for rates, p = depth_exponent = 1. With ½ a sum of indepen
 branches that are all alike, as training makes those of deep models. The αs are the paper's hyperparameters (its table
 3), 1 unless set; none changes with size. α_out is its α_loss-softmax.
 
-What differs from the paper, and what of it can be undone (attn_exponent=1, readout_exponent=1, depth_exponent=½,
-η_out = η_target = 1: the paper's):
+What differs from the paper, which attn_exponent=1, readout_exponent=1, depth_exponent=½, η_out = η_target = 1 have:
 
 Readouts. Logits are outputs that a softmax takes, by linear calls, additions and soft caps. In the paper their weight
 is W/fan_in with the rate η: it begins √fan_in smaller than one drawn by fan-in, and the first part of a short run goes
-by while it grows. A step still changes a logit by the same at every width: fan_in · fan_in^-½ · fan_in^-½. What hidden
-weights change through the readout's initial values does grow, as √fan_in, so the paper's rule is the one of infinite
-width. Outputs that are regressed to (squares, energies) start small as in the paper: they would begin with an error.
+by while it grows. Here it begins as large (s: a few classes have a loss that RMS 1 would raise by much of it), and a
+step changes a logit by η η_out ln V at every width: how far the logits of V classes must come apart. What hidden
+weights change through its initial values does grow, as √fan_in, so the paper's rule is the one of infinite width.
+Outputs that are regressed to (squares, energies) start small, as in the paper: they would begin with an error.
 
-A readout that is the embedding too has the embedding's step, and what a token's own row says of itself is a logit of
-α_tied ln V times the share of the embedding in the stream: with α_tied = 1.5 the loss begins little above ln V.
+A readout that is the embedding too has the embedding's step. A token's row says of itself a logit of α_tied ln V times
+the embedding's share of the stream: with α_tied = 1.5 the loss begins little above that of guessing.
 
 Attention. 1/d_head is for queries and keys that have become alike; they begin independent, with logits of d_head^-½,
 uniform weights, and take long to leave them. At 1/√d_head the model's own constant is kept, so nothing stands in the
