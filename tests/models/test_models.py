@@ -316,21 +316,7 @@ DOES_NOT_FOLD = {
         "bert-generation",
         "big_bird",
     ),
-    "query and key are parts of one weight, logits have a factor": (
-        "gpt2-*",
-        "*-attention",
-        "torch-encoder-*",
-        "parallel-residual",
-        "layer-scale",
-        "experts-*",
-        "frozen-layers",
-        "*-layer",
-        "lora",
-        "class-token",
-        "conv-transformer",
-        "dit",
-    ),
-    "a branch is a sum over experts": ("experts-*",),
+    "a branch ends in the sum of a layer and its adapter": ("lora",),
     "the weight is computed from two parameters": ("weight-norm",),
 }
 
