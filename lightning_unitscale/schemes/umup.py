@@ -127,8 +127,8 @@ class UMuP(Scheme):
         width = _power("width", weight.width, p, SGD)
         if weight.role == "hidden":
             depth = self._of_depth(weight.depth, self.depth_exponent - 1) if weight.depth != 1.0 else []
-            sgd = _power("fan_in", weight.fan_in, p, SGD)
-            return Rates([_power("fan_in", weight.fan_in, -0.5, TABLE), *depth], [sgd], depth)
+            sgd = [_power("fan_in", weight.fan_in, p, SGD)]
+            return Rates([_power("fan_in", weight.fan_in, -0.5, TABLE), *depth], sgd, depth)
         if weight.role == "readout":
             sgd = [_power("fan_in", weight.fan_in, 2 * p - 1, SGD)]
             if not weight.logits:
