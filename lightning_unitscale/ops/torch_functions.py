@@ -121,6 +121,8 @@ NORMS = LAYER_NORMS | {
 }  # fmt: skip
 NORMALIZERS = frozenset({"rsqrt", "sqrt", "norm", "vector_norm", "linalg_vector_norm", "linalg_norm", "std", "var"})
 SOFTMAX = frozenset({"softmax"})
+# What takes logits: a constant that is added to all of a position's changes nothing.
+TAKES_LOGITS = SOFTMAX | {"log_softmax", "cross_entropy", "logsumexp"}
 
 # Elementwise functions with a known second moment for unit-normal input. Softmax and sigmoid are not among
 # them: their outputs are probabilities or gates, and a loss such as BCE raises on values above 1.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isclose
+
 from lightning_unitscale.engine.analysis.attention import Attention
 from lightning_unitscale.engine.plan.factors import Factor, inverse
 from lightning_unitscale.engine.plan.site import Site
@@ -12,6 +14,8 @@ from lightning_unitscale.schemes.left_alone import no_place
 from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.placed_factors import MODEL, PlacedFactors
 from lightning_unitscale.schemes.pushing import pushes
+
+OWN_CONSTANT = "the model's own constant is the scheme's"
 
 
 class LogitFactors:
@@ -40,7 +44,7 @@ class LogitFactors:
         else:
             calls = self.draft.trace.calls
             site.fold_into = [UseId(key, calls[index].name) for index, key in into]
-            if not into:
+            if not (into or site.reason):
                 site.reason = "query and key come out of one weight, or are shared"
             placed.free.add(site, (calls[index] for index, _ in into))
 
@@ -57,4 +61,6 @@ class LogitFactors:
             return None
         site = parameter_free_site(attention.call, "attention", factors, attention.query)
         site.last_dim = attention.head_dim if attention.query.shape[-1] == attention.head_dim else None
+        if isclose(site.multiplier, 1.0, rel_tol=1e-9):  # a rounding apart would keep a factor in the forward pass
+            site.leave_alone(OWN_CONSTANT)
         return site

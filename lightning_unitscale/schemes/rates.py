@@ -13,7 +13,7 @@ from lightning_unitscale.engine.analysis.roles import WEIGHT_ROLES, Use
 from lightning_unitscale.engine.plan.factors import Factor, geometric_mean
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.schemes.scheme import Rates
+from lightning_unitscale.schemes.scheme import Rates, Weight
 from lightning_unitscale.schemes.weights import NEAR_ZERO, Weights
 
 STANDARD = 'lr_units="standard"'
@@ -28,11 +28,22 @@ class LearningRates:
     def set_all(self) -> None:
         """Give each parameter the scheme's rates, and its relative step; initial values are set before."""
         for parameter in self.plan.parameters.values():
-            use, rms = self.weights.main_use(parameter), parameter.initial_rms
+            use = self.weights.main_use(parameter)
             if use is not None:
                 self._set(parameter, use)
-            elif parameter.role in ("scale", "other") and rms:
-                parameter.set_constant("unit_lr", [Factor(rms, "its initial RMS, at which it is left")])
+            elif parameter.role in ("scale", "other"):
+                self._set_as_a_gain(parameter)
+
+    def _set_as_a_gain(self, parameter: ParameterPlan) -> None:
+        """What is left at its initial values (LayerScale, temperatures, decay rates) steps as gains of the model do.
+
+        Relative to itself it may begin at almost nothing, or at a size that says nothing of the step it can bear.
+        """
+        if self.rules.scheme.on_top:
+            return
+        fan_ins = [use.fan_in for use in self.weights.draft.uses.values() if use.role == "hidden"]
+        gain = Weight("norm", width=max(1, round(geometric_mean(fan_ins))) if fan_ins else 1)
+        parameter.set_constant("unit_lr", self.rules.ask([parameter.name], lambda scheme: scheme.rates(gain)).adam)
 
     def _set(self, parameter: ParameterPlan, use: Use) -> None:
         weight = self.weights.asked(use)

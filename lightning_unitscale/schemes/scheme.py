@@ -35,6 +35,8 @@ class Weight:
         in_branch: it is part of a residual branch.
         largest: max|θ| of its initial value.
         elements: how many it has.
+        logits: of a readout, a softmax takes its output; of any other, all readouts of the model are such, and none
+            is tied.
     """
 
     role: str
@@ -45,6 +47,7 @@ class Weight:
     in_branch: bool = False
     largest: float = 0.0
     elements: int = 1
+    logits: bool = False
 
     @property
     def is_table(self) -> bool:

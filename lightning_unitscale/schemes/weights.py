@@ -72,10 +72,22 @@ class Weights:
         """What a rule is told of a use of a weight."""
         facts = self.facts[use.parameters[0]]
         depth = geometric_mean(self.depths.get(call.index, 1.0) for call in use.calls)
-        is_tied = any(self.draft.roles[name] != use.role for name in use.parameters)
+        is_tied = self._is_tied(use)
         in_branch = any(call.index in self.depths for call in use.calls)
         width, elements = facts.shape[-1] if facts.shape else 1, prod(facts.shape)
-        return Weight(use.role, use.fan_in, width, depth, is_tied, in_branch, facts.largest, elements)
+        logits = self._are_logits(use) if use.role == "readout" else self._all_are_logits
+        return Weight(use.role, use.fan_in, width, depth, is_tied, in_branch, facts.largest, elements, logits)
+
+    def _is_tied(self, use: Use) -> bool:
+        return any(self.draft.roles[name] != use.role for name in use.parameters)
+
+    def _are_logits(self, use: Use) -> bool:
+        return all(self.draft.structure.are_logits(call.output) for call in use.calls)
+
+    @cached_property
+    def _all_are_logits(self) -> bool:
+        readouts = [use for use in self.draft.uses.values() if use.role == "readout"]
+        return all(self._are_logits(use) and not self._is_tied(use) for use in readouts)
 
     def uses_of(self, name: str) -> list[Use]:
         """Every use of a parameter."""

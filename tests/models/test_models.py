@@ -316,21 +316,7 @@ DOES_NOT_FOLD = {
         "bert-generation",
         "big_bird",
     ),
-    "query and key are parts of one weight, logits have a factor": (
-        "gpt2-*",
-        "*-attention",
-        "torch-encoder-*",
-        "parallel-residual",
-        "layer-scale",
-        "experts-*",
-        "frozen-layers",
-        "*-layer",
-        "lora",
-        "class-token",
-        "conv-transformer",
-        "dit",
-    ),
-    "a branch is a sum over experts": ("experts-*",),
+    "a branch ends in the sum of a layer and its adapter": ("lora",),
     "the weight is computed from two parameters": ("weight-norm",),
 }
 
@@ -465,7 +451,8 @@ def test_tied_weights_are_embedding_and_readout(name: str) -> None:
         assert labels_of(name, site.params[0]) == "embedding"
         assert site.module == roles.TIED_READOUT[family]
         assert not site.folded
-        assert site.multiplier < 1
+        tokens, absorbed = plan.parameters[site.params[0]].shape[0], 32**0.5 if family == "t5" else 1.0
+        assert site.multiplier == pytest.approx(1.5 * math.log(tokens) / 32 * absorbed)
     else:
         assert labels_of(name, site.params[0]) == "readout"
         assert site.folded
@@ -537,14 +524,15 @@ def fan_in(family: str, plan: Any, parameter: str) -> int:
 
 @each_of_twelve
 def test_attention_logits(name: str) -> None:
-    """1/d_head in all, whatever the model itself divides by: T5 by nothing, the others by √d_head."""
+    """1/√d_head in all, whatever the model itself divides by: T5 by nothing, the others by √d_head already."""
     family = name.split("-")[0]
     _, plan = prepared(EVERY_CASE[name])
     sites = [site for site in plan.sites if site.role == "attention"]
     assert len(sites) == {"t5": 6, "whisper": 6}.get(family, 2)
     for site in sites:
-        assert site.multiplier == pytest.approx(1 / 8 if family == "t5" else 8**-0.5)
-        assert site.folded == (family != "gpt2")  # queries and keys of GPT-2 come out of one weight
+        assert site.multiplier == pytest.approx(8**-0.5 if family == "t5" else 1.0)
+        assert site.folded
+        assert family == "t5" or site.reason == "the model's own constant is the scheme's"
 
 
 @pytest.mark.parametrize("family", ["gpt2", "whisper"])

@@ -41,7 +41,7 @@ def spread(sizes: list[tuple[int, int]], rate: float, **options: Any) -> float:
 
 RULES: list[tuple[dict[str, Any], float]] = [
     ({"scheme": "umup"}, 2**-7),
-    ({"scheme": "umup", "hyperparameters": {"depth_exponent": 1.0}}, 2**-7),
+    ({"scheme": "umup", "hyperparameters": {"base_depth": 1.0}}, 2**-7),
     ({"scheme": "mus", "hyperparameters": {"base_width": 16}}, 2**-10),
     ({"scheme": "completep", "hyperparameters": {"base_width": 16, "init_std": 0.25, "alpha_in": 4}}, 2**-12),
 ]

@@ -22,6 +22,9 @@ GENERATOR = torch.Generator().manual_seed(1)
 WORDS = torch.randint(64, (32, 16), generator=GENERATOR)
 TARGETS = 2 * torch.randn(32, 256, generator=GENERATOR)
 
+# A readout that starts small and steps far.
+PAPER = {"readout_exponent": 1.0, "eta_out": 4.0}
+
 
 def squared_error(model: nn.Module) -> Tensor:
     return F.mse_loss(model(WORDS), TARGETS)
@@ -55,7 +58,7 @@ def test_no_rate_is_raised_to_steps_larger_than_the_weight_at_adams_default_rate
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 4))
     x, classes = torch.randn(16, 64), torch.arange(16) % 4
-    plan = unit_scale(model, lambda net: F.cross_entropy(net(x), classes), storage=storage)
+    plan = unit_scale(model, lambda net: F.cross_entropy(net(x), classes), storage=storage, hyperparameters=PAPER)
     for parameter in limited(plan).values():
         parameter.set_constant("step_limit", [])
     before, moves = dict(plan.lr_multipliers), dict.fromkeys(limited(plan), 1.0)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from support import zoo
 from support.prepared import prepared
-from support.small_transformer import HEAD_DIM, TOKENS, Transformer, heads, loss, norm, scaled
+from support.small_transformer import HEAD_DIM, TOKENS, VOCAB, Transformer, heads, loss, norm, scaled
 from torch import Tensor, nn
 from unit_scaling.core.functional import transformer_residual_scaling_rule
 
@@ -41,23 +41,28 @@ def by_hand(net: Any, alpha: dict[str, float]) -> Tensor:
     for index, b in enumerate(net.blocks):
         h = norm(x)
         q, k, v = (heads(linear(h, layer)) for layer in (b.q, b.k, b.v))
-        scale = alpha.get("alpha_attn", 1.0) / HEAD_DIM
+        scale = alpha.get("alpha_attn", 1.0) / HEAD_DIM ** alpha.get("attn_exponent", 0.5)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         x = add(x, linear(mixed.transpose(-2, -3).flatten(-2), b.o), 2 * index)
         h = norm(x)
         g = linear(h, b.gate)
         x = add(x, linear(g * torch.sigmoid(bend * g) / silu_rms * linear(h, b.up), b.down), 2 * index + 1)
-    return norm(x) @ net.readout.weight.T / WIDTH * alpha.get("alpha_out", 1.0)
+    exponent = alpha.get("readout_exponent", 0.5)
+    few = min(1.0, 0.45 * math.log(VOCAB)) if exponent < 1 else 1.0
+    readout = alpha.get("alpha_out", 1.0) * few / WIDTH**exponent
+    return norm(x) @ net.readout.weight.T * readout
 
 
+PAPER = {"attn_exponent": 1.0, "readout_exponent": 1.0}
 ALPHAS: list[dict[str, float]] = [
     {},
+    PAPER,
     {"alpha_attn": 2.5},
     {"alpha_ffn_act": 0.5},
     {"alpha_ffn_act": 2.0, "alpha_out": 0.25},
     {"alpha_res": 0.5},
     {"alpha_res": 2.0, "alpha_res_attn_ratio": 0.25},
-    {"alpha_attn": 0.5, "alpha_ffn_act": 3.0, "alpha_res": 0.3, "alpha_res_attn_ratio": 2.0, "alpha_out": 4.0},
+    {**PAPER, "alpha_attn": 0.5, "alpha_ffn_act": 3.0, "alpha_res": 0.3, "alpha_res_attn_ratio": 2.0, "alpha_out": 4.0},
 ]
 
 
@@ -82,7 +87,7 @@ def test_learning_rates_of_embeddings_and_readouts() -> None:
     )
     ratios = {name: other[name] / plain[name] for name in plain}
     assert ratios.pop("embedding.weight") == pytest.approx(3.0)
-    assert ratios.pop("readout.weight") == pytest.approx(2 / 4)
+    assert ratios.pop("readout.weight") == pytest.approx(2 / 0.6)
     assert set(ratios.values()) == {1.0}
 
 
@@ -96,7 +101,8 @@ def test_in_standard_units_the_embedding_has_its_own_relative_step_times_the_rat
 @pytest.mark.parametrize("exponent", [0.5, 0.75, 1.0])
 def test_depth_exponent(depth: int, exponent: float) -> None:
     """Branches × L^-p, their learning rates × L^(p-1): what all branches change in one step is free of L."""
-    _, plan = scaled(depth, storage="unit", lr_units="umup", hyperparameters={"depth_exponent": exponent})
+    hyperparameters = {"base_depth": 1.0, "depth_exponent": exponent}
+    _, plan = scaled(depth, storage="unit", lr_units="umup", hyperparameters=hyperparameters)
     for name, fan_in in (("o", WIDTH), ("down", 2 * WIDTH), ("q", WIDTH)):
         weight = plan.parameters[f"blocks.{depth - 1}.{'q' if name == 'q' else name}.weight"]
         branch = 1.0 if name == "q" else depth**-exponent
@@ -105,10 +111,101 @@ def test_depth_exponent(depth: int, exponent: float) -> None:
         assert plan.lr_multipliers[weight.name] == pytest.approx(fan_in**-0.5 * depth ** (exponent - 1))
 
 
+def test_up_to_the_base_depth_it_is_the_papers_and_then_completeps() -> None:
+    def constants(depth: int) -> tuple[float, float]:
+        _, plan = scaled(depth, storage="unit", lr_units="umup", hyperparameters={"base_depth": 3.0})
+        site = next(site for site in plan.sites if "blocks.0.o.weight" in site.params)
+        return site.multiplier * WIDTH**0.5, plan.lr_multipliers["blocks.0.o.weight"] * WIDTH**0.5
+
+    assert constants(2) == pytest.approx((2**-0.5, 2**-0.5))
+    assert constants(3) == pytest.approx((3**-0.5, 3**-0.5))
+    assert constants(12) == pytest.approx((3**-0.5 / 4, 3**-0.5))
+
+
+OUTPUTS: dict[str, Any] = {
+    "cross entropy": (F.cross_entropy, True),
+    "soft cap, shift, probabilities": (lambda y, t: (5 * torch.tanh(y / 5) + 1).log_softmax(-1)[:, 0].sum(), True),
+    "squares": (lambda y, t: y.square().mean(), False),
+    "cosines": (lambda y, t: F.cross_entropy(F.normalize(y) @ F.normalize(y).T, t), False),
+}
+
+
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_a_step_of_the_readout_changes_outputs_alike_at_every_width(kind: str, exponent: float, width: int) -> None:
+    """By fan_in · multiplier · rate, of RMS-1 features; what no softmax takes starts small, as in the paper."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3)).double()
+    x, targets = torch.randn(3, 8, dtype=torch.float64), torch.arange(3)
+    loss, are_logits = OUTPUTS[kind]
+    plan = unit_scale(
+        model,
+        lambda net: loss(net(x), targets),
+        storage="unit",
+        lr_units="umup",
+        activations=False,
+        hyperparameters={"readout_exponent": exponent, "eta_out": 2.0, "eta_target": 3.0},
+    )
+    multiplier = plan.parameters["2.weight"].multiplier
+    start = 0.45 * math.log(3) if are_logits and exponent < 1 else 1.0
+    assert multiplier == pytest.approx(start * width ** -(exponent if are_logits else 1.0))
+    step = width * multiplier * plan.lr_multipliers["2.weight"]
+    assert step == pytest.approx(2.0 * (math.log(3) if exponent < 1 else 1) if are_logits else 3.0)
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_a_tokens_own_logit_is_about_ln_v_where_the_readout_is_the_embedding(tokens: int) -> None:
+    """So a model that only repeats its input begins near the loss of guessing, whatever V."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.table = nn.Embedding(tokens, 64)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(self.table(ids), self.table.weight)
+
+    ids = torch.arange(tokens)
+    net = Tied()
+    plan = unit_scale(net, lambda m: F.cross_entropy(m(ids), ids.roll(1)), hyperparameters={"alpha_tied": 1.2})
+    (site,) = (site for site in plan.sites if site.role == "readout")
+    assert site.multiplier == pytest.approx(1.2 * math.log(tokens) / 64)
+    own = net(ids).diagonal().mean()
+    assert float(own) == pytest.approx(1.2 * math.log(tokens), rel=0.05)
+
+
+@pytest.mark.parametrize("start", [0.0, 1e-6, 1.3])
+def test_learned_scales_step_as_gains_do_however_small_they_start(start: float) -> None:
+    """A LayerScale of 1e-6 with steps relative to itself would never let its branch begin."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.norm = nn.Linear(8, WIDTH), nn.LayerNorm(WIDTH)
+            self.branch, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+            self.gamma = nn.Parameter(torch.full((WIDTH,), start))
+            self.temperature = nn.Parameter(torch.tensor(1.1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.head(h + self.gamma * self.branch(self.norm(h))) * self.temperature
+
+    x, classes = torch.randn(6, 8), torch.arange(6) % 3
+    plan = unit_scale(Scaled(), lambda m: F.cross_entropy(m(x), classes), lr_units="umup")
+    fan_in = (8 * WIDTH) ** 0.5  # of the hidden weights, whose rates in folded storage this is
+    assert plan.lr_multipliers["gamma"] == pytest.approx(1 / round(fan_in))
+    assert plan.lr_multipliers["temperature"] == pytest.approx(1 / round(fan_in))
+    assert plan.lr_multipliers["norm.weight"] == pytest.approx(1 / WIDTH)
+
+
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
 def test_branches_with_a_norm_behind_have_their_share_of_the_sum_so_far(exponent: float) -> None:
     """BERT, two layers: each branch × α/√(L^2p + Σα²) by its kind."""
-    hyperparameters = {"alpha_res": 2.0, "alpha_res_attn_ratio": 0.5, "depth_exponent": exponent}
+    depth = {"base_depth": 1.0, "depth_exponent": exponent}
+    hyperparameters = {"alpha_res": 2.0, "alpha_res_attn_ratio": 0.5, **depth}
     _, plan = prepared(zoo.CASES["bert-sdpa"], storage="unit", hyperparameters=hyperparameters)
     alpha_mlp = 2.0 * math.sqrt(2 / 1.25)
     alphas = [0.5 * alpha_mlp, alpha_mlp] * 2

@@ -24,7 +24,7 @@ from lightning_unitscale.engine.analysis.residuals import (
 )
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import MATMULS
-from lightning_unitscale.ops.torch_functions import HOMOGENEOUS, PASSTHROUGH
+from lightning_unitscale.ops.torch_functions import HOMOGENEOUS, PASSTHROUGH, TAKES_LOGITS
 
 _SCALAR_CALLS = PASSTHROUGH | {"mul", "div", "neg"}
 
@@ -181,6 +181,21 @@ class Structure(Graph):
                 break
             product, value = product * above[0].model_constant, call.output
         return product
+
+    def are_logits(self, value: Value) -> bool:
+        """Whether a softmax, or a loss that has one inside, takes `value`: by linear calls, additions and soft caps."""
+        pending, seen = [value], {value}
+        while pending:
+            current = pending.pop()
+            for call in self.consumers(current):
+                if call.name in TAKES_LOGITS:
+                    return True
+                if call.name in ("add", "sub", "tanh") or any(
+                    source.value is current for source in self.linear_inputs(call) or ()
+                ):
+                    pending.extend(output for output in call.outputs if output not in seen)
+                    seen.update(call.outputs)
+        return False
 
     def only_feeds(self, value: Value, passed: frozenset[int], end: set[int]) -> bool:
         """Whether everything made from `value` goes through `passed` into the calls `end`."""

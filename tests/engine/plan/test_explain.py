@@ -58,7 +58,7 @@ def test_a_multiplier_is_explained_by_rule_and_neighbour() -> None:
     _, plan = mlp()
     text = plan.explain("2.weight")
     assert re.search(r"multiplier +0\.0220971\n", text)  # √2 / 64
-    assert "0.01562: 1 / fan_in, fan_in = 64 (u-μP, arXiv 2407.17465, table 2)" in text
+    assert "0.01562: fan_in^-1, fan_in = 64 (u-μP, arXiv 2407.17465, table 2)" in text
     assert re.search(r"1\.414: 1 / RMS 0\.7071 .*; of the activation .*relu.*, folded", text)
     assert plan.parameters["2.weight"].multiplier == pytest.approx(sqrt(2) / 64)
 

@@ -421,7 +421,7 @@ def test_rates_in_units_of_umup(width: int) -> None:
     plan = unit_scale(model, lambda m: m(ids).square().mean(), storage="unit", lr_units="umup")
     assert plan.lr_multipliers["0.weight"] == pytest.approx(width**-0.5)
     assert plan.lr_multipliers["1.weight"] == pytest.approx(width**-0.5)
-    assert plan.lr_multipliers["3.weight"] == UMuP().eta_out
+    assert plan.lr_multipliers["3.weight"] == UMuP().eta_target
     scales = plan.step_scales("adam", decoupled_decay=True)
     for scale in scales.values():
         assert scale.lr * scale.weight_decay == pytest.approx(1)
