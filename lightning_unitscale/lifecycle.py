@@ -6,8 +6,8 @@ callback alone wraps the same few methods on the instance of whatever strategy t
     Lightning calls          we run                   which does
     setup                    before_run               a prepared model must be whole; the `log` of a compiled
                                                       LightningModule is kept out of the compiler
-    strategy's setup         before_wrapping          under FSDP1 and DeepSpeed, which flatten parameters, the
-                                                      plan is made here, with the first batch
+    setup                    before_wrapping          of the strategy: under FSDP1 and DeepSpeed, which flatten
+                                                      parameters, the plan is made here, with the first batch
     load_checkpoint          around_loading           before_loading at once, where the strategy loads the weights here
     load_model_state_dict    before_loading           the checkpoint's plan is put in force, then weights are loaded
     on_train_batch_start     before_train_batch       no plan yet: the step is rehearsed on this batch, and the plan

@@ -111,7 +111,9 @@ class _Preparation:
             by_loss = is_to_be_checked(self.module, plan, trace)
             taken = GradientsTaken(self.module, whole=untouched is not None, by_loss=by_loss)
             if (again := self._gate(plan, trace, taken, bring_back_all)) is not None:
-                return again.run()
+                plan = again.run()
+                plan.options = self.options.to_dict()  # a run that goes on asks for what this one did
+                return plan
         elif untouched is not None:
             taken = take_gradients(self.module, self.step, self.trainer, whole=True)
         if untouched is not None and (scaled := self._first_step(plan, taken)) is not None:
@@ -162,6 +164,8 @@ class _Preparation:
         after = verify(self.module, plan, trace, again)
         losses = self.agree({"before": trace.loss_numbers, "after": after.loss_numbers, "sites": loudest_sites(plan)})
         if plan.changes_training and is_far_above(losses["before"], losses["after"]):
+            if smaller := scheme_of(self.options).begins_smaller():
+                return replace(self.options, hyperparameters={**self.options.hyperparameters, **smaller})
             return with_less(self.module, plan, self.options, losses)
         verify_gradients(self.module, plan, trace, taken, self.step, self.trainer)
         return self.options

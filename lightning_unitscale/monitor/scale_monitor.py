@@ -179,8 +179,8 @@ class ScaleMonitor(Callback):
         self.last = probes.snapshot("run", step, updates)
         if not self.last.measurements:
             warn_user(
-                f"ScaleMonitor has seen no product with a parameter in step {step}: nothing was measured. Under FSDP1 "
-                "and DeepSpeed's ZeRO 3 others run in the place of parameters; watch a run on one device, or take "
+                "ScaleMonitor has seen no product with a parameter in a step: nothing was measured. Under FSDP1 and "
+                "DeepSpeed's ZeRO 3 others run in the place of parameters; watch a run on one device, or take "
                 "FSDP2 (ModelParallelStrategy and fully_shard)."
             )
             return

@@ -192,6 +192,13 @@ class Scheme(ABC):
         """On attention logits, in place of the model's own constant; None leaves that."""
         return None
 
+    def begins_smaller(self) -> dict[str, float]:
+        """Hyperparameters for a model whose first loss is too large: with them its outputs begin smaller.
+
+        Empty where the scheme has none, or has them already.
+        """
+        return {}
+
     def cast(self, role: str) -> str:
         """Why, with a `format`, matmuls with a weight of that role stay in the compute dtype; "" if they are cast."""
         return ""

@@ -156,6 +156,10 @@ class UMuP(Scheme):
             return self.readout_exponent, MEASURED
         return 1.0, TABLE
 
+    def begins_smaller(self) -> dict[str, float]:
+        """The paper's readouts, √fan_in smaller: where the stream before them grows (dropout on it), RMS 1 is not 1."""
+        return {} if self.readout_exponent == 1.0 else {"readout_exponent": 1.0}
+
     def branch(self, branch: ResidualBranch) -> list[Factor]:
         """α/L^p before the addition; behind it a norm, τ."""
         alpha = self.alpha_of(branch.kind)
@@ -206,8 +210,8 @@ def _range(weight: Weight) -> Factor:
 
 def _few_classes(weight: Weight) -> Factor:
     """What logits begin at, beside RMS 1: few classes have a small loss, which RMS 1 would raise by much of it."""
-    range = _range(weight)
-    return Factor(min(1.0, 0.45 * range.value), f"at most 0.45 {range.cause}", MEASURED)
+    apart = _range(weight)
+    return Factor(min(1.0, 0.45 * apart.value), f"at most 0.45 {apart.cause}", MEASURED)
 
 
 def _power(name: str, size: float, exponent: float, source: str) -> Factor:

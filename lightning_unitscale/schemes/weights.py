@@ -82,7 +82,17 @@ class Weights:
         return any(self.draft.roles[name] != use.role for name in use.parameters)
 
     def _are_logits(self, use: Use) -> bool:
-        return all(self.draft.structure.are_logits(call.output) for call in use.calls)
+        """Whether a softmax takes its outputs; a head that nothing takes in this step is as the others are."""
+        structure = self.draft.structure
+        taken = [call.output for call in use.calls if structure.consumers(call.output)]
+        return all(map(structure.are_logits, taken)) if taken else self._taken_are_logits
+
+    @cached_property
+    def _taken_are_logits(self) -> bool:
+        structure, uses = self.draft.structure, self.draft.uses.values()
+        outputs = [call.output for use in uses if use.role == "readout" for call in use.calls]
+        taken = [output for output in outputs if structure.consumers(output)]
+        return bool(taken) and all(map(structure.are_logits, taken))
 
     @cached_property
     def _all_are_logits(self) -> bool:

@@ -466,7 +466,7 @@ def test_summaries_are_scored_as_rouge_score_does() -> None:
 
 def test_a_message_is_on_one_side_of_the_split_in_all_languages() -> None:
     pairs = catalogues(["de", "fr"])
-    assert Pair("de: First revision", "Erste Version", group="First revision") in pairs
+    assert Pair("de: First revision", "Erste Version", group="first revision") in pairs
     parts = [{pair.group for pair in part} for part in split_by(lambda pair: pair.group, pairs, 0.1)]
     assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
     assert not {pair.source for pair in pairs if pair.source[4:] == pair.target}

@@ -108,7 +108,7 @@ def test_powers_of_two_keep_what_plain_casts_lose(name: str) -> None:
     assert forward["umup × 2^k"] < 0.3
     assert backward["umup × 2^k"] < 1
     assert forward["plain"] > 2 * forward["umup"]  # u-μP alone brings the forward pass into the format
-    assert backward["umup"] > 10 * backward["umup × 2^k"]  # but not gradients: a mean over the batch makes them small
+    assert backward["umup"] > 5 * backward["umup × 2^k"]  # but not gradients: a mean over the batch makes them small
 
 
 # --- when -------------------------------------------------------------------------------------------------------------

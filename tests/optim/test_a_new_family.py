@@ -106,7 +106,7 @@ def test_its_steps_are_those_of_the_function(storage: str) -> None:
 
 @pytest.mark.usefixtures("root")
 def test_options_and_messages_know_it() -> None:
-    assert UnitScaling(optimizer_family="root").unit_scaling.optimizer_family == "root"
+    assert UnitScaling(optimizer_family="root").unit_scaling.settings[1] == "root"
     with pytest.raises(UnitScalingError, match='family="root" if its update grows with the gradient\'s root'):
         optimizer_family(torch.optim.Rprop(network().parameters()))
 

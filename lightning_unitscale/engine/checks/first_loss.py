@@ -7,6 +7,8 @@ learning rate mends. The same step, before and after, shows it:
     loss(plan) ≤ 1.5 · |loss(untouched)| + 0.1        and finite
 
 (guessing among many classes is worse than the untouched model's by less: logits of RMS 1 cost ½ nat of 4 or more).
+Where a scheme can let outputs begin smaller (`Scheme.begins_smaller`), that is tried first, without a word: the plan is
+still the scheme's, and names the hyperparameter.
 """
 
 from __future__ import annotations

@@ -121,10 +121,12 @@ def loss_of(model: nn.Module) -> Tensor:
     return F.cross_entropy(model(X), Y)
 
 
-def prepared(model: nn.Module, storage: str, loss: Callable[[Any], Tensor] = loss_of) -> tuple[Plan, list[str]]:
+def prepared(
+    model: nn.Module, storage: str, loss: Callable[[Any], Tensor] = loss_of, **options: Any
+) -> tuple[Plan, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        plan = unit_scale(model, loss, storage=storage)
+        plan = unit_scale(model, loss, storage=storage, **options)
     return plan, [str(w.message) for w in caught if "unit scaling" in str(w.message)]
 
 
@@ -186,7 +188,8 @@ class Adversarial(nn.Module):
 
 
 def test_a_reversal_that_weighs_more_under_the_plan_is_not_refused() -> None:
-    plan, said = prepared(Adversarial(), "unit", lambda m: m.loss())
+    small_heads = {"readout_exponent": 1.0}  # which send little back: what is reversed weighs more
+    plan, said = prepared(Adversarial(), "unit", lambda m: m.loss(), hyperparameters=small_heads)
     assert not said
     assert any("no factor is missing" in note for note in plan.notes)
 

@@ -387,6 +387,6 @@ def test_a_kernel_that_compiled_code_alone_calls_is_not_run_without_the_factor()
 
 
 def test_the_method_in_place_of_forward_has_its_signature() -> None:
-    model = model_of(Attention)
+    model = model_of(Attention, hyperparameters={"attn_exponent": 1.0})
     assert ScopedForward.behind(vars(model.blocks[0])["forward"]) is not None
     assert list(inspect.signature(model.blocks[0].forward).parameters) == ["x", "shared"]
