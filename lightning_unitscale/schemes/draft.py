@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from math import prod
 
 from torch import nn
 
@@ -224,5 +225,5 @@ def operand_rms(call: Call) -> dict[str, float]:
 
 def _way(call: Call) -> str:
     """How a call makes a weight of parameters, see `way_of`."""
-    made = [bool(value.parameters) for value in call.inputs if value.is_float]
-    return way_of(call.name, made.count(True), made.count(False))
+    sizes = [(prod(value.shape), bool(value.parameters)) for value in call.inputs if value.is_float]
+    return way_of(call.name, [size for size, made in sizes if made], [size for size, made in sizes if not made])

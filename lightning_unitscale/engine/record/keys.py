@@ -155,13 +155,17 @@ def is_made_of_parameters(
     return not _makes_activation(op, call, inputs, in_parametrization)
 
 
-def way_of(op: str, weights: int, others: int) -> str:
-    """How parameters go through a function: `add:2+0`, the sum of two, is another way than `add:1+1`, that of a bias.
+def way_of(op: str, weights: Sequence[int], others: Sequence[int]) -> str:
+    """How parameters go through a function: `add:2+0+0`, a sum of weights, is another way than `add:1+1+0`, noise.
+
+    A tensor with more elements than each of the weights is an activation, which has a way of its own: `add:1+0+1`.
 
     Args:
-        weights, others: how many of the floating-point tensors that go in are made of parameters, and how many not.
+        weights, others: elements of the floating-point tensors that go in, of those made of parameters and of the rest.
     """
-    return f"{op}:{weights}+{others}"
+    largest = max(weights) if weights else 0
+    larger = len([size for size in others if size > largest])
+    return f"{op}:{len(weights)}+{len(others) - larger}+{larger}"
 
 
 def _fits(noise: tuple[int, ...], weights: Sequence[tuple[int, ...]]) -> bool:

@@ -105,8 +105,10 @@ class KnownTensors:
         parameters = [made_of for _, made_of in inputs if made_of is not None]
         if not parameters:
             return  # at once: most calls of these functions are on activations
-        made = [made_of is not None for t, made_of in inputs if t.is_floating_point() or t.is_complex()]
-        if name not in ways and way_of(name, made.count(True), made.count(False)) not in ways:
+        numbers = [(t.numel(), made_of) for t, made_of in inputs if t.is_floating_point() or t.is_complex()]
+        weights = [size for size, made_of in numbers if made_of is not None]
+        others = [size for size, made_of in numbers if made_of is None]
+        if name not in ways and way_of(name, weights, others) not in ways:
             return
         if any([name in made_of.readings for made_of in parameters]):  # noqa: C419
             return
