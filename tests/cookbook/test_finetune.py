@@ -659,7 +659,12 @@ def test_a_classifier_that_knows_the_classes_keeps_their_numbers(tmp_path: Path)
 def test_sequence_to_sequence(tmp_path: Path) -> None:
     sizes = ["d_model=32", "d_kv=16", "num_heads=2", "num_layers=1", "num_decoder_layers=1"]
     folder, _ = run_recipe(
-        "finetune", tmp_path, "experiment=seq2seq", *QUICK, *(f"model.config.{size}" for size in sizes)
+        "finetune",
+        tmp_path,
+        "experiment=seq2seq",
+        *QUICK,
+        *(f"model.config.{size}" for size in sizes),
+        "optimizer.lr=0.5",
     )
     metrics = json.loads((folder / "report" / "metrics.json").read_text())
     assert 0 <= metrics["test/exact_match"] <= 1
