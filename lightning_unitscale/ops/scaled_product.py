@@ -75,7 +75,8 @@ vars(ScaledProduct.forward)["__signature__"] = inspect.signature(ScaledProduct.f
 
 
 def _product(left: Tensor, right: Tensor, a: float) -> Tensor:
-    return torch.addmm(left.new_empty(()), left, right, alpha=a, beta=0)
+    # Zeros, not empty: with `beta=0` it is not read, but torch.func's rule for batches multiplies it by 0, NaN too.
+    return torch.addmm(left.new_zeros(()), left, right, alpha=a, beta=0)
 
 
 def scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: float, b: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from lightning_unitscale import UnitScalingError, scale_learning_rates, unit_scale
-from lightning_unitscale.ops.scaled_product import scaled_linear
+from lightning_unitscale.ops.scaled_product import ScaledProduct, scaled_linear
 
 Weights = dict[str, Tensor]
 
@@ -170,6 +170,16 @@ def test_a_model_trained_on_its_derivatives_by_inputs_trains_alike_in_both_stora
             losses.append(loss.item())
         found.append(losses)
     assert found[0] == pytest.approx(found[1], rel=1e-7)
+
+
+def test_a_batched_product_reads_no_memory_that_nobody_wrote() -> None:
+    """Freed memory full of NaN, which is where the next tensors are made."""
+    torch.manual_seed(0)
+    xs, weight = torch.randn(3, 5, 3), torch.randn(4, 3)
+    for _ in range(20):
+        torch.full((), torch.nan)  # freed at once
+        found = vmap(lambda x: ScaledProduct.apply(x, weight, None, 2.0, 1.0))(xs)
+        torch.testing.assert_close(found, 2 * xs @ weight.T)
 
 
 def test_scaled_products_have_derivatives_of_every_kind() -> None:
