@@ -109,7 +109,7 @@ def wrap_averages() -> None:
         original(self, model)
 
     setattr(update_parameters, _OURS, True)
-    AveragedModel.update_parameters = update_parameters  # type: ignore[method-assign]  # on purpose
+    AveragedModel.update_parameters = update_parameters  # type: ignore[method-assign]  # a function for a method
 
 
 def _carries_a_plan(state: Mapping[str, Any]) -> bool:

@@ -57,7 +57,7 @@ class ResidualConvolutions(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[batch, width, height, width of the grid] of the same."""
-        return (states + self.outer(self.inner(states))).relu()  # type: ignore[no-any-return]
+        return (states + self.outer(self.inner(states))).relu()  # type: ignore[no-any-return]  # modules are called untyped
 
 
 class CenterNet(PreTrainedModel):
@@ -76,8 +76,8 @@ class CenterNet(PreTrainedModel):
         self.class_inner, self.box_inner = convolution(quarter, quarter), convolution(quarter, quarter)
         self.classes = nn.Conv2d(quarter, config.num_labels or 1, 1)
         self.boxes = nn.Conv2d(quarter, 4, 1)
-        nn.init.constant_(self.classes.bias, float(torch.logit(torch.tensor(RARE))))  # type: ignore[arg-type]
-        self.post_init()  # type: ignore[no-untyped-call]
+        nn.init.constant_(self.classes.bias, float(torch.logit(torch.tensor(RARE))))  # type: ignore[arg-type]  # the bias is there
+        self.post_init()  # type: ignore[no-untyped-call]  # transformers has no types here
 
     def _init_weights(self, module: nn.Module) -> None:
         """Torch's own initial values."""

@@ -52,7 +52,7 @@ class Up(nn.Module):
 
     def forward(self, sound: Tensor) -> Tensor:
         """[batch, after, moments · stride] of [batch, 2 · before, moments]."""
-        return self.more(F.glu(self.gated(sound), 1))  # type: ignore[no-any-return]
+        return self.more(F.glu(self.gated(sound), 1))  # type: ignore[no-any-return]  # modules are called untyped
 
 
 class SoundUNet(PreTrainedModel):
@@ -69,7 +69,7 @@ class SoundUNet(PreTrainedModel):
         self.memory = nn.LSTM(deepest, deepest, batch_first=True, bidirectional=True)
         self.remembered = nn.Linear(2 * deepest, deepest)
         self.up = nn.ModuleList(Up(after, before, config) for before, after in reversed(pairs))
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()  # type: ignore[no-untyped-call]  # transformers has no types here
 
     def _init_weights(self, module: nn.Module) -> None:
         """Torch's own initial values."""

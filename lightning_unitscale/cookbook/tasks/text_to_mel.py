@@ -61,7 +61,7 @@ class SpeechAttention(nn.Module):
             for project in (self.query, self.key, self.value)
         )
         seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None])
-        return self.output(seen.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+        return self.output(seen.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]  # modules are called untyped
 
 
 class SpeechBlock(nn.Module):
@@ -80,7 +80,7 @@ class SpeechBlock(nn.Module):
         states = states + self.attention(self.attention_norm(states), mask)
         there = mask[:, None]  # convolutions see nothing beyond the end
         inner = self.widen(self.conv_norm(states).transpose(1, 2) * there).relu()
-        return states + self.narrow(inner * there).transpose(1, 2)  # type: ignore[no-any-return]
+        return states + self.narrow(inner * there).transpose(1, 2)  # type: ignore[no-any-return]  # modules are called untyped
 
 
 class TextToMel(PreTrainedModel):
@@ -102,7 +102,7 @@ class TextToMel(PreTrainedModel):
         self.decoder = nn.ModuleList(SpeechBlock(config) for _ in range(config.decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.mel = nn.Linear(width, bins)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()  # type: ignore[no-untyped-call]  # transformers has no types here
 
     def _init_weights(self, module: nn.Module) -> None:
         """Torch's own initial values."""
@@ -165,13 +165,13 @@ class TextToMel(PreTrainedModel):
     def _log_durations(self, states: Tensor, there: Tensor) -> Tensor:
         """[batch, letters]; what they learn is no matter of the encoder's."""
         inner = self.duration_inner(states.transpose(1, 2) * there[:, None]).relu()
-        return self.duration(inner.transpose(1, 2)).squeeze(-1)  # type: ignore[no-any-return]
+        return self.duration(inner.transpose(1, 2)).squeeze(-1)  # type: ignore[no-any-return]  # modules are called untyped
 
     def _decode(self, states: Tensor, spoken: Tensor) -> Tensor:
         states = states + positions(*states.shape[1:]).to(states)
         for block in self.decoder:
             states = block(states, spoken)
-        return self.mel(self.decoder_norm(states))  # type: ignore[no-any-return]
+        return self.mel(self.decoder_norm(states))  # type: ignore[no-any-return]  # modules are called untyped
 
 
 AutoConfig.register(TextToMelConfig.model_type, TextToMelConfig)
