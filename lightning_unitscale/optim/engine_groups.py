@@ -18,6 +18,7 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.step_scales import StepScale
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.families import decay_is_decoupled, family_of_group
+from lightning_unitscale.optim.largest_eta import limit_eta
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup, StepWay
 
 _PIECE = "piece"  # a group's number: engines put groups by, and load others in their place
@@ -37,6 +38,7 @@ def optimizer_for_engine(optimizer: Optimizer, plan: Plan, module: nn.Module, fa
     """
     if optimizer.state:
         raise UnitScalingError(f"this {type(optimizer).__name__} has taken steps; give the engine a new one.")
+    limit_eta(optimizer, plan, module, family)
     named = [(name, p) for name, p in module.named_parameters(remove_duplicate=False)]
     split: list[tuple[dict[str, Any], dict[str, Any], StepScale]] = []
     for group in optimizer.param_groups:

@@ -2,7 +2,8 @@
 
 In the formulas F = multiplier · U is what the function sees, S = stored · U what is kept, r = multiplier/stored.
 `lr(F)` is the scheme's learning rate of F, which under `lr_units="standard"` is relative_lr · |multiplier| times the
-limit that the first batch sets (`schemes.step_limits`), and under "umup" follows from that of U.
+limits that the first batch (`schemes.step_limits`) and the optimizer's own rates (`largest_eta`) set, and under "umup"
+follows from that of U.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Adam(Family):
     @override
     def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
         if lr_units == "standard":
-            return parameter.step_limit * parameter.relative_lr * abs(parameter.multiplier) / gradient_ratio(parameter)
+            limits = parameter.step_limit * parameter.eta_limit
+            return limits * parameter.relative_lr * abs(parameter.multiplier) / gradient_ratio(parameter)
         return parameter.unit_lr * parameter.stored
 
     @override

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch.optim import Optimizer
 
+from lightning_unitscale.optim.largest_eta import peak_rate
 from lightning_unitscale.warn_user import warn_user
 
 LARGE_DECAY = 0.02  # of a weight in one step; AdamW's usual lr · weight_decay is below 1e-3
@@ -20,7 +21,7 @@ def warn_of_ordinary_units(optimizer: Optimizer, least_usual_rate: float) -> Non
         `LARGE_DECAY` of a weight in one step.
     """
     for group in optimizer.param_groups:
-        lr = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
+        lr = peak_rate(group)
         decay = lr * float(group.get("weight_decay") or 0.0)
         if lr < least_usual_rate:
             warn_user(

@@ -10,6 +10,7 @@ from lightning_unitscale.engine.plan.step_scales import FAMILIES
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.optim.families import check_family, optimizer_family
+from lightning_unitscale.optim.largest_eta import limit_eta
 from lightning_unitscale.optim.replaced_parameters import warn_of_replaced
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps
 
@@ -54,7 +55,9 @@ def scale_learning_rates(
     prepared = plan.model if module is None else module
     check_placement(prepared)
     warn_of_replaced(prepared, plan)
-    return ScaledStep(optimizer, plan, family or _family_under(plan, optimizer), module)
+    family = family or _family_under(plan, optimizer)
+    limit_eta(optimizer, plan, prepared, family)
+    return ScaledStep(optimizer, plan, family, module)
 
 
 def _family_under(plan: Plan, optimizer: Optimizer) -> str:

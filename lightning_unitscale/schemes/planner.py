@@ -69,6 +69,7 @@ def _plan_from(draft: Draft, rules: LocalSchemes) -> Plan:
     plan = draft.plan(placed.at_uses, sites)
     plan.notes += placed.notes
     plan.families, plan.keeps_function = list(scheme.families), scheme.keeps_function
+    plan.largest_eta = scheme.most_useful_rate() if plan.lr_units == "standard" else None
     override_multipliers(plan, draft)
     set_initial_values(plan, weights)
     rates = LearningRates(plan, weights)

@@ -167,6 +167,10 @@ class Scheme(ABC):
         """Whether the factors of each weight and activation undo each other: the function is the model's own."""
         return False
 
+    def most_useful_rate(self) -> float | None:
+        """The η beyond which no optimizer's rate is to go where learning rates have their ordinary meaning, if any."""
+        return None
+
     def hyperparameter(self, name: str) -> list[Factor]:
         """A hyperparameter as a factor; none at 1."""
         value = getattr(self, name)

@@ -44,7 +44,8 @@ rate that a hidden weight of its width has in folded storage.
 With lr_units="standard" a learning rate `lr` gives each hidden weight the relative step that it had in the untouched
 model: η = (lr / its initial RMS) · √(fan_in · L). The readout has the step of the table at the geometric mean of these
 η. A matrix that starts at zero has the user's own step. What a step of these rates does to the loss of the first batch
-is then limited: see `schemes.step_limits`.
+is then limited: see `schemes.step_limits`. No optimizer's rate is taken for more than η_most = ½ (`optim.largest_eta`):
+on nearly all kinds of models the best η is ¼ to 1, and at ½ they are close to their best (measured, see results.md).
 
 The model's own constants (1/√d on logits, √d on embeddings, fixed residual multipliers) are absorbed: the rules above
 give the total. Under SGD, learning rates are fan_in (hidden) and width (others), the gradient's own scale taken out
@@ -88,10 +89,12 @@ class UMuP(Scheme):
         depth_exponent: p of what deeper ones have beyond: branches (L / base_depth)^-p, rates ^(p-1); the paper has ½.
         attn_exponent: p of the factor d_head^-p on attention logits; the paper's is 1.
         readout_exponent: p of the multiplier fan_in^-p of readouts that make logits; the paper's is 1.
+        eta_most: with lr_units="standard", the largest η that an optimizer's rate may be.
     """
 
     name = "umup"
-    of_weights = ("alpha_out", "alpha_tied", "eta_emb", "eta_out", "eta_target", "readout_exponent")
+    of_weights = ("alpha_out", "alpha_tied", "eta_emb", "eta_out", "eta_target", "readout_exponent", "eta_most")
+    of_the_whole = ("eta_most",)
     of_activations = ("alpha_attn", "attn_exponent", "alpha_ffn_act", "alpha_res", "alpha_res_attn_ratio")
     least_usual_rate = 0.02  # about 1 is usual (figure 1)
     source = "Blake et al., u-μP: The Unit-Scaled Maximal Update Parametrization, arXiv 2407.17465"
@@ -109,6 +112,7 @@ class UMuP(Scheme):
     depth_exponent: float = 1.0
     attn_exponent: float = 0.5
     readout_exponent: float = 0.5
+    eta_most: float = 0.5
 
     def weight(self, weight: Weight) -> list[Factor]:
         """The first column of the table above."""
@@ -155,6 +159,10 @@ class UMuP(Scheme):
         if weight.logits and not weight.is_tied and self.readout_exponent != 1.0:
             return self.readout_exponent, MEASURED
         return 1.0, TABLE
+
+    def most_useful_rate(self) -> float:
+        """η_most."""
+        return self.eta_most
 
     def begins_smaller(self) -> dict[str, float]:
         """The paper's readouts, √fan_in smaller: where the stream before them grows (dropout on it), RMS 1 is not 1."""

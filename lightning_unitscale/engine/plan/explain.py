@@ -121,7 +121,9 @@ def _step_quantities(plan: Plan, parameter: ParameterPlan) -> list[Quantity]:
 
 def _decay_factors(parameter: ParameterPlan, scale: StepScale) -> list[Factor]:
     own = parameter.causes.get("decay", []) if parameter.decay != 1.0 else []
-    return [*own, *_unless_one(scale.weight_decay / parameter.decay, "lr · weight decay is kept")]
+    limits = parameter.causes.get("eta_limit", [])
+    kept = scale.weight_decay / parameter.decay / parameter.eta_limit
+    return [*own, *limits, *_unless_one(kept, "lr · weight decay is kept")]
 
 
 def _eps_factors(parameter: ParameterPlan, scale: StepScale) -> list[Factor]:
@@ -145,10 +147,10 @@ def _rate_factors(plan: Plan, parameter: ParameterPlan) -> list[Factor]:
         return []
     name = "relative_lr" if plan.lr_units == "standard" else "unit_lr"
     stored = abs(parameter.stored) if plan.lr_units == "standard" else parameter.stored
-    limit = parameter.causes.get("step_limit", [])  # set under "standard" alone
+    limits = [*parameter.causes.get("step_limit", []), *parameter.causes.get("eta_limit", [])]  # "standard" alone
     return [
         *parameter.causes.get(name, []),
-        *limit,
+        *limits,
         *_unless_one(stored, "stored: a step of U, said of what is stored"),
     ]
 

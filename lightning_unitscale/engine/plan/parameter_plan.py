@@ -29,6 +29,7 @@ class ParameterPlan:
         relative_lr: learning rate of F in units of the user's own ("standard") is this times |multiplier|.
         step_limit: factor on that, from what one step of an Adam-like optimizer does to the loss of the first batch.
         sgd_step_limit: the same for SGD.
+        eta_limit: factor on it, where an Adam-like optimizer's own rates are larger than the scheme has use for.
         divided_gradient: the optimizer sees its gradient divided by γ = max|gradient| / √d, d its number of elements.
         depth_lr: the part of `unit_lr` that comes from depth (L^-½ inside a residual branch).
         unit_eps: Adam's eps for the gradient of U, in units of the user's; None: the user's is for that of F.
@@ -53,6 +54,7 @@ class ParameterPlan:
     relative_lr: float = 1.0
     step_limit: float = 1.0
     sgd_step_limit: float = 1.0
+    eta_limit: float = 1.0
     depth_lr: float = 1.0
     unit_eps: float | None = None
     decay: float = 1.0

@@ -72,6 +72,7 @@ class Plan:
         measured_at: the steps at which operand scales were measured.
         gradient_cosine: for each parameter, between its gradients with and without casts, on the first batch.
         families: of optimizers that the scheme has learning rates for; others need `lr_units="standard"`.
+        largest_eta: with lr_units="standard", the η beyond which the scheme has no use for a rate under Adam.
         loss_scale: what backward passes start from where gradients travel in FP16; None elsewhere.
     """
 
@@ -89,6 +90,7 @@ class Plan:
     changes_training: bool = True
     keeps_function: bool = False
     families: list[str] = field(default_factory=lambda: list(FAMILIES))
+    largest_eta: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
     version: int = PLAN_VERSION
 
@@ -216,7 +218,8 @@ class Plan:
     def to_json(self) -> str:
         """`to_dict` as text, made anew only when training has changed something: every `state_dict()` asks for it."""
         filled = [(site.format, len(site.rms_after), len(site.operand_scales)) for site in self.sites]
-        now = (tuple(self.measured_at), len(self.gradient_cosine), self.loss_scale, filled)
+        limits = [parameter.eta_limit for parameter in self.parameters.values()]
+        now = (tuple(self.measured_at), len(self.gradient_cosine), self.loss_scale, filled, limits)
         if self._text is None or self._text[0] != now:
             self._text = now, json.dumps(self.to_dict())
         return self._text[1]

@@ -5,7 +5,8 @@ that of F, and a step of S is a step of F divided by r. Which learning rate make
 answers to a gradient r times as large. That is what a `Family` says; the families are in `optim.families`. Weight
 decay keeps its strength on F with any of them, or has the one that the scheme gives it:
 
-    decoupled, beside the gradient     decay(S) = decay / (factor on lr)     lr · decay: as it was, × the scheme's
+    decoupled, beside the gradient     decay(S) = decay / (factor on lr)     lr · decay: as it was, × the scheme's, ×
+                                                                              the limit on the user's own rate
     coupled, a part of the gradient    decay(S) = r² · decay                 decay(S) · S is r times decay · F
 
 A gradient that the optimizer sees divided by its own scale is the same for S and F, and of r² one r is left.
@@ -83,7 +84,7 @@ class Family(ABC):
         lr = self.lr(parameter, lr_units) if parameter.lr_override is None else parameter.lr_override
         lr = 1.0 if isclose(lr, 1.0, rel_tol=ROUNDING) else lr
         coupled = gradient_ratio(parameter) * seen_ratio(parameter)
-        decay = (parameter.decay / lr if lr else 1.0) if decoupled_decay else coupled
+        decay = (parameter.decay * parameter.eta_limit / lr if lr else 1.0) if decoupled_decay else coupled
         return StepScale(lr, decay, self.eps(parameter))
 
     def includes(self, cls: type) -> bool:

@@ -1,0 +1,83 @@
+"""Rates beyond the largest η that a scheme has use for, where a learning rate has its ordinary meaning.
+
+With lr_units="standard" a hidden weight keeps the relative step that it had in the untouched model. In the scheme's
+own units that is
+
+    η = lr · step_limit · relative_lr / unit_lr
+
+and in u-μP a step of η = 1 changes what a layer makes of an input that it is aligned with by RMS 1: by as much as there
+is. Untouched models bear rates that are far beyond that. Drawn small (std 0.02 in a narrow layer), their weights first
+grow by such steps, until the steps are small beside them; scaled ones need not grow, and are thrown about instead. So
+
+    if mean η > largest_eta       all rates × largest_eta / mean η
+
+with the geometric mean over the hidden weights of an optimizer, at the largest rate of its schedule that its groups
+tell. The whole schedule is multiplied, its warm-up and its decay too, and so is weight decay beside the gradient (lr ·
+weight_decay), as if the user's rate were that much lower. Higher rates thus all train alike, at the largest useful one;
+`hyperparameters={"eta_most": …}` moves it, and with lr_units="umup" there is none.
+
+An optimizer that has taken steps goes on with what the plan says: its rate may have been reduced since they began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import log2
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_unitscale.engine.analysis.roles import WEIGHT_ROLES
+from lightning_unitscale.engine.plan.factors import Factor, geometric_mean
+from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
+from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.record.spread_tensors import plain_name
+from lightning_unitscale.optim.families import family_of_group
+
+SOURCE = "see optim/largest_eta.py"
+
+
+def peak_rate(group: Mapping[str, Any]) -> float:
+    """The largest learning rate of a parameter group's schedule, as far as torch's schedulers write it down."""
+    return max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
+
+
+def limit_eta(optimizer: Optimizer, plan: Plan, module: nn.Module, family: str) -> None:
+    """Bring the rates of an optimizer that has taken no step yet to the plan's largest η, in the plan.
+
+    Args:
+        plan: in force on `module`.
+        family: of the groups that name none; other families than "adam" are left as they are.
+    """
+    if plan.largest_eta is None or optimizer.state:
+        return
+    rates = list(_rates(plan, module, optimizer, family))
+    etas = [
+        lr * parameter.step_limit * parameter.relative_lr / parameter.unit_lr
+        for parameter, lr in rates
+        if parameter.role == "hidden" and parameter.initial_rms and lr
+    ]
+    eta = geometric_mean(etas) if etas else 0.0
+    factors = []
+    if eta > plan.largest_eta:
+        # to a sixteenth of an octave, as all rates, so that the rounding of either storage makes no other plan
+        value = float(2 ** (round(16 * log2(plan.largest_eta / eta)) / 16))
+        of = f"{len(etas)} hidden weights at a rate of {max(lr for _, lr in rates):g}"
+        factors = [Factor(value, f"mean η = {eta:.3g} of {of}, limited to {plan.largest_eta:g}", SOURCE)]
+    for parameter, _ in rates:
+        parameter.set_constant("eta_limit", factors)
+
+
+def _rates(plan: Plan, module: nn.Module, optimizer: Optimizer, family: str) -> Iterator[tuple[ParameterPlan, float]]:
+    """The scaled weights in Adam-like groups, each with its largest rate, but those whose multiplier is set."""
+    names: dict[Tensor, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if plain_name(name) in plan.parameters:
+            names.setdefault(parameter, plain_name(name))
+    for group in optimizer.param_groups:
+        if (family_of_group(group) or family) != "adam":
+            continue
+        for parameter in (plan.parameters[names[p]] for p in group["params"] if p in names):
+            if parameter.role in WEIGHT_ROLES and not parameter.reason and parameter.lr_override is None:
+                yield parameter, peak_rate(group)
