@@ -43,12 +43,17 @@ def kind(operand: str) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """The numbers that the three operands of a matmul are cast to."""
+    """The numbers that the three operands of a matmul are cast to.
+
+    Attributes:
+        kept_roles: of weights whose matmuls stay in the compute dtype, as the format's source has it.
+    """
 
     name: str
     x: Numbers
     weight: Numbers
     gradient: Numbers
+    kept_roles: tuple[str, ...] = ()
 
     def numbers(self, operand: str) -> Numbers:
         """Of an operand by name."""
@@ -71,7 +76,7 @@ FORMATS = {
     "fp8": Format("fp8", torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e5m2),
     "fp8_e4m3": Format("fp8_e4m3", *[torch.float8_e4m3fn] * 3),
     "mxfp8": Format("mxfp8", MXFP8, MXFP8, MXFP8),
-    "nvfp4": Format("nvfp4", NVFP4, NVFP4, NVFP4),
+    "nvfp4": Format("nvfp4", NVFP4, NVFP4, NVFP4, kept_roles=("readout",)),
     "fp16": Format("fp16", torch.float16, torch.float16, torch.float16),
     "bf16": Format("bf16", torch.bfloat16, torch.bfloat16, torch.bfloat16),
 }

@@ -31,8 +31,8 @@ def reason_not_to_cast(call: Call, format: str) -> str:
     except UncastableError as error:
         return str(error)
     narrow = FORMATS[format]
-    if narrow.has_blocks and not isinstance(products, MatrixProducts):
-        return f"{format}'s blocks lie along what a product sums over, which is worked out for matrices alone"
+    if narrow.has_blocks and products.no_blocks:
+        return f"{format} has blocks along what a product sums over: {products.no_blocks}"
     if torch.float8_e4m3fn == narrow.x and isinstance(products, MatrixProducts):
         rows, columns = weight.shape
         cost = padded(rows, ALIGNMENT) * padded(columns, ALIGNMENT) / (rows * columns)
