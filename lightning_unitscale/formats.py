@@ -74,7 +74,7 @@ class Format:
 
 FORMATS = {
     "fp8": Format("fp8", torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e5m2),
-    "fp8_e4m3": Format("fp8_e4m3", *[torch.float8_e4m3fn] * 3),
+    "fp8_e4m3": Format("fp8_e4m3", torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e4m3fn),
     "mxfp8": Format("mxfp8", MXFP8, MXFP8, MXFP8),
     "nvfp4": Format("nvfp4", NVFP4, NVFP4, NVFP4, kept_roles=("readout",)),
     "fp16": Format("fp16", torch.float16, torch.float16, torch.float16),
