@@ -33,7 +33,7 @@ def cast_for_products(
     tensor: Tensor,
     operand: str,
     format: Format,
-    scale: Tensor,
+    scales: tuple[Tensor, Tensor],
     products: Products,
     *,
     forward: bool = True,
@@ -43,18 +43,26 @@ def cast_for_products(
 
     Args:
         operand: "x", "weight" or "gradient".
+        scales: for its first product and for its second, see `Scales.of`.
         products: that it goes into.
         forward, backward: which of its two products will be made; of x and of a weight the first is the forward pass's.
     """
     numbers = format.numbers(operand)
     if isinstance(numbers, BlockNumbers):
-        first, second = _in_blocks(tensor * scale, operand, numbers, products, forward, backward)
+        first, second = _in_blocks(tensor * scales[0], operand, numbers, products, forward, backward)
         return CastOperand(first.bfloat16(), second.bfloat16())  # which holds every number of these formats
     if isinstance(products, MatrixProducts) and numbers in FP8 and has_tensor_cores(tensor.device):
-        rows, columns, _ = fp8_cast(tensor, scale, numbers, rows=forward, columns=backward, alignment=ALIGNMENT)
+        rows, columns, _ = fp8_cast(
+            tensor, scales[0], numbers, rows=forward, columns=backward, alignment=ALIGNMENT, column_scale=_other(scales)
+        )
         return CastOperand(rows, columns.t())
-    values = cast(tensor, numbers, scale)
-    return CastOperand(values, values)
+    first = cast(tensor, numbers, scales[0])
+    return CastOperand(first, first if _other(scales) is None or not backward else cast(tensor, numbers, scales[1]))
+
+
+def _other(scales: tuple[Tensor, Tensor]) -> Tensor | None:
+    """The second of two scales, if it is another."""
+    return None if scales[1] is scales[0] else scales[1]
 
 
 def _in_blocks(

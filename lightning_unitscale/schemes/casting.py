@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_unitscale.engine.analysis.attention import attention_products
-from lightning_unitscale.engine.analysis.castable import reason_not_to_cast, reason_to_upcast
+from lightning_unitscale.engine.analysis.castable import reason_not_to_cast, reason_to_upcast, row_sizes
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.trace import Call
@@ -49,6 +49,7 @@ class Casting:
         ) or (self._reason_of_role(site.role, wanted) if name is None else "")
         site.format = None if site.format_reason else wanted
         site.upcast = reason_to_upcast(call, wanted) if site.format else ""
+        site.row_sizes = row_sizes(call, wanted) if site.format else []
 
     def _reason_of_role(self, role: str, format: str) -> str:
         """Why weights of a role are left out unless named by an override; empty if they are not."""

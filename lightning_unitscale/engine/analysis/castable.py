@@ -41,6 +41,16 @@ def reason_not_to_cast(call: Call, format: str) -> str:
     return ""
 
 
+def row_sizes(call: Call, format: str) -> list[int]:
+    """Numbers of outputs and inputs of a castable call whose rows are to have scales of their own; else empty."""
+    op = MATMULS[call.name]
+    operands = op.cast_operands(call, lambda v: isinstance(v, Value) and bool(v.parameters))
+    if operands is None or not FORMATS[format].by_rows or not isinstance(op.products(call, *operands), MatrixProducts):
+        return []
+    sizes = operands[1].shape
+    return [sizes[op.output_dim], sizes[1 - op.output_dim]]
+
+
 def reason_to_upcast(call: Call, format: str) -> str:
     """Why the products of a castable call are made of upcast operands on every device; empty if FP8 is multiplied."""
     operands = MATMULS[call.name].cast_operands(call, lambda v: isinstance(v, Value) and bool(v.parameters))

@@ -34,7 +34,8 @@ def gather_in_fp8(module: nn.Module) -> list[str]:
         module: after `fully_shard`, with scales measured; a scale that is measured again holds from the next gather on.
 
     Returns:
-        The names of these weights. Others are gathered as they are: tied to an embedding, cast with several scales.
+        The names of these weights. Others are gathered as they are: tied to an embedding, cast with several scales or
+        with one for each row.
 
     Raises:
         UnitScalingError: no plan is in force on the module, or it is not sharded.
@@ -118,6 +119,7 @@ def _only_cast(module: nn.Module, name: str) -> Site | None:
         and site.format is not None
         and FORMATS[site.format].weight == torch.float8_e4m3fn
         and "weight" in site.operand_scales
+        and not site.row_exponents
     ]
     if not uses or len(casting) < len(uses) or len({site.operand_scales["weight"] for site in casting}) > 1:
         return None
