@@ -57,6 +57,10 @@ class Scales(NamedTuple):
         columns: Tensor | None = getattr(self, f"{operand}_columns")
         return first, first if columns is None else columns
 
+    def to(self, device: torch.device | str) -> Scales:
+        """The same on another device."""
+        return Scales(*(scale if scale is None else scale.to(device) for scale in self))  # type: ignore[arg-type]  # some are optional
+
 
 class CastProduct(torch.autograd.Function):
     """The three products above."""

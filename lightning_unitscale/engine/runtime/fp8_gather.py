@@ -31,7 +31,9 @@ def gather_in_fp8(module: nn.Module) -> list[str]:
     """From now on, gather the sharded weights of a prepared module in FP8 where all their uses cast them to it.
 
     Args:
-        module: after `fully_shard`, with scales measured; a scale that is measured again holds from the next gather on.
+        module: after `fully_shard`, with scales measured, between two steps. A scale that is measured again holds from
+            the next gather on; where a site falls back to the compute dtype, its weight goes on with the last one. May
+            be called again.
 
     Returns:
         The names of these weights. Others are gathered as they are: tied to an embedding, cast with several scales or
@@ -47,11 +49,16 @@ def gather_in_fp8(module: nn.Module) -> list[str]:
     shards = _shards(module)
     if not shards:
         raise UnitScalingError(f"{type(module).__name__} is not sharded: call fully_shard first.")
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
     found = []
     for name, fsdp_parameter in shards.items():
         site = _only_cast(module, name)
-        if site is not None:
+        is_gathered_so = hasattr(fsdp_parameter._sharded_local_tensor, "fsdp_pre_all_gather")
+        if site is not None and not is_gathered_so:
             _Gathered(site).attach(fsdp_parameter)
+        if site is not None or is_gathered_so:
             found.append(name)
     return found
 
@@ -64,7 +71,7 @@ class _Gathered:
     """
 
     def __init__(self, site: Site) -> None:
-        self.site = site
+        self.site, self.scale = site, site.operand_scales["weight"]
 
     def attach(self, fsdp_parameter: Any) -> None:
         """Give them to the shard of a parameter."""
@@ -72,14 +79,18 @@ class _Gathered:
         padded = fsdp_parameter.padded_sharded_param_size
 
         def fsdp_pre_all_gather(mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> Any:
-            return (self.sent(shard, padded),), self.site.operand_scales["weight"]
+            self.scale = self.site.operand_scales.get("weight", self.scale)
+            return (self.sent(shard, padded),), self.scale
 
         shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = fsdp_pre_all_gather, self.gathered
         fsdp_parameter._init_extensions()
+        fsdp_parameter.all_gather_outputs = []  # those of gathers before had another dtype
+        if hasattr(fsdp_parameter, "_unsharded_param"):
+            del fsdp_parameter._unsharded_param
 
     def sent(self, shard: Tensor, padded: torch.Size) -> Tensor:
         """The bytes of ŵ, with zeros up to the size that all shards have."""
-        narrow = cast(shard, torch.float8_e4m3fn, self.site.operand_scales["weight"]).view(torch.uint8)
+        narrow = cast(shard, torch.float8_e4m3fn, self.scale).view(torch.uint8)
         whole = narrow.new_zeros(padded)
         whole[: len(narrow)] = narrow
         return whole
