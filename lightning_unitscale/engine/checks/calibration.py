@@ -23,6 +23,7 @@ from torch import nn
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
+from lightning_unitscale.engine.runtime.fp8_gather import gathered_shards
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator, Statistics, add_over_processes
@@ -54,6 +55,7 @@ class Calibration:
         self.step: int | None = None  # of the measurement under way
         self._open = ExitStack()
         self._observer: OperandObserver | None = None
+        self._gathered: dict[UseId, Accumulator] = {}  # weights that products see rounded
 
     def due(self, step: int) -> bool:
         """Whether this step is to be measured.
@@ -78,6 +80,12 @@ class Calibration:
 
     def observe(self, step: int) -> OperandObserver:
         """The observer of a measurement, to be entered; `finish` takes what it saw."""
+        self._gathered = {}
+        for use, shard in gathered_shards(self.module).items():
+            accumulator = self._accumulator(use, "weight")
+            if accumulator is not None:
+                accumulator.add(shard)
+                self._gathered[use] = accumulator
         self.step, self._observer = step, OperandObserver(self.module, self._accumulator)
         return self._observer
 
@@ -91,6 +99,8 @@ class Calibration:
         assert self._observer is not None
         assert self.step is not None
         found, step = self._observer.found, self.step
+        for use, accumulator in self._gathered.items():
+            found.setdefault(use, {})["weight"] = accumulator
         self.abort()
         uses = {use: sites for use, sites in self._uses() if sites}
         known = {

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import FORMATS, cast
@@ -60,6 +61,19 @@ def gather_in_fp8(module: nn.Module) -> list[str]:
             _Gathered(site).attach(fsdp_parameter)
         if site is not None or is_gathered_so:
             found.append(name)
+    return found
+
+
+def gathered_shards(module: nn.Module) -> dict[UseId, Tensor]:
+    """The shards of the weights that are gathered in FP8, by their uses, as the optimizer left them.
+
+    What products see of these weights is rounded already, so whoever measures a weight looks here.
+    """
+    found = {}
+    for name, fsdp_parameter in _shards(module).items():
+        site = _only_cast(module, name)
+        if site is not None and hasattr(fsdp_parameter._sharded_local_tensor, "fsdp_pre_all_gather"):
+            found[site.use] = fsdp_parameter._sharded_local_tensor
     return found
 
 
