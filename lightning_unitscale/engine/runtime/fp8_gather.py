@@ -50,9 +50,6 @@ def gather_in_fp8(module: nn.Module) -> list[str]:
     shards = _shards(module)
     if not shards:
         raise UnitScalingError(f"{type(module).__name__} is not sharded: call fully_shard first.")
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
     found = []
     for name, fsdp_parameter in shards.items():
         site = _only_cast(module, name)
@@ -122,7 +119,10 @@ class _Gathered:
 
 
 def _shards(module: nn.Module) -> dict[str, Any]:
-    """What `fully_shard` keeps of each parameter, by name."""
+    """What `fully_shard` keeps of each parameter, by name; whatever is gathered now is let go."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found = {}
     for part in module.modules():
