@@ -135,7 +135,8 @@ def rotated(tensor: Tensor, dim: int = 0) -> Tensor:
     blocks = F.pad(last, (0, -last.shape[-1] % 16)).unflatten(-1, (-1, 16))
     signs = torch.tensor(_SIGNS, dtype=tensor.dtype, device=tensor.device)
     rotation = _hadamard(tensor) * signs / 4
-    return (blocks @ rotation.t()).flatten(-2).movedim(-1, dim)
+    turned: Tensor = blocks @ rotation.t()
+    return turned.flatten(-2).movedim(-1, dim)
 
 
 def in_groups(rows: Tensor, ends: Tensor, size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
