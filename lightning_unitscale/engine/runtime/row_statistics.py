@@ -22,10 +22,10 @@ class RowAccumulator(Accumulator):
 
     def __init__(self, numbers: Numbers, scale: float | None, sizes: Mapping[int, int], device: torch.device) -> None:
         super().__init__(numbers, scale)
-        options = {"dtype": torch.float64, "device": device}
-        self.squares = {dim: torch.zeros(size, **options) for dim, size in sizes.items()}
-        self.row_largest = {dim: torch.zeros(size, **options) for dim, size in sizes.items()}
-        self.counts = {dim: torch.zeros((), **options) for dim in sizes}
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        self.squares = {dim: nothing.new_zeros(size) for dim, size in sizes.items()}
+        self.row_largest = {dim: nothing.new_zeros(size) for dim, size in sizes.items()}
+        self.counts = {dim: nothing.clone() for dim in sizes}
 
     @torch.no_grad()
     def add(self, tensor: Tensor) -> None:
