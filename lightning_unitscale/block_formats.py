@@ -6,7 +6,9 @@
 (OCP Microscaling Formats 1.0; e rounded up as in "Recipes for Pre-training LLMs with MXFP8", arXiv 2506.08027, so that
 nothing saturates. "Pretraining Large Language Models with NVFP4", arXiv 2509.25149, section 2 and appendix C.) nvfp4's
 blocks have little range, so its paper divides by a scale of the whole tensor, from its largest value, first. Here the
-site's constant does so: at RMS 1, max|v| / 6 is in the middle of what e4m3 has.
+site's constant does so: at RMS 1, max|v| / 6 is in the middle of what e4m3 has. The paper also keeps some matrices in
+bf16: the output head always, so readouts are left out (`formats.Format.kept_roles`), and the last blocks of a deep
+model, which overrides={"model.layers.3?": {"format": None}} do.
 
 They are emulated: values are rounded as the format would and stay in a dtype that holds them exactly, so products are
 those of the format up to the order of accumulation, on any device, at no gain in speed or memory.
@@ -87,13 +89,18 @@ class Nvfp4(BlockNumbers):
         """As the base class says."""
         return self._by_blocks(tensor, dim, lambda blocks: self._round(blocks, torch.rand_like(blocks)))
 
-    def rounded_in_squares(self, matrix: Tensor) -> Tensor:
-        """In blocks of 16 × 16, so that a weight is the same in all its products; a matrix of any dtype."""
-        height, width = matrix.shape
-        whole = F.pad(matrix.float(), (0, -width % self.size, 0, -height % self.size))
-        squares = whole.unflatten(0, (-1, self.size)).unflatten(-1, (-1, self.size)).transpose(1, 2)
-        rounded = self._round(squares.flatten(-2)).view(squares.shape).transpose(1, 2).reshape(whole.shape)
-        return rounded[:height, :width].to(matrix.dtype)
+    def rounded_in_squares(self, weight: Tensor, dims: tuple[int, int] = (0, 1)) -> Tensor:
+        """In blocks of 16 × 16, so that a weight is the same in all its products; of any dtype.
+
+        Args:
+            dims: in which the squares lie; each matrix of these two has its own.
+        """
+        matrices = weight.float().movedim(dims, (-2, -1))
+        height, width = matrices.shape[-2:]
+        whole = F.pad(matrices, (0, -width % self.size, 0, -height % self.size))
+        squares = whole.unflatten(-2, (-1, self.size)).unflatten(-1, (-1, self.size)).transpose(-3, -2)
+        rounded = self._round(squares.flatten(-2)).view(squares.shape).transpose(-3, -2).reshape(whole.shape)
+        return rounded[..., :height, :width].movedim((-2, -1), dims).to(weight.dtype)
 
     def _round(self, blocks: Tensor, random: Tensor | None = None) -> Tensor:
         scale = blocks.abs().amax(-1, keepdim=True) / 6
@@ -118,16 +125,36 @@ def e2m1(tensor: Tensor, random: Tensor | None = None) -> Tensor:
 _SIGNS = (1, -1, -1, 1, 1, 1, -1, 1, -1, -1, 1, -1, 1, 1, -1, -1)
 
 
-def rotated(matrix: Tensor) -> Tensor:
-    """Each 16 rows times the same orthogonal matrix: a Hadamard matrix with random signs, over 4.
+def rotated(tensor: Tensor, dim: int = 0) -> Tensor:
+    """Each 16 elements along a dimension times the same orthogonal matrix: a Hadamard matrix with random signs, over 4.
 
-    An outlier is spread over 16 numbers. Of two matrices whose product sums over these rows both are rotated, which
-    leaves the product as it is. Rows are filled up with zeros to a multiple of 16.
+    An outlier is spread over 16 numbers. Of two operands whose product sums over this dimension both are rotated, which
+    leaves the product as it is. It is filled up with zeros to a multiple of 16.
     """
-    height, width = matrix.shape
-    rows = F.pad(matrix, (0, 0, 0, -height % 16)).view(-1, 16, width)
-    signs = torch.tensor(_SIGNS, dtype=matrix.dtype, device=matrix.device)
-    return (_hadamard(matrix) * signs / 4 @ rows).view(-1, width)
+    last = tensor.movedim(dim, -1)
+    blocks = F.pad(last, (0, -last.shape[-1] % 16)).unflatten(-1, (-1, 16))
+    signs = torch.tensor(_SIGNS, dtype=tensor.dtype, device=tensor.device)
+    rotation = _hadamard(tensor) * signs / 4
+    turned: Tensor = blocks @ rotation.t()
+    return turned.flatten(-2).movedim(-1, dim)
+
+
+def in_groups(rows: Tensor, ends: Tensor, size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of blocks of `size` rows, where groups of rows share none: each is filled up with zeros.
+
+    Args:
+        rows: (n, …).
+        ends: where each group ends, rising; (groups,). Rows after the last end are one more group.
+        function: of rows; keeps their shape.
+    """
+    every, count = torch.arange(len(rows), device=rows.device), len(ends)
+    group = torch.searchsorted(ends.contiguous(), every.to(ends.dtype), right=True)
+    starts = F.pad(ends.long(), (1, 0))
+    sizes = F.pad(ends.long(), (0, 1), value=len(rows)) - starts
+    new_starts = F.pad(((sizes + size - 1) // size * size).cumsum(0), (1, 0))
+    place = every - starts[group] + new_starts[group]
+    apart = rows.new_zeros((-(-len(rows) // size) + count + 1) * size, *rows.shape[1:])
+    return function(apart.index_copy(0, place, rows))[place]
 
 
 def _hadamard(like: Tensor) -> Tensor:

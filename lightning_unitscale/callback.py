@@ -29,9 +29,9 @@ class UnitScaling(Callback):
             (µnit Scaling, 2502.05967), "completep" (CompleteP, 2505.01618), "amax" (tensors divided by max|t|/√n, see
             `schemes.amax`) or "preserve" (the model's own function and training, for pretrained models).
         format: what the operands of every matmul with a parameter are cast to, each times one power of two: "fp8"
-            (e4m3, gradients e5m2), "fp8_e4m3" (gradients too), "fp16", "bf16", emulated "mxfp8" and "nvfp4" (matrices
-            alone; see `block_formats`), or None for no casts. Measured on the first step, in which nothing is cast
-            yet; see `formats`.
+            (e4m3, gradients e5m2), "fp8_e4m3" (gradients too), "fp8_rowwise" (a power for each row), "fp16",
+            "bf16", emulated "mxfp8" and "nvfp4" (but for readouts; see `block_formats`), or None for no casts. Measured
+            on the first step, in which nothing is cast yet; see `formats`.
         storage: where constants are kept. "folded": in the stored weights, so that the model stays a plain module
             with plain checkpoints and no cost per step; what can't be folded stays a site. "unit": weights are
             stored at RMS 1 and all constants are explicit in the forward pass. Both train identically.

@@ -17,6 +17,10 @@ looks for one looks before the cast.
 
 Attention's own products have no weight: all their operands but the gradient are activations, whatever they are called.
 
+With rows that have scales of their own ("fp8_rowwise") k is a vector, along a dimension that the product keeps: of the
+weight's rows in y, and of features in the gradients (`ops.cast_product`). Each is a constant too, measured like the
+others; nothing is known beforehand of a token, so x in y has one k.
+
 Formats in which blocks of an operand have scales of their own (`block_formats`) take the same constants before those.
 """
 
@@ -43,12 +47,19 @@ def kind(operand: str) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """The numbers that the three operands of a matmul are cast to."""
+    """The numbers that the three operands of a matmul are cast to.
+
+    Attributes:
+        by_rows: whether rows of a matrix have scales of their own.
+        kept_roles: of weights whose matmuls stay in the compute dtype, as the format's source has it.
+    """
 
     name: str
     x: Numbers
     weight: Numbers
     gradient: Numbers
+    by_rows: bool = False
+    kept_roles: tuple[str, ...] = ()
 
     def numbers(self, operand: str) -> Numbers:
         """Of an operand by name."""
@@ -69,9 +80,10 @@ class Format:
 
 FORMATS = {
     "fp8": Format("fp8", torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e5m2),
-    "fp8_e4m3": Format("fp8_e4m3", *[torch.float8_e4m3fn] * 3),
+    "fp8_e4m3": Format("fp8_e4m3", torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e4m3fn),
+    "fp8_rowwise": Format("fp8_rowwise", torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float8_e5m2, by_rows=True),
     "mxfp8": Format("mxfp8", MXFP8, MXFP8, MXFP8),
-    "nvfp4": Format("nvfp4", NVFP4, NVFP4, NVFP4),
+    "nvfp4": Format("nvfp4", NVFP4, NVFP4, NVFP4, kept_roles=("readout",)),
     "fp16": Format("fp16", torch.float16, torch.float16, torch.float16),
     "bf16": Format("bf16", torch.bfloat16, torch.bfloat16, torch.bfloat16),
 }
@@ -137,6 +149,14 @@ def exponent(rms: float, largest: float, numbers: Numbers) -> int:
         fits = floor(log2(range_of(numbers).largest / largest))
         k = max(min(k, fits), k - ROOM_FOR_OUTLIERS)
     return k
+
+
+def exponents(rms: Tensor, largest: Tensor, numbers: Numbers, otherwise: int) -> Tensor:
+    """`exponent` of each row; what is said otherwise of rows that are all zero. Of the shape of both, int32."""
+    k = -torch.log2(rms.double()).round()
+    fits = torch.log2(range_of(numbers).largest / largest.double()).floor()
+    k = torch.maximum(torch.minimum(k, fits), k - ROOM_FOR_OUTLIERS)
+    return torch.where(rms.isfinite() & (rms > 0), k, otherwise).int()
 
 
 def supports(dtype: torch.dtype, device: torch.device) -> bool:

@@ -52,6 +52,7 @@ from lightning_unitscale.engine.checks.verify_casts import verify_casts
 from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY
 from lightning_unitscale.engine.plan.summary import headline
+from lightning_unitscale.engine.runtime.fp8_gather import gather_in_fp8
 from lightning_unitscale.engine.runtime.install import rescale_parameters
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import NoLossError, UnitScalingError
@@ -88,6 +89,7 @@ class Lifecycle:
 
     Attributes:
         plan: the plan in force, from the first training step on; None before.
+        fp8_gather: whether weights that `fully_shard` has sharded are gathered in FP8, once scales are known.
 
     Raises:
         UnitScalingError: there is no such scheme, hyperparameter or family.
@@ -97,6 +99,7 @@ class Lifecycle:
         scheme_of(options)
         self.options = options
         self.plan: Plan | None = None
+        self.fp8_gather = False
         self._optimizers = RunOptimizers(optimizer_family)
         self._calibration: Calibration | None = None
         self._loss_scale: LossScale | None = None
@@ -345,6 +348,8 @@ class Lifecycle:
             problems = verify_casts(module, calibration.plan, _training_step(batch, batch_idx), trainer)
             for use, problem in trainer.strategy.broadcast(problems, src=0).items():
                 fall_back(module, calibration.plan, use, problem)
+        if self.fp8_gather and calibration.plan.cast_sites:
+            gather_in_fp8(module)
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 

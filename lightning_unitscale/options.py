@@ -13,6 +13,7 @@ from lightning_unitscale.errors import UnitScalingError
 FORMAT_NAMES = (
     "fp8",
     "fp8_e4m3",
+    "fp8_rowwise",
     "mxfp8",
     "nvfp4",
     "fp16",

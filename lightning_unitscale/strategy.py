@@ -24,6 +24,9 @@ else:
     SingleDeviceStrategy = Strategy = object  # a named strategy has those of its namespace behind the mixin
 
 
+GATHERED_FORMATS = ("fp8", "fp8_e4m3")
+
+
 class _BatchEnd(Callback):
     """What a strategy is not told: that a batch is done. Stands in for `UnitScaling` where that is not there."""
 
@@ -103,6 +106,29 @@ class UnitScalingMixin(Strategy):
         self.unit_scaling.after_run()
 
 
+class ShardedMixin(UnitScalingMixin):
+    """For a `ModelParallelStrategy`.
+
+    Args:
+        fp8_gather: gather the weights that `fully_shard` has sharded in FP8 from the second step on, one byte an
+            element, where their products cast them to e4m3 anyway: the function stays the same to the bit
+            (`engine.runtime.fp8_gather`).
+
+    Raises:
+        UnitScalingError: `fp8_gather` without a format that has weights in e4m3.
+    """
+
+    def __init__(self, *args: Any, fp8_gather: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        format = self.unit_scaling.options.format
+        if fp8_gather and format not in GATHERED_FORMATS:
+            raise UnitScalingError(
+                f"fp8_gather=True gathers weights as their casts leave them, and format={format!r} casts none to e4m3 "
+                f"by one scale; choose format={' or '.join(map(repr, GATHERED_FORMATS))}, or leave fp8_gather out."
+            )
+        self.unit_scaling.fp8_gather = fp8_gather
+
+
 class OneDeviceMixin(UnitScalingMixin, SingleDeviceStrategy):
     """For a `SingleDeviceStrategy`, which the Trainer does not tell its device when it is named by a string."""
 
@@ -139,6 +165,6 @@ UnitScalingStrategy = _over_each("UnitScalingStrategy", "unitscale", "SingleDevi
 UnitScalingDDPStrategy = _over_each("UnitScalingDDPStrategy", "unitscale_ddp", "DDPStrategy")
 UnitScalingFSDPStrategy = _over_each("UnitScalingFSDPStrategy", "unitscale_fsdp", "FSDPStrategy")
 UnitScalingModelParallelStrategy = _over_each(
-    "UnitScalingModelParallelStrategy", "unitscale_model_parallel", "ModelParallelStrategy"
+    "UnitScalingModelParallelStrategy", "unitscale_model_parallel", "ModelParallelStrategy", ShardedMixin
 )
 UnitScalingDeepSpeedStrategy = _over_each("UnitScalingDeepSpeedStrategy", "unitscale_deepspeed", "DeepSpeedStrategy")

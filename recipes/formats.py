@@ -7,10 +7,10 @@
     unitscale formats '+variants.mine=["unitscale.format=fp8","unitscale.recalibrate=[100]"]'
 
 Every run of the job `pretrain` is that recipe with some overrides, the same text, steps and batches; the others are
-small models of `cookbook/jobs` (a language model, a vision transformer, a U-Net), with the same overrides; formats in
-blocks leave a U-Net's convolutions as they are. A finished run is one line in `runs.jsonl`; runs that are there with
-the same settings are not run again. After a change of the package itself, delete that file. On a CPU the casts are real
-and the products are made of upcast operands: what is measured is accuracy, and FP8 is slower here than no format.
+small models of `cookbook/jobs` (a language model, a vision transformer, a U-Net), with the same overrides. A finished
+run is one line in `runs.jsonl`; runs that are there with the same settings are not run again. After a change of the
+package itself, delete that file. On a CPU the casts are real and the products are made of upcast operands: what is
+measured is accuracy, and FP8 is slower here than no format.
 """
 
 from __future__ import annotations

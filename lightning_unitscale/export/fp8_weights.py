@@ -121,6 +121,7 @@ def _plain_cast_sites(plan: Plan) -> list[Site]:
         if site.name not in moved
         and len(site.params) == 1
         and not FORMATS[str(site.format)].has_blocks
+        and not site.row_exponents
         and not _is_made(site.params[0])
         and {"x", "weight"} <= site.operand_scales.keys()
     ]

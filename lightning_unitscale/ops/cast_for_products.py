@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_unitscale.block_formats import BlockNumbers, Nvfp4, rotated
+from lightning_unitscale.block_formats import BlockNumbers, Nvfp4, in_groups, rotated
 from lightning_unitscale.formats import Format, cast
 from lightning_unitscale.ops.fp8_cast import FP8, fp8_cast
 from lightning_unitscale.ops.multiply import ALIGNMENT, has_tensor_cores
-from lightning_unitscale.ops.products import MatrixProducts, Products
+from lightning_unitscale.ops.products import BatchedProducts, GroupedProducts, MatrixProducts, Products
 
 
 class CastOperand(NamedTuple):
@@ -33,7 +33,7 @@ def cast_for_products(
     tensor: Tensor,
     operand: str,
     format: Format,
-    scale: Tensor,
+    scales: tuple[Tensor, Tensor],
     products: Products,
     *,
     forward: bool = True,
@@ -43,33 +43,48 @@ def cast_for_products(
 
     Args:
         operand: "x", "weight" or "gradient".
+        scales: for its first product and for its second, see `Scales.of`.
         products: that it goes into.
         forward, backward: which of its two products will be made; of x and of a weight the first is the forward pass's.
     """
     numbers = format.numbers(operand)
     if isinstance(numbers, BlockNumbers):
-        return _in_blocks(tensor * scale, operand, numbers, forward, backward)
+        first, second = _in_blocks(tensor * scales[0], operand, numbers, products, forward, backward)
+        return CastOperand(first.bfloat16(), second.bfloat16())  # which holds every number of these formats
     if isinstance(products, MatrixProducts) and numbers in FP8 and has_tensor_cores(tensor.device):
-        rows, columns, _ = fp8_cast(tensor, scale, numbers, rows=forward, columns=backward, alignment=ALIGNMENT)
+        rows, columns, _ = fp8_cast(
+            tensor, scales[0], numbers, rows=forward, columns=backward, alignment=ALIGNMENT, column_scale=_other(scales)
+        )
         return CastOperand(rows, columns.t())
-    values = cast(tensor, numbers, scale)
-    return CastOperand(values, values)
+    first = cast(tensor, numbers, scales[0])
+    return CastOperand(first, first if _other(scales) is None or not backward else cast(tensor, numbers, scales[1]))
 
 
-def _in_blocks(matrix: Tensor, operand: str, numbers: BlockNumbers, forward: bool, backward: bool) -> CastOperand:
+def _other(scales: tuple[Tensor, Tensor]) -> Tensor | None:
+    """The second of two scales, if it is another."""
+    return None if scales[1] is scales[0] else scales[1]
+
+
+def _in_blocks(
+    tensor: Tensor, operand: str, numbers: BlockNumbers, products: Products, forward: bool, backward: bool
+) -> tuple[Tensor, Tensor]:
     """Blocks lie along what a product sums over, so the second rounding is another than the first.
 
-    The gradient is rounded at random, and what is summed over in the weight's gradient is rotated, where the format's
-    paper does so (`block_formats`). bfloat16 holds every number of these formats.
+    The gradient is rounded at random, weights in squares, and what is summed over in the weight's gradient is rotated,
+    where the format's paper does so (`block_formats`). Not rotated are the pixels of a convolution, whose windows
+    overlap, and groups of rows, which would have to be filled up.
     """
-    empty = matrix.new_empty(0)
-    if not isinstance(numbers, Nvfp4):
-        first = numbers.rounded(matrix, 1) if forward else empty
-        second = numbers.rounded(matrix, 0) if backward else empty
-    elif operand == "weight":
-        first = second = numbers.rounded_in_squares(matrix)
-    else:
-        rounded = numbers.rounded_at_random if operand == "gradient" else numbers.rounded
-        first = rounded(matrix, 1) if forward else empty
-        second = rounded(rotated(matrix), 0) if backward else empty
-    return CastOperand(first.bfloat16(), second.bfloat16())
+    first_dim, second_dim = products.summed_over(operand)
+    if isinstance(numbers, Nvfp4) and operand == "weight":
+        squares = numbers.rounded_in_squares(tensor, (first_dim, second_dim))
+        return squares, squares
+    rounded = numbers.rounded_at_random if operand == "gradient" else numbers.rounded
+    first = second = tensor.new_empty(0)
+    if forward:
+        first = rounded(tensor, first_dim)
+    if backward and isinstance(products, GroupedProducts) and operand != "weight":
+        second = in_groups(tensor, products.ends, numbers.size, lambda rows: rounded(rows, 0))
+    elif backward:
+        is_rotated = isinstance(numbers, Nvfp4) and isinstance(products, MatrixProducts | BatchedProducts)
+        second = rounded(rotated(tensor, second_dim) if is_rotated else tensor, second_dim)
+    return first, second

@@ -10,6 +10,10 @@ where ∘ is a bilinear product or one of its adjoints (see `products`) and `a` 
 site. The scales s are powers of two in 0-dim tensors (see `formats`), so a new value is no new graph. What is saved for
 the backward pass are the cast operands, in the one layout that it reads: a quarter of float32's memory in FP8. The
 casts belong to the Function, so autograd never casts a gradient by itself, as it does for `tensor.to(float8)`.
+
+With rows that have scales of their own (`format="fp8_rowwise"`), s is a vector along a dimension that the product
+keeps, since one along what is summed over could not be taken out again: of ŵ its rows in y and its columns in gx, of ĝ
+and x̂ their columns in gw. Tokens come and go, so x in y and g in gx have one scale.
 """
 
 from __future__ import annotations
@@ -28,7 +32,11 @@ from lightning_unitscale.ops.products import Products
 
 
 class Scales(NamedTuple):
-    """What the operands of one site are multiplied by; 0-dim float32 tensors on the model's device."""
+    """What the operands of one site are multiplied by; float32 tensors on the model's device.
+
+    0-dim, and the same for both products of an operand. With rows that have scales of their own (m, 1), along the
+    operand's rows, or (1, n), along its columns; what is said of columns is for the product that sums over rows.
+    """
 
     x: Tensor  # sx
     weight: Tensor  # sw
@@ -37,6 +45,21 @@ class Scales(NamedTuple):
     one_over_x: Tensor
     one_over_weight: Tensor
     factor_over_gradient: Tensor  # a / sg
+    x_columns: Tensor | None = None  # `one_over_x` is of these
+    weight_columns: Tensor | None = None
+    gradient_columns: Tensor | None = None
+    one_over_weight_columns: Tensor | None = None
+    factor_over_gradient_columns: Tensor | None = None
+
+    def of(self, operand: str) -> tuple[Tensor, Tensor]:
+        """Of "x", "weight" or "gradient": for its first product and for its second."""
+        first: Tensor = getattr(self, operand)
+        columns: Tensor | None = getattr(self, f"{operand}_columns")
+        return first, first if columns is None else columns
+
+    def to(self, device: torch.device | str) -> Scales:
+        """The same on another device."""
+        return Scales(*(scale if scale is None else scale.to(device) for scale in self))  # type: ignore[arg-type]  # some are optional
 
 
 class CastProduct(torch.autograd.Function):
@@ -51,12 +74,12 @@ class CastProduct(torch.autograd.Function):
         products: Products,
         format: Format,
         dtype: torch.dtype,
-        *scales: Tensor,
+        *scales: Tensor | None,
     ) -> Tensor:
-        s, (needs_x, needs_weight) = Scales(*scales), ctx.needs_input_grad[:2]
-        narrow_x = cast_for_products(x, "x", format, s.x, products, backward=needs_weight)
+        s, (needs_x, needs_weight) = Scales(*scales), ctx.needs_input_grad[:2]  # type: ignore[arg-type]  # some are optional
+        narrow_x = cast_for_products(x, "x", format, s.of("x"), products, backward=needs_weight)
         if narrow_weight is None:
-            narrow_weight = cast_for_products(weight, "weight", format, s.weight, products, backward=needs_x)
+            narrow_weight = cast_for_products(weight, "weight", format, s.of("weight"), products, backward=needs_x)
         x_for_weight = narrow_x.second if needs_weight else None
         weight_for_x = narrow_weight.second if needs_x else None
         ctx.save_for_backward(x_for_weight, weight_for_x, *scales)
@@ -75,17 +98,18 @@ class CastProduct(torch.autograd.Function):
         x_shape, weight_shape, x_dtype, weight_dtype = ctx.like
         (gradient,), (needs_x, needs_weight) = gradients, ctx.needs_input_grad[:2]
         g = cast_for_products(
-            gradient, "gradient", ctx.format, s.gradient, products, forward=needs_x, backward=needs_weight
+            gradient, "gradient", ctx.format, s.of("gradient"), products, forward=needs_x, backward=needs_weight
         )
         gx = gw = None
         if needs_x:
-            weight = Cast(narrow_weight, s.one_over_weight, weight_shape)
+            over_weight = s.one_over_weight if s.one_over_weight_columns is None else s.one_over_weight_columns
+            weight = Cast(narrow_weight, over_weight, weight_shape)
             gx = products.grad_x(Cast(g.first, s.factor_over_gradient, gradient.shape), weight, x_shape, x_dtype)
         if needs_weight:
+            columns = s.factor_over_gradient_columns
+            over_gradient = s.factor_over_gradient if columns is None else columns
             x = Cast(narrow_x, s.one_over_x, x_shape)
-            gw = products.grad_weight(
-                Cast(g.second, s.factor_over_gradient, gradient.shape), x, weight_shape, weight_dtype
-            )
+            gw = products.grad_weight(Cast(g.second, over_gradient, gradient.shape), x, weight_shape, weight_dtype)
         return (gx, gw, *[None] * (4 + len(scales)))
 
 

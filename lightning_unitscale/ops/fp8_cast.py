@@ -47,22 +47,24 @@ def fp8_cast(
     columns: bool = False,
     alignment: int = 1,
     measured: bool = False,
+    column_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`tensor · scale` in an 8-bit format, saturating; NaN stays NaN, infinity becomes the largest number.
 
     Args:
         tensor: 2-D, of any floating-point dtype and strides.
-        scale: a power of two; 0-dim, float32, on the tensor's device.
+        scale: powers of two; float32, on the tensor's device: 0-dim, or (m, 1), or (1, n) for a tensor of (m, n).
         dtype: float8_e4m3fn or float8_e5m2.
         rows, columns: which layouts to write.
         alignment: of both sizes of what is written.
-        measured: whether to sum up what the cast does.
+        measured: whether to sum up what the cast does with `scale`, which is 0-dim then.
+        column_scale: as `scale`, of the second layout; None for the same.
 
     Returns:
         The two layouts and the sums of `cast_sums`; each empty where it was not asked for.
     """
     result: tuple[Tensor, Tensor, Tensor] = torch.ops.lightning_unitscale.fp8_cast(
-        tensor, scale, dtype, rows, columns, alignment, measured
+        tensor, scale, dtype, rows, columns, alignment, measured, column_scale
     )
     return result
 
@@ -70,8 +72,8 @@ def fp8_cast(
 # Plainer than `torch.library.custom_op`, whose checks at each call cost as much as a small product.
 _LIBRARY = torch.library.Library("lightning_unitscale", "FRAGMENT")
 _LIBRARY.define(
-    "fp8_cast(Tensor tensor, Tensor scale, ScalarType dtype, bool rows, bool columns, int alignment, bool measured) "
-    "-> (Tensor, Tensor, Tensor)"
+    "fp8_cast(Tensor tensor, Tensor scale, ScalarType dtype, bool rows, bool columns, int alignment, bool measured, "
+    "Tensor? column_scale=None) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -83,25 +85,38 @@ def _run(tensor: Tensor, scale: Tensor, dtype: torch.dtype, *options: Any) -> tu
 
 
 def in_torch(
-    tensor: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool, columns: bool, alignment: int, measured: bool
+    tensor: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    rows: bool,
+    columns: bool,
+    alignment: int,
+    measured: bool,
+    column_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fp8_cast` by torch's own operations."""
-    height, width = tensor.shape
     row_major, column_major, sums = outputs(tensor, dtype, rows, columns, alignment, measured)
-    if rows or columns:
-        narrow = cast(tensor, dtype, scale).view(torch.uint8)
-        narrow = F.pad(narrow, (0, padded(width, alignment) - width, 0, padded(height, alignment) - height))
-        if rows:
-            row_major.view(torch.uint8).copy_(narrow)
-        if columns:
-            column_major.view(torch.uint8).copy_(narrow.t())
+
+    def narrow(scale: Tensor) -> Tensor:
+        height, width = tensor.shape
+        padding = (0, padded(width, alignment) - width, 0, padded(height, alignment) - height)
+        return F.pad(cast(tensor, dtype, scale).view(torch.uint8), padding)
+
+    codes = narrow(scale) if rows or (columns and column_scale is None) else None
+    if rows and codes is not None:
+        row_major.view(torch.uint8).copy_(codes)
+    if columns:
+        if column_scale is not None:
+            codes = narrow(column_scale)
+        assert codes is not None
+        column_major.view(torch.uint8).copy_(codes.t())
     if measured:
         sums.copy_(cast_sums(tensor, dtype, scale))
     return row_major, column_major, sums
 
 
 def outputs(
-    tensor: Tensor, dtype: torch.dtype, rows: bool, columns: bool, alignment: int, measured: bool
+    tensor: Tensor, dtype: torch.dtype, rows: bool, columns: bool, alignment: int, measured: bool, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is written to, not yet filled."""
     height, width = (padded(size, alignment) for size in tensor.shape)

@@ -58,18 +58,23 @@ def _decode(code, MANTISSA: tl.constexpr, NORMAL: tl.constexpr, SUBNORMAL: tl.co
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # triton has no types here
-def cast_tile(  # type: ignore[no-untyped-def]  # triton has no types here
-    source, scale, rows, columns, sums,
-    height, width, padded_height, padded_width, down, right,
-    MANTISSA: tl.constexpr, LARGEST: tl.constexpr, NORMAL: tl.constexpr, SUBNORMAL: tl.constexpr,
-    IN_HARDWARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MEASURED: tl.constexpr, BLOCK: tl.constexpr,
+def _scaled(t, scale, i, j, height, width, ALONG: tl.constexpr):  # type: ignore[no-untyped-def]  # triton has no types here
+    """A tile times one number (0), one for each row (1), or one for each column (2)."""
+    if ALONG == 0:
+        v = t * tl.load(scale)
+    elif ALONG == 1:
+        v = t * tl.load(scale + i, mask=i < height, other=1.0)[:, None]
+    else:
+        v = t * tl.load(scale + j, mask=j < width, other=1.0)[None, :]
+    return v
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types here
+def _code(  # type: ignore[no-untyped-def]  # triton has no types here
+    v, MANTISSA: tl.constexpr, LARGEST: tl.constexpr, NORMAL: tl.constexpr, SUBNORMAL: tl.constexpr,
+    IN_HARDWARE: tl.constexpr,
 ):  # fmt: skip
-    """One tile in both layouts, and its sums; see `fp8_cast`."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = (i < height)[:, None] & (j < width)[None, :]
-    t = tl.load(source + i[:, None] * down + j[None, :] * right, mask=inside, other=0.0).to(tl.float32)
-    v = t * tl.load(scale)
+    """The codes of float32 numbers, by the device's own instruction where it has one."""
     if IN_HARDWARE:
         clamped = tl.clamp(v, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
         if MANTISSA == 3:
@@ -78,12 +83,35 @@ def cast_tile(  # type: ignore[no-untyped-def]  # triton has no types here
             code = clamped.to(tl.float8e5).to(tl.uint8, bitcast=True)
     else:
         code = _encode(v, MANTISSA, LARGEST, NORMAL, SUBNORMAL)
+    return code
+
+
+@triton.jit  # type: ignore[untyped-decorator]  # triton has no types here
+def cast_tile(  # type: ignore[no-untyped-def]  # triton has no types here
+    source, scale, column_scale, rows, columns, sums,
+    height, width, padded_height, padded_width, down, right,
+    MANTISSA: tl.constexpr, LARGEST: tl.constexpr, NORMAL: tl.constexpr, SUBNORMAL: tl.constexpr,
+    IN_HARDWARE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MEASURED: tl.constexpr, BLOCK: tl.constexpr,
+    ALONG: tl.constexpr, COLUMNS_ALONG: tl.constexpr, TWO_SCALES: tl.constexpr,
+):  # fmt: skip
+    """One tile in both layouts, and its sums; see `fp8_cast`."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = (i < height)[:, None] & (j < width)[None, :]
+    t = tl.load(source + i[:, None] * down + j[None, :] * right, mask=inside, other=0.0).to(tl.float32)
+    v = _scaled(t, scale, i, j, height, width, ALONG)
+    code = _code(v, MANTISSA, LARGEST, NORMAL, SUBNORMAL, IN_HARDWARE)
     if ROWS:
         here = (i < padded_height)[:, None] & (j < padded_width)[None, :]
         tl.store(rows + i[:, None] * padded_width + j[None, :], code, mask=here)
     if COLUMNS:
         there = (j < padded_width)[:, None] & (i < padded_height)[None, :]
-        tl.store(columns + j[:, None] * padded_height + i[None, :], tl.trans(code), mask=there)
+        if TWO_SCALES:
+            other = _scaled(t, column_scale, i, j, height, width, COLUMNS_ALONG)
+            other = _code(other, MANTISSA, LARGEST, NORMAL, SUBNORMAL, IN_HARDWARE)
+        else:
+            other = code
+        tl.store(columns + j[:, None] * padded_height + i[None, :], tl.trans(other), mask=there)
     if MEASURED:
         # Of the scaled numbers, which are near 1, so that no power of them leaves float32; unscaled in `run`.
         finite = (t.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
@@ -103,26 +131,41 @@ def cast_tile(  # type: ignore[no-untyped-def]  # triton has no types here
 
 
 def run(
-    tensor: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool, columns: bool, alignment: int, measured: bool
+    tensor: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    rows: bool,
+    columns: bool,
+    alignment: int,
+    measured: bool,
+    column_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fp8_cast`, of a tensor that is not empty."""
     if tensor.stride(0) < tensor.stride(1):  # read along memory
-        column_major, row_major, sums = run(tensor.t(), scale, dtype, columns, rows, alignment, measured)
+        first, second = (scale, None) if column_scale is None else (column_scale, scale.t())
+        column_major, row_major, sums = run(tensor.t(), first.t(), dtype, columns, rows, alignment, measured, second)
         return row_major, column_major, sums
     row_major, column_major, sums = outputs(tensor, dtype, rows, columns, alignment, measured)
     height, width = tensor.shape
     padded_height, padded_width = (padded(size, alignment) for size in tensor.shape)
     grid = triton.cdiv(padded_height, BLOCK), triton.cdiv(padded_width, BLOCK)
+    other = scale if column_scale is None else column_scale
     tiles = tensor.new_empty((grid[0] * grid[1], len(SUMS)) if measured else 0, dtype=torch.float32)
     cast_tile[grid](
-        tensor, scale, row_major.view(torch.uint8), column_major.view(torch.uint8), tiles,
+        tensor, scale.flatten(), other.flatten(), row_major.view(torch.uint8), column_major.view(torch.uint8), tiles,
         height, width, padded_height, padded_width, tensor.stride(0), tensor.stride(1),
         **constants(dtype),
         IN_HARDWARE=rounds_in_hardware(tensor.device), ROWS=rows, COLUMNS=columns, MEASURED=measured, BLOCK=BLOCK,
+        ALONG=_along(scale), COLUMNS_ALONG=_along(other), TWO_SCALES=column_scale is not None,
     )  # fmt: skip
     if measured:
         sums.copy_(_unscaled(tiles.double(), scale.double()))
     return row_major, column_major, sums
+
+
+def _along(scale: Tensor) -> int:
+    """What `_scaled` calls the dimension that a scale lies along."""
+    return 0 if scale.numel() == 1 else 1 if scale.shape[1] == 1 else 2
 
 
 def constants(dtype: torch.dtype) -> dict[str, float]:

@@ -38,6 +38,8 @@ class Linear(Matmul):
 class TwoSided(Matmul):
     """A product of "left" and "right", either of which may be the weight."""
 
+    output_dim = 1  # of a weight on the right
+
     def fan_in(self, call: FunctionCall, label: str) -> int:
         return int(self.operands(call)["left"].shape[-1])
 
@@ -73,6 +75,8 @@ class Product(TwoSided):
 
 class InnerProduct(TwoSided):
     """`torch.inner(left, right)`: over the last dimension of both."""
+
+    output_dim = 0
 
     def products(self, call: FunctionCall, x: Any, weight: Any) -> Products:
         if self.operands(call)["left"] is weight or len(weight.shape) != 2:

@@ -41,11 +41,13 @@ class Matmul(ABC):
         uncastable: why its operands are never cast to a narrow format.
         is_lookup: it takes rows of its weight, and makes no product.
         is_attention: it is all of attention, softmax included.
+        output_dim: of a weight that is a matrix, the dimension whose size is that of the output.
     """
 
     uncastable = ""
     is_lookup = False
     is_attention = False
+    output_dim = 0
 
     def __init__(self, name: str, *functions: Callable[..., Any], is_batched: bool = False, **arguments: str) -> None:
         self.name, self.functions, self.is_batched, self.arguments = name, functions, is_batched, arguments

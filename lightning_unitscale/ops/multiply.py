@@ -32,7 +32,7 @@ class Cast(NamedTuple):
 
     Attributes:
         values: of a 2-D operand perhaps with zeros beyond its `shape`.
-        inverse: what they have to be multiplied by; 0-dim, float32.
+        inverse: what they have to be multiplied by; float32, 0-dim or, of a 2-D operand, (rows, 1) or (1, columns).
     """
 
     values: Tensor
@@ -41,7 +41,7 @@ class Cast(NamedTuple):
 
     def t(self) -> Cast:
         """Transposed."""
-        return Cast(self.values.t(), self.inverse, self.shape[::-1])
+        return Cast(self.values.t(), self.inverse.t(), self.shape[::-1])
 
 
 def multiply(a: Cast, b: Cast, dtype: torch.dtype, *, fast: bool = False) -> Tensor:
@@ -58,7 +58,14 @@ def multiply(a: Cast, b: Cast, dtype: torch.dtype, *, fast: bool = False) -> Ten
         wide = torch.mm(a.values, b.values, out_dtype=torch.float32)
     else:
         wide = torch.mm(upcast(a.values, dtype), upcast(b.values, dtype))
-    return wide.mul_(a.inverse * b.inverse).to(dtype)
+    return _unscaled(wide, a, b).to(dtype)
+
+
+def _unscaled(product: Tensor, a: Cast, b: Cast) -> Tensor:
+    """In place; exact, as the scales are powers of two."""
+    if a.inverse.dim() == b.inverse.dim() == 0:
+        return product.mul_(a.inverse * b.inverse)
+    return product.mul_(a.inverse).mul_(b.inverse)
 
 
 def upcast(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,14 +94,20 @@ def _scaled_mm(a: Cast, b: Cast, dtype: torch.dtype, fast: bool) -> Tensor:
     rows, columns = a.shape[0], b.shape[1]
     if 0 in (*a.shape, columns):
         return a.values.new_zeros((rows, columns), dtype=dtype)
+    wide = dtype if dtype != torch.float64 else torch.float32
+    if a.inverse.dim() == b.inverse.dim() == 0:
+        scales, scaling = (a.inverse, b.inverse), ScalingType.TensorWise
+    elif wide == torch.bfloat16:  # which is all that kernels with scales of rows give
+        padding = b.values.shape[1] - columns
+        of_rows = a.inverse.expand(rows, 1).flatten().unsqueeze(1)
+        of_columns = F.pad(b.inverse.expand(1, columns).flatten(), (0, padding), value=1.0).unsqueeze(0)
+        scales, scaling = (of_rows, of_columns), ScalingType.RowWise
+    else:
+        one = torch.ones((), device=a.values.device)
+        scales, scaling = (one, one), ScalingType.TensorWise
     product = F.scaled_mm(
-        a.values[:rows],
-        b.values,
-        a.inverse,
-        ScalingType.TensorWise,
-        b.inverse,
-        ScalingType.TensorWise,
-        output_dtype=dtype if dtype != torch.float64 else torch.float32,
-        use_fast_accum=fast,
-    )
-    return product[:, :columns].to(dtype)
+        a.values[:rows], b.values, scales[0], scaling, scales[1], scaling, output_dtype=wide, use_fast_accum=fast
+    )[:, :columns]
+    if scaling == ScalingType.TensorWise and scales[0] is not a.inverse:
+        product = _unscaled(product, a, b)
+    return product.to(dtype)

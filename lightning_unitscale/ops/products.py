@@ -28,6 +28,19 @@ class Products(ABC):
         """Why operands in FP8 are upcast for it, whatever the device; empty where tensor cores make all of it."""
         return ""
 
+    @property
+    def no_blocks(self) -> str:
+        """Why its operands are in no format whose blocks have scales of their own; empty if they can be."""
+        return ""
+
+    @abstractmethod
+    def summed_over(self, operand: str) -> tuple[int, int]:
+        """The dimension of "x", "weight" or "gradient" along which the first and the second of its products sum.
+
+        Of x those are `forward` and `grad_weight`, of the weight `forward` and `grad_x`, of the gradient `grad_x` and
+        `grad_weight`. Where several are summed over, the one along which blocks lie.
+        """
+
     @abstractmethod
     def forward(self, x: Cast, weight: Cast, dtype: torch.dtype) -> Tensor:
         """`x ∘ weight`."""
@@ -44,6 +57,9 @@ class Products(ABC):
 @dataclass(frozen=True)
 class MatrixProducts(Products):
     """`x wᵀ`; x: (n, in), w: (out, in)."""
+
+    def summed_over(self, operand: str) -> tuple[int, int]:
+        return 1, 0
 
     def forward(self, x: Cast, weight: Cast, dtype: torch.dtype) -> Tensor:
         return multiply(x, weight.t(), dtype, fast=True)
@@ -93,6 +109,10 @@ class BatchedProducts(UpcastProducts):
 
     weight_first: bool
 
+    def summed_over(self, operand: str) -> tuple[int, int]:
+        left_first = operand == "weight" if self.weight_first else operand != "weight"
+        return (-1, -2) if left_first else (-2, -1)
+
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return weight @ x if self.weight_first else x @ weight
 
@@ -114,6 +134,9 @@ class GroupedProducts(UpcastProducts):
     @property
     def upcast(self) -> str:
         return "its gradients: torch multiplies groups in e4m3 alone, and sums over none of any size"
+
+    def summed_over(self, operand: str) -> tuple[int, int]:
+        return (1, 2) if operand == "weight" else (1, 0)
 
     def forward(self, x: Cast, weight: Cast, dtype: torch.dtype) -> Tensor:
         if multiplies_groups(x, weight, dtype):
@@ -143,6 +166,26 @@ class EinsumProducts(UpcastProducts):
     x: str
     weight: str
     output: str
+
+    @property
+    def no_blocks(self) -> str:
+        outer = not all(self._summed())
+        return "one of its three products sums over nothing, so blocks have nothing to lie along" if outer else ""
+
+    def summed_over(self, operand: str) -> tuple[int, int]:
+        forward, grad_x, grad_weight = self._summed()
+        terms, summed = {
+            "x": (self.x, (forward, grad_weight)),
+            "weight": (self.weight, (forward, grad_x)),
+            "gradient": (self.output, (grad_x, grad_weight)),
+        }[operand]
+        first, second = (max(terms.index(index) for index in each) for each in summed)
+        return first, second
+
+    def _summed(self) -> tuple[set[str], set[str], set[str]]:
+        """The indices that the three products sum over."""
+        x, weight, output = set(self.x), set(self.weight), set(self.output)
+        return x & weight - output, output & weight - x, output & x - weight
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.einsum(f"{self.x},{self.weight}->{self.output}", x, weight)
@@ -177,6 +220,15 @@ class ConvolutionProducts(UpcastProducts):
         if self.is_of_pixels:
             return "where its input is not channels_last: bringing pixels into rows costs what FP8 saves"
         return "torch has no convolution of FP8 operands, and a matrix of all windows costs more than FP8 saves"
+
+    @property
+    def no_blocks(self) -> str:
+        return "each group of its channels would need blocks of its own" if self.groups > 1 else ""
+
+    def summed_over(self, operand: str) -> tuple[int, int]:
+        if operand == "weight":  # channels that come in, then those that go out
+            return (0, 1) if self.transposed else (1, 0)
+        return 1, -1  # channels, then pixels of a row
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.convolution(

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lightning_unitscale.engine.analysis.attention import attention_products
-from lightning_unitscale.engine.analysis.castable import reason_not_to_cast, reason_to_upcast
+from lightning_unitscale.engine.analysis.castable import reason_not_to_cast, reason_to_upcast, row_sizes
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.trace import Call
 from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.formats import FORMATS
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes.left_alone import IN_FUNCTION, SKIPPED, no_place
@@ -45,9 +46,16 @@ class Casting:
         skipped = any(self.left_alone.get(name) == SKIPPED for name in names)
         site.format_reason = (
             SKIPPED if skipped else IN_FUNCTION if call.in_function else reason_not_to_cast(call, wanted)
-        ) or (self.of_scheme(site.role) if name is None else "")
+        ) or (self._reason_of_role(site.role, wanted) if name is None else "")
         site.format = None if site.format_reason else wanted
         site.upcast = reason_to_upcast(call, wanted) if site.format else ""
+        site.row_sizes = row_sizes(call, wanted) if site.format else []
+
+    def _reason_of_role(self, role: str, format: str) -> str:
+        """Why weights of a role are left out unless named by an override; empty if they are not."""
+        if role in FORMATS[format].kept_roles:
+            return f"{format}'s paper keeps weights of the role {role} in the compute dtype"
+        return self.of_scheme(role)
 
     def check_overrides(self, sites: Sequence[Site]) -> None:
         """

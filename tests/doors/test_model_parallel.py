@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_unitscale import ScaleMonitor, UnitScaling
+from lightning_unitscale import ScaleMonitor, UnitScaling, UnitScalingError
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.monitor.snapshot import Snapshot
 from lightning_unitscale.strategy import UnitScalingModelParallelStrategy
@@ -201,6 +201,35 @@ def check(folder: Path, how: str, world: int, runs: str) -> None:
 @pytest.mark.parametrize(("how", "runs"), [("fsdp", "folded/clipped,unit/plain"), ("tp", "unit/plain")])
 def test_two_processes_are_one(tmp_path: Path, how: str, runs: str) -> None:
     check(tmp_path, how, 2, runs)
+
+
+def gathered(folder: str) -> None:
+    rank = os.environ["LOCAL_RANK"]
+    for fp8_gather in (False, True):
+        strategy = UnitScalingModelParallelStrategy(format="fp8", fp8_gather=fp8_gather, **mesh_of("fsdp", 2))
+        result = train(Path(folder), strategy, 2, dtype=torch.float32)
+        shards = [_local(parameter) for parameter in strategy.lightning_module.parameters()]
+        result["in_fp8"] = sum(hasattr(shard, "fsdp_pre_all_gather") for shard in shards)
+        torch.save(result, Path(folder, f"{fp8_gather}-{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+
+
+def test_weights_gathered_in_fp8_train_alike_to_the_bit(tmp_path: Path) -> None:
+    run(2, "doors.test_model_parallel:gathered", tmp_path, seconds=600)
+    for rank in range(2):
+        plain, narrow = (torch.load(tmp_path / f"{on}-{rank}.pt", weights_only=True) for on in (False, True))
+        assert narrow["losses"] == plain["losses"]
+        assert all(torch.equal(value, plain["weights"][name]) for name, value in narrow["weights"].items())
+        assert (plain["in_fp8"], narrow["in_fp8"] > 2) == (0, True)
+
+
+def test_an_fp8_gather_without_fp8_is_refused() -> None:
+    with pytest.raises(UnitScalingError, match=r"format='bf16' casts none to e4m3.*choose format='fp8' or 'fp8_e4m3'"):
+        UnitScalingModelParallelStrategy(format="bf16", fp8_gather=True)
 
 
 EVERYTHING = ",".join([

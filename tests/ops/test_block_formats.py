@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import gfloat
 import pytest
 import torch
+import torch.nn.functional as F
 from gfloat.formats import format_info_ocp_e2m1, format_info_ocp_e4m3, format_info_ocp_e8m0
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_unitscale import UnitScalingError, unit_scale
-from lightning_unitscale.block_formats import MXFP8, NVFP4, e2m1, rotated
+from lightning_unitscale.block_formats import MXFP8, NVFP4, e2m1, in_groups, rotated
 from lightning_unitscale.formats import FORMATS, range_of
+from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.cast_product import Scales, cast_product
-from lightning_unitscale.ops.products import MatrixProducts
+from lightning_unitscale.ops.products import EinsumProducts, GroupedProducts, MatrixProducts, Products
+from lightning_unitscale.ops.torch_functions import short_name
 from lightning_unitscale.options import ATTENTION_FORMATS
 
 NEAREST, UP = gfloat.RoundMode.TiesToEven, gfloat.RoundMode.TowardPositive
@@ -158,21 +163,113 @@ def test_three_products(name: str) -> None:
         assert float((one - other).norm() / other.norm()) < 1e-5, what
 
 
+def test_groups_of_rows_share_no_block() -> None:
+    rows, ends = torch.randn(75, 3), torch.tensor([20, 20, 55, 71], dtype=torch.int32)
+    found = in_groups(rows, ends, 16, lambda t: NVFP4.rounded(t, 0))
+    parts = [NVFP4.rounded(part, 0) for part in rows.split([20, 0, 35, 16, 4]) if len(part)]
+    assert torch.equal(found, torch.cat(parts))
+    assert in_groups(rows[:0], torch.zeros(2, dtype=torch.int32), 16, lambda t: t).shape == (0, 3)
+
+
+def of_call(function: Callable[..., Tensor], x: Tensor, weight: Tensor, **options: Any) -> Products:
+    call = FunctionCall(function, (x, weight) if options.pop("x_first", True) else (weight, x), options)
+    return MATMULS[short_name(function)].products(call, x, weight)
+
+
+# a function, shapes of x and of the weight; what x, the weight and the gradient sum over in their two products
+ENDS = torch.tensor([3, 3, 40], dtype=torch.int32)
+CALLS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[int], list[int], Any, list[tuple[int, int]]]] = {
+    "conv2d": (
+        lambda x, w: F.conv2d(x, w, padding=1, stride=2), [2, 40, 7, 9], [24, 40, 3, 3],
+        lambda x, w: of_call(F.conv2d, x, w, padding=1, stride=2), [(1, 3), (1, 0), (1, 3)],
+    ),
+    "conv_transpose1d": (
+        lambda x, w: F.conv_transpose1d(x, w, stride=2), [2, 40, 9], [40, 24, 3],
+        lambda x, w: of_call(F.conv_transpose1d, x, w, stride=2), [(1, 2), (0, 1), (1, 2)],
+    ),
+    "experts, batched": (
+        torch.bmm, [3, 20, 40], [3, 40, 24],
+        lambda x, w: of_call(torch.bmm, x, w), [(2, 1), (1, 2), (2, 1)],
+    ),
+    "weight first": (
+        lambda x, w: w @ x, [3, 40, 20], [24, 40],
+        lambda x, w: of_call(torch.matmul, x, w, x_first=False), [(1, 2), (1, 0), (1, 2)],
+    ),
+    "einsum": (
+        lambda x, w: torch.einsum("bnhd,hdo->bno", x, w), [2, 5, 3, 40], [3, 40, 24],
+        lambda x, w: EinsumProducts("bnhd", "hdo", "bno"), [(3, 1), (1, 2), (2, 1)],
+    ),
+    "experts, grouped": (
+        lambda x, w: torch.cat([x[:3] @ w[0], x[3:3] @ w[1], x[3:] @ w[2]]), [40, 40], [3, 40, 24],
+        lambda x, w: GroupedProducts(ENDS), [(1, 0), (1, 2), (1, 0)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("kind", CALLS)
+def test_products_of_other_kinds(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """autograd of torch's own function, of operands that are rounded along what each product sums over."""
+    function, x_shape, weight_shape, products_of, dims = CALLS[kind]
+    numbers, (sx, sw, sg, a) = NUMBERS[name], (2.0, 16.0, 1024.0, 0.75)
+    monkeypatch.setattr(type(numbers), "rounded_at_random", type(numbers).rounded)
+    monkeypatch.setattr("lightning_unitscale.ops.cast_for_products.rotated", lambda t, dim: t)  # no change but rounding
+    x, w = torch.randn(x_shape), torch.randn(weight_shape) / 16
+    g = torch.randn_like(function(x, w)) / 1024
+    products = products_of(x, w)
+    leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+    scales = Scales(*(torch.tensor(n) for n in (sx, sw, sg, a / sx, 1 / sx, 1 / sw, a / sg)))
+    y = cast_product(*leaves, products, FORMATS[name], scales)
+    found = (y.detach(), *torch.autograd.grad(y, leaves, g))
+
+    def rounded(t: Tensor, scale: float, dims: tuple[int, int], which: int) -> Tensor:
+        if name == "nvfp4" and t is w:
+            matrices = (t * scale).movedim(dims, (-2, -1))
+            flat = [NVFP4.rounded_in_squares(m) for m in matrices.reshape(-1, *matrices.shape[-2:])]
+            whole = torch.stack(flat).view(matrices.shape).movedim((-2, -1), dims)
+        elif kind == "experts, grouped" and which == 1 and t is not w:
+            whole = torch.cat([numbers.rounded(part, 0) for part in (t * scale).split([3, 37])])
+        else:
+            whole = numbers.rounded(t * scale, dims[which])
+        return (whole / scale).double().requires_grad_()
+
+    first, second = (
+        [rounded(t, s, d, i) for t, s, d in zip((x, w, g), (sx, sw, sg), dims, strict=True)] for i in (0, 1)
+    )
+    x_leaf, w_leaf = x.double().requires_grad_(), w.double().requires_grad_()
+    wanted = (
+        a * function(first[0], first[1]).detach(),
+        a * torch.autograd.grad(function(x_leaf, second[1]), x_leaf, first[2])[0],
+        a * torch.autograd.grad(function(second[0], w_leaf), w_leaf, second[2])[0],
+    )
+    for what, one, other in zip(("y", "gx", "gw"), found, wanted, strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-5, what
+
+
+def test_rotating_a_dimension_of_a_batch() -> None:
+    x, g = torch.randn(3, 20, 5).double(), torch.randn(3, 20, 4).double()
+    assert torch.allclose(rotated(g, -2).mT @ rotated(x, -2), g.mT @ x)
+    assert torch.equal(rotated(x, -2)[1], rotated(x[1]))
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.filterwarnings("ignore:unit scaling")
 def test_a_model_learns_and_says_what_it_leaves_out(name: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv1d(3, 8, 1), nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
-    x, target = torch.randn(64, 3, 8), torch.randn(64, 16)
+    model = nn.Sequential(
+        nn.Conv1d(6, 8, 1, groups=2), nn.Conv1d(8, 8, 1), nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)
+    )
+    x, target = torch.randn(64, 6, 8), torch.randn(64, 16)
 
     def loss(m: nn.Module) -> Tensor:
         return (m(x) - target).square().mean()
 
     plan = unit_scale(model, loss, "preserve", format=name)
     reasons = {site.params[0]: site.format_reason for site in plan.sites if site.op in ("linear", "conv1d")}
-    assert "blocks lie along what a product sums over" in reasons["0.weight"]
-    assert not reasons["2.weight"]
-    assert {site.params[0] for site in plan.cast_sites} == {"2.weight", "4.weight"}
+    assert "each group of its channels would need blocks of its own" in reasons["0.weight"]
+    assert ("paper keeps weights of the role readout" in reasons["5.weight"]) == (name == "nvfp4")
+    cast = {"1.weight", "3.weight"} | ({"5.weight"} if name == "mxfp8" else set())
+    assert {site.params[0] for site in plan.cast_sites} == cast
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     first = float(loss(model).detach())
     for _ in range(60):
@@ -180,6 +277,19 @@ def test_a_model_learns_and_says_what_it_leaves_out(name: str) -> None:
         loss(model).backward()
         optimizer.step()
     assert float(loss(model).detach()) < 0.3 * first
+
+
+def test_an_override_casts_what_the_paper_keeps() -> None:
+    model, x = nn.Linear(32, 32), torch.randn(64, 32)
+    plan = unit_scale(
+        model, lambda m: m(x).square().mean(), "preserve", format="nvfp4", overrides={"weight": {"format": "nvfp4"}}
+    )
+    assert [site.params[0] for site in plan.cast_sites] == ["weight"]
+
+
+def test_a_product_that_sums_over_nothing_has_no_blocks() -> None:
+    assert "sums over nothing" in EinsumProducts("bd", "hd", "bhd").no_blocks
+    assert EinsumProducts("bhd", "hdo", "bo").no_blocks == ""
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -273,7 +273,7 @@ def test_layouts(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> No
         for weight in weights:
             for x in (torch.empty(rows, inputs, dtype=dtype), torch.empty(inputs, rows, dtype=dtype).t()):
                 x, w = x.detach().requires_grad_(), weight.detach().requires_grad_()
-                on_meta = Scales(*(scale.to("meta") for scale in scales()))
+                on_meta = scales().to("meta")
                 y = cast_product(x, w, MatrixProducts(), FP8, on_meta)
                 gx, gw = torch.autograd.grad(y, (x, w), torch.empty(outputs, rows, dtype=dtype).t())
                 shapes = [(rows, outputs), (rows, inputs), (outputs, inputs)]
@@ -291,7 +291,7 @@ def test_only_the_forward_product_accumulates_fast(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(F, "scaled_mm", spy)
     with torch.device("meta"):
         x, weight = torch.empty(32, 64, requires_grad=True), torch.empty(48, 64, requires_grad=True)
-        y = cast_product(x, weight, MatrixProducts(), FP8, Scales(*(scale.to("meta") for scale in scales())))
+        y = cast_product(x, weight, MatrixProducts(), FP8, scales().to("meta"))
         assert seen == [True]
         torch.autograd.grad(y, (x, weight), torch.empty(32, 48))
     assert seen == [True, False, False]
@@ -326,7 +326,7 @@ def test_compiled_for_tensor_cores_there_is_nothing_but_casts_and_products() -> 
 
     with torch.device("meta"):
         x, w = (torch.empty(rows, 64, dtype=torch.bfloat16, requires_grad=True) for rows in (40, 48))
-        on_meta = Scales(*(scale.to("meta") for scale in scales()))
+        on_meta = scales().to("meta")
     backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
     run = torch.compile(
         lambda x, w: cast_product(x, w, MatrixProducts(), FP8, on_meta), backend=backend, fullgraph=True

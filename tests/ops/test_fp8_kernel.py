@@ -77,6 +77,19 @@ def test_as_in_torch_to_the_bit(dtype: torch.dtype, t: Tensor, k: int, alignment
 
 
 @interpreted
+@settings(max_examples=20, deadline=None)
+@given(t=operands(), alignment=st.sampled_from([1, 16]), along=st.tuples(st.integers(0, 2), st.integers(0, 2)))
+def test_scales_of_rows_as_in_torch_to_the_bit(t: Tensor, alignment: int, along: tuple[int, int]) -> None:
+    shapes = [(), (t.shape[0], 1), (1, t.shape[1])]
+    one, other = (torch.exp2(torch.randint(-6, 7, shapes[dim]).float()) for dim in along)
+    options = torch.float8_e4m3fn, True, True, alignment, False, other
+    for found, wanted in zip(
+        torch.ops.lightning_unitscale.fp8_cast(t, one, *options), in_torch(t, one, *options), strict=True
+    ):
+        assert same(found, wanted) or found.numel() == 0
+
+
+@interpreted
 @each_dtype
 def test_midpoints_and_their_neighbours_as_in_gfloat(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype).float()
@@ -126,7 +139,15 @@ def test_it_compiles_for_a_gpu_without_one(
 
     constants = {**fp8_kernel.constants(torch.float8_e4m3fn), "IN_HARDWARE": in_hardware}
     constants |= {"ROWS": True, "COLUMNS": True, "MEASURED": True, "BLOCK": fp8_kernel.BLOCK}
-    pointers = {"source": "*bf16", "scale": "*fp32", "rows": "*u8", "columns": "*u8", "sums": "*fp32"}
+    constants |= {"ALONG": 1, "COLUMNS_ALONG": 2, "TWO_SCALES": True}
+    pointers = {
+        "source": "*bf16",
+        "scale": "*fp32",
+        "column_scale": "*fp32",
+        "rows": "*u8",
+        "columns": "*u8",
+        "sums": "*fp32",
+    }
     types = {name: pointers.get(name, "i32") for name in fp8_kernel.cast_tile.arg_names}
     signature = {name: "constexpr" if name in constants else of_name for name, of_name in types.items()}
     source = compiler.ASTSource(fn=fp8_kernel.cast_tile, signature=signature, constexprs=constants)

@@ -19,7 +19,9 @@ class StaticLinear(nn.Linear):
 
     def __init__(self, size: int, **options: Any) -> None:
         super().__init__(size, size, bias=False, **options)
-        numbers = torch.ones(len(Scales._fields), dtype=torch.float32, device=self.weight.device)
+        numbers = torch.ones(
+            len(Scales._fields) - len(Scales._field_defaults), dtype=torch.float32, device=self.weight.device
+        )
         self.scales = Scales(*numbers.unbind())
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,14 +31,24 @@ def reason_not_to_cast(call: Call, format: str) -> str:
     except UncastableError as error:
         return str(error)
     narrow = FORMATS[format]
-    if narrow.has_blocks and not isinstance(products, MatrixProducts):
-        return f"{format}'s blocks lie along what a product sums over, which is worked out for matrices alone"
+    if narrow.has_blocks and products.no_blocks:
+        return f"{format} has blocks along what a product sums over: {products.no_blocks}"
     if torch.float8_e4m3fn == narrow.x and isinstance(products, MatrixProducts):
         rows, columns = weight.shape
         cost = padded(rows, ALIGNMENT) * padded(columns, ALIGNMENT) / (rows * columns)
         if cost > MOST_PADDING:
             return f"padding {rows} x {columns} to multiples of 16 would cost {cost - 1:.0%} more than it saves"
     return ""
+
+
+def row_sizes(call: Call, format: str) -> list[int]:
+    """Numbers of outputs and inputs of a castable call whose rows are to have scales of their own; else empty."""
+    op = MATMULS[call.name]
+    operands = op.cast_operands(call, lambda v: isinstance(v, Value) and bool(v.parameters))
+    if operands is None or not FORMATS[format].by_rows or not isinstance(op.products(call, *operands), MatrixProducts):
+        return []
+    sizes = operands[1].shape
+    return [sizes[op.output_dim], sizes[1 - op.output_dim]]
 
 
 def reason_to_upcast(call: Call, format: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from math import log2
 
 import torch
 from torch import nn
@@ -22,12 +23,15 @@ from torch import nn
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.keys import UseId
+from lightning_unitscale.engine.runtime.fp8_gather import gathered_shards
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.engine.runtime.observer import OperandObserver
 from lightning_unitscale.engine.runtime.operand_statistics import Accumulator, Statistics, add_over_processes
 from lightning_unitscale.engine.runtime.placement import check_placement
+from lightning_unitscale.engine.runtime.row_statistics import RowAccumulator
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import FORMATS, exponent, kind, supports
+from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.warn_user import warn_user
 
 MOST_ERROR = 0.15
@@ -51,6 +55,7 @@ class Calibration:
         self.step: int | None = None  # of the measurement under way
         self._open = ExitStack()
         self._observer: OperandObserver | None = None
+        self._gathered: dict[UseId, Accumulator] = {}  # weights that products see rounded
 
     def due(self, step: int) -> bool:
         """Whether this step is to be measured.
@@ -75,6 +80,12 @@ class Calibration:
 
     def observe(self, step: int) -> OperandObserver:
         """The observer of a measurement, to be entered; `finish` takes what it saw."""
+        self._gathered = {}
+        for use, shard in gathered_shards(self.module).items():
+            accumulator = self._accumulator(use, "weight")
+            if accumulator is not None:
+                accumulator.add(shard)
+                self._gathered[use] = accumulator
         self.step, self._observer = step, OperandObserver(self.module, self._accumulator)
         return self._observer
 
@@ -88,14 +99,20 @@ class Calibration:
         assert self._observer is not None
         assert self.step is not None
         found, step = self._observer.found, self.step
+        for use, accumulator in self._gathered.items():
+            found.setdefault(use, {})["weight"] = accumulator
         self.abort()
         uses = {use: sites for use, sites in self._uses() if sites}
-        accumulators = [found.get(use, {}).get(name) for use, sites in uses.items() for name in sites[0].operands]
-        known = [a or Accumulator(torch.float32) for a in accumulators]
-        add_over_processes(known, next(self.module.parameters()).device)
-        results = iter([accumulator.result() for accumulator in known])
+        known = {
+            use: {
+                name: found.get(use, {}).get(name) or self._accumulator_of(sites[0], name) for name in sites[0].operands
+            }
+            for use, sites in uses.items()
+        }
+        every = [accumulator for of_use in known.values() for accumulator in of_use.values()]
+        add_over_processes(every, next(self.module.parameters()).device)
         for use, sites in uses.items():
-            self._take(use, sites, {operand: next(results) for operand in sites[0].operands}, step)
+            self._take(use, sites, known[use], step)
         self.plan.measured_at.append(step)
 
     def _uses(self) -> Iterator[tuple[UseId, list[Site]]]:
@@ -104,11 +121,17 @@ class Calibration:
 
     def _accumulator(self, use: UseId, operand: str) -> Accumulator | None:
         site = next((site for site in self.plan.cast_sites if site.use == use), None)
-        if site is None or site.format is None:
-            return None
-        return Accumulator(FORMATS[site.format].numbers(operand), site.operand_scales.get(operand))
+        return None if site is None or site.format is None else self._accumulator_of(site, operand)
 
-    def _take(self, use: UseId, sites: list[Site], seen: dict[str, Statistics | None], step: int) -> None:
+    def _accumulator_of(self, site: Site, operand: str) -> Accumulator:
+        numbers, scale = FORMATS[site.format or ""].numbers(operand), site.operand_scales.get(operand)
+        if not site.row_sizes:
+            return Accumulator(numbers, scale)
+        sizes = {dim: site.row_sizes[which] for dim, which in _rows(site, operand).values()}
+        return RowAccumulator(numbers, scale, sizes, next(self.module.parameters()).device)
+
+    def _take(self, use: UseId, sites: list[Site], known: dict[str, Accumulator], step: int) -> None:
+        seen = {operand: accumulator.result() for operand, accumulator in known.items()}
         was_bad = self._is_bad(sites[0])
         measured = dict(sites[0].measured)
         for operand, statistics in seen.items():
@@ -123,6 +146,7 @@ class Calibration:
             return  # no scale is known that would fit what comes after 0, so nothing is cast until it has come
         for site in sites:
             site.operand_scales = {operand: self._scale(site, operand) for operand in site.operands}
+            site.row_exponents = self._row_exponents(site, known)
         if was_bad and self._is_bad(sites[0]):
             worst = max(measured, key=lambda operand: measured[operand]["error"])
             fall_back(
@@ -141,12 +165,36 @@ class Calibration:
         seen = site.measured[operand]
         return 2.0 ** exponent(seen["rms"], seen["largest"], FORMATS[site.format or ""].numbers(operand))
 
+    def _row_exponents(self, site: Site, known: dict[str, Accumulator]) -> dict[str, list[int]]:
+        """Those of rows that were all zero, or not seen yet, are the whole operand's."""
+        found = {}
+        for operand, accumulator in known.items():
+            whole = round(log2(site.operand_scales[operand]))
+            for name, (dim, which) in _rows(site, operand).items():
+                if isinstance(accumulator, RowAccumulator) and accumulator.result() and self._is_scaled(operand):
+                    found[name] = accumulator.exponents(dim, whole)
+                else:
+                    found[name] = site.row_exponents.get(name, [whole] * site.row_sizes[which])
+        return found
+
     def _is_scaled(self, operand: str) -> bool:
         """Whether the options leave the operand's scale to us."""
         return bool(self.plan.options.get(_SWITCHES[kind(operand)], True))
 
     def _is_bad(self, site: Site) -> bool:
         return any(seen["error"] > MOST_ERROR for operand, seen in site.measured.items() if self._is_scaled(operand))
+
+
+def _rows(site: Site, operand: str) -> dict[str, tuple[int, int]]:
+    """What has scales of its own in an operand, by name: its dimension, and which of the site's `row_sizes` it has."""
+    if not site.row_sizes:
+        return {}
+    out = MATMULS[site.op].output_dim
+    return {
+        "x": {"x columns": (-1, 1)},
+        "weight": {"weight rows": (out, 0), "weight columns": (1 - out, 1)},
+        "gradient": {"gradient columns": (-1, 0)},
+    }[operand]
 
 
 def fall_back(module: nn.Module, plan: Plan, use: UseId, reason: str) -> None:
@@ -157,7 +205,7 @@ def fall_back(module: nn.Module, plan: Plan, use: UseId, reason: str) -> None:
     for site in plan.cast_sites:
         if site.use == use:
             site.format, site.format_reason = None, reason
-            site.operand_scales = {}
+            site.operand_scales, site.row_exponents = {}, {}
     casts.pop(use).scales = None
 
 

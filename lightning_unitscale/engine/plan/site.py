@@ -49,6 +49,9 @@ class Site:
         operands: what is cast: "x", "weight" and "gradient"; of attention's own products, the function's operands
             ("query", "key", "value"; "left", "right"; positions in an einsum) and "gradient".
         operand_scales: the powers of two before the casts of the operands; empty until measured.
+        row_sizes: numbers of outputs and of inputs, where rows of the operands have scales of their own; else empty.
+        row_exponents: the powers k of these scales 2^k: "x columns", "weight rows", "weight columns" and "gradient
+            columns", of the matrices x: (tokens, inputs), weight: (outputs, inputs), gradient: (tokens, outputs).
         measured: for each operand, what it was like when last measured (see `statistics.Statistics`): rms, largest,
             flushed, saturated, error.
     """
@@ -79,6 +82,8 @@ class Site:
     upcast: str = ""
     operands: list[str] = field(default_factory=lambda: list(OPERANDS))
     operand_scales: dict[str, float] = field(default_factory=dict)
+    row_sizes: list[int] = field(default_factory=list)
+    row_exponents: dict[str, list[int]] = field(default_factory=dict)
     measured: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def set_factors(self, key: str, factors: Sequence[Factor]) -> None:

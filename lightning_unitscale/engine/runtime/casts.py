@@ -61,15 +61,15 @@ class CastSite(ABC):
         if not self.site.operand_scales:
             return
         numbers = self._numbers(self.site.operand_scales)
-        if self.scales is None:
-            self.scales = {name: torch.tensor(number, dtype=torch.float32) for name, number in numbers.items()}
+        if self.scales is None or self.scales.keys() != numbers.keys():
+            self.scales = numbers
         else:
             for name, number in numbers.items():
-                self.scales[name].fill_(number)
+                self.scales[name].copy_(number)
 
     @abstractmethod
-    def _numbers(self, operand_scales: dict[str, float]) -> dict[str, float]:
-        """What `scales` holds, by name."""
+    def _numbers(self, operand_scales: dict[str, float]) -> dict[str, Tensor]:
+        """What `scales` holds, by name; float32, new tensors."""
 
     def _scales_on(self, device: torch.device) -> dict[str, Tensor]:
         assert self.scales is not None
@@ -90,11 +90,20 @@ class WeightCast(CastSite):
         self._weight = None
         super().update()
 
-    def _numbers(self, operand_scales: dict[str, float]) -> dict[str, float]:
-        x, weight, gradient = (operand_scales[operand] for operand in OPERANDS)
+    def _numbers(self, operand_scales: dict[str, float]) -> dict[str, Tensor]:
+        x, weight, gradient = (torch.tensor(operand_scales[operand], dtype=torch.float32) for operand in OPERANDS)
         factor = self.site.factors.get(self.site.params[0], 1.0)
-        numbers = (x, weight, gradient, factor / x, 1 / x, 1 / weight, factor / gradient)
-        return dict(zip(Scales._fields, numbers, strict=True))
+        if not self.site.row_exponents:
+            scales = Scales(x, weight, gradient, factor / x, 1 / x, 1 / weight, factor / gradient)
+        else:
+            rows = {name: _powers_of_two(k) for name, k in self.site.row_exponents.items()}
+            weight, x_columns = rows["weight rows"].t(), rows["x columns"]
+            of_weight, of_gradient = rows["weight columns"], rows["gradient columns"]
+            scales = Scales(
+                *(x, weight, gradient, factor / x, 1 / x_columns, 1 / weight, factor / gradient),
+                *(x_columns, of_weight, of_gradient, 1 / of_weight, factor / of_gradient),
+            )
+        return {name: scale for name, scale in scales._asdict().items() if scale is not None}
 
     def __call__(self, x: Tensor, weight: Tensor, products: Products) -> Tensor:
         """The product of the cast operands times the factor; see `ops.cast_product`."""
@@ -121,7 +130,7 @@ class WeightCast(CastSite):
             assert self.scales is not None
             with torch.no_grad():
                 cast = cast_for_products(
-                    weight, "weight", self.format, self.scales["weight"], products, backward=backward
+                    weight, "weight", self.format, Scales(**self.scales).of("weight"), products, backward=backward
                 )
             self._weight = _CachedCast(cast, _state(weight), backward)
         return self._weight
@@ -138,8 +147,8 @@ class AttentionCast(CastSite):
     What happens inside one function (the probabilities inside `F.scaled_dot_product_attention`) stays as it is.
     """
 
-    def _numbers(self, operand_scales: dict[str, float]) -> dict[str, float]:
-        return operand_scales
+    def _numbers(self, operand_scales: dict[str, float]) -> dict[str, Tensor]:
+        return {operand: torch.tensor(scale, dtype=torch.float32) for operand, scale in operand_scales.items()}
 
     def rounded(self, op: Matmul, call: FunctionCall) -> FunctionCall:
         """The call with its operands rounded to the format."""
@@ -214,6 +223,11 @@ def _count_steps() -> list[int]:
 
     register_optimizer_step_post_hook(count)
     return steps
+
+
+def _powers_of_two(exponents: list[int]) -> Tensor:
+    """(1, n), float32."""
+    return torch.ldexp(torch.ones(1, len(exponents), dtype=torch.float32), torch.tensor(exponents))
 
 
 def cast_sites(sites: list[Site]) -> dict[UseId, CastSite]:

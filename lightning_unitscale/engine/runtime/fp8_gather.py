@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.engine.plan.site import Site
+from lightning_unitscale.engine.record.keys import UseId
 from lightning_unitscale.engine.runtime.install import casts_in_force
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import FORMATS, cast
@@ -31,10 +32,13 @@ def gather_in_fp8(module: nn.Module) -> list[str]:
     """From now on, gather the sharded weights of a prepared module in FP8 where all their uses cast them to it.
 
     Args:
-        module: after `fully_shard`, with scales measured; a scale that is measured again holds from the next gather on.
+        module: after `fully_shard`, with scales measured, between two steps. A scale that is measured again holds from
+            the next gather on; where a site falls back to the compute dtype, its weight goes on with the last one. May
+            be called again.
 
     Returns:
-        The names of these weights. Others are gathered as they are: tied to an embedding, cast with several scales.
+        The names of these weights. Others are gathered as they are: tied to an embedding, cast with several scales or
+        with one for each row.
 
     Raises:
         UnitScalingError: no plan is in force on the module, or it is not sharded.
@@ -49,9 +53,24 @@ def gather_in_fp8(module: nn.Module) -> list[str]:
     found = []
     for name, fsdp_parameter in shards.items():
         site = _only_cast(module, name)
-        if site is not None:
+        is_gathered_so = hasattr(fsdp_parameter._sharded_local_tensor, "fsdp_pre_all_gather")
+        if site is not None and not is_gathered_so:
             _Gathered(site).attach(fsdp_parameter)
+        if site is not None or is_gathered_so:
             found.append(name)
+    return found
+
+
+def gathered_shards(module: nn.Module) -> dict[UseId, Tensor]:
+    """The shards of the weights that are gathered in FP8, by their uses, as the optimizer left them.
+
+    What products see of these weights is rounded already, so whoever measures a weight looks here.
+    """
+    found = {}
+    for name, fsdp_parameter in _shards(module).items():
+        site = _only_cast(module, name)
+        if site is not None and hasattr(fsdp_parameter._sharded_local_tensor, "fsdp_pre_all_gather"):
+            found[site.use] = fsdp_parameter._sharded_local_tensor
     return found
 
 
@@ -63,7 +82,7 @@ class _Gathered:
     """
 
     def __init__(self, site: Site) -> None:
-        self.site = site
+        self.site, self.scale = site, site.operand_scales["weight"]
 
     def attach(self, fsdp_parameter: Any) -> None:
         """Give them to the shard of a parameter."""
@@ -71,14 +90,18 @@ class _Gathered:
         padded = fsdp_parameter.padded_sharded_param_size
 
         def fsdp_pre_all_gather(mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> Any:
-            return (self.sent(shard, padded),), self.site.operand_scales["weight"]
+            self.scale = self.site.operand_scales.get("weight", self.scale)
+            return (self.sent(shard, padded),), self.scale
 
         shard.fsdp_pre_all_gather, shard.fsdp_post_all_gather = fsdp_pre_all_gather, self.gathered
         fsdp_parameter._init_extensions()
+        fsdp_parameter.all_gather_outputs = []  # those of gathers before had another dtype
+        if hasattr(fsdp_parameter, "_unsharded_param"):
+            del fsdp_parameter._unsharded_param
 
     def sent(self, shard: Tensor, padded: torch.Size) -> Tensor:
         """The bytes of ŵ, with zeros up to the size that all shards have."""
-        narrow = cast(shard, torch.float8_e4m3fn, self.site.operand_scales["weight"]).view(torch.uint8)
+        narrow = cast(shard, torch.float8_e4m3fn, self.scale).view(torch.uint8)
         whole = narrow.new_zeros(padded)
         whole[: len(narrow)] = narrow
         return whole
@@ -96,7 +119,10 @@ class _Gathered:
 
 
 def _shards(module: nn.Module) -> dict[str, Any]:
-    """What `fully_shard` keeps of each parameter, by name."""
+    """What `fully_shard` keeps of each parameter, by name; whatever is gathered now is let go."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found = {}
     for part in module.modules():
@@ -118,6 +144,7 @@ def _only_cast(module: nn.Module, name: str) -> Site | None:
         and site.format is not None
         and FORMATS[site.format].weight == torch.float8_e4m3fn
         and "weight" in site.operand_scales
+        and not site.row_exponents
     ]
     if not uses or len(casting) < len(uses) or len({site.operand_scales["weight"] for site in casting}) > 1:
         return None

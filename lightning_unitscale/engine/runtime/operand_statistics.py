@@ -82,6 +82,9 @@ class Accumulator:
         self.sums = counted if self.sums is None else self.sums + counted
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
 
+    def add_over_processes(self) -> None:
+        """Hold what all processes saw of what `add_over_processes` leaves out; all of them must ask."""
+
     def include(self, other: Accumulator) -> None:
         """Count in what another one saw, in this process or another."""
         if other.sums is None or other.largest is None:
@@ -124,5 +127,6 @@ def add_over_processes(accumulators: Sequence[Accumulator], device: torch.device
     dist.all_reduce(sums)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     for position, accumulator in enumerate(accumulators):
+        accumulator.add_over_processes()
         if sums[position, 0] > 0:
             accumulator.sums, accumulator.largest = sums[position], largest[position]

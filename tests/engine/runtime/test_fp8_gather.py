@@ -14,6 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_unitscale import Plan, UnitScalingError, unit_scale
+from lightning_unitscale.engine.checks.calibration import fall_back
 from lightning_unitscale.engine.runtime.fp8_gather import _shards, gather_in_fp8
 
 BATCH = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
@@ -80,6 +81,41 @@ def test_the_function_is_the_same_to_the_bit(group: Callable[[str], None]) -> No
 
     assert trained(sharded)[0] == trained(fully_shard)[0]
     assert gathered == CAST
+
+
+@pytest.mark.filterwarnings("ignore:unit scaling. this AdamW steps")
+def test_it_may_begin_in_the_middle_of_training(group: Callable[[str], None]) -> None:
+    """Of weights that were gathered as they are before; called twice it changes nothing."""
+    group("gloo")
+
+    def losses(begin: int) -> list[float]:
+        module, _ = prepared()
+        fully_shard(module, reshard_after_forward=False)
+        optimizer, found = torch.optim.AdamW(module.parameters(), lr=1e-2), []
+        for step in range(4):
+            if step >= begin:
+                assert gather_in_fp8(module) == CAST
+            optimizer.zero_grad()
+            loss = loss_of(module)
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    assert losses(begin=2) == losses(begin=9)
+
+
+@pytest.mark.filterwarnings("ignore:unit scaling")
+def test_a_site_that_falls_back_keeps_its_last_scale(group: Callable[[str], None]) -> None:
+    group("gloo")
+    module, plan = prepared()
+    fully_shard(module)
+    gather_in_fp8(module)
+    before = loss_of(module).item()
+    use = next(site.use for site in plan.cast_sites if site.params[0] == "up.weight")
+    fall_back(module, plan, use, "for a test")
+    assert loss_of(module).item() == pytest.approx(before, rel=0.05)
+    assert gather_in_fp8(module) == CAST
 
 
 def test_a_byte_an_element_is_sent_and_no_reduction_precedes_it(group: Callable[[str], None]) -> None:
