@@ -354,10 +354,11 @@ def test_fits_in_a_row_and_a_second_model_are_plain_loops(tmp_path: Path, scheme
     adamw, sgd = {"optimizer": "adamw"}, {"optimizer": "sgd", "lr": 0.05}
     first, second = model(**adamw), model(**sgd)
     loop.fit(first, batches(6))
+    loop.fit_loop.max_epochs = 2  # a Trainer goes on counting
     loop.fit(second, batches(6))
     for module, options in ((first, adamw), (second, sgd)):
         assert_same_weights(module, raw_loop(scheme, storage, range(6), **options))
-    loop.fit_loop.max_epochs = 2
+    loop.fit_loop.max_epochs = 3
     loop.fit(first, batches(6))  # under the same plan, with an optimizer of its own
     expected = raw_loop(scheme, storage, range(6))
     optimizer, plan = expected.configure_optimizers(), plan_of(expected)
