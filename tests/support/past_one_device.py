@@ -142,9 +142,11 @@ FEATURES: dict[str, tuple[Cell, ...]] = {
     "CUDA, NCCL": (*[ON_CUDA] * 8,),
 }
 FAULTS: dict[str, Cell] = {
-    "`ddp_spawn`, `ddp_fork`, `ddp_find_unused_parameters`": Cell(
-        "test_loading.*come_back_from_processes", note="the plan comes back"
+    "`ddp_spawn`": Cell(r"test_loading.*come_back_from_processes.*spawn\]", note="the plan comes back"),
+    "`ddp_spawn_find_unused_parameters_true`": Cell(
+        r"test_loading.*come_back.*unused_parameters_true\]", note="the same"
     ),
+    "`ddp_fork`": Cell(r"test_loading.*come_back_from_processes.*fork\]", note="the same"),
     "experts that one rank does not see": Cell(r"test_ddp.*are_one\[routed", note="DDP"),
     "kill -9, restart": Cell("test_faults.*killed", note="the same weights, bit for bit"),
     "a disk that is full": refused("test_faults.*full_disk", "“… could not be written …”; the one before stays"),
