@@ -183,7 +183,11 @@ class Lifecycle:
         self, strategy: Strategy, proceed: Callable[..., Any], model: nn.Module, optimizer: Optimizer, *args: Any
     ) -> Any:
         assert self.plan is not None
-        return self._optimizers.hand_over(proceed, model, optimizer, self.plan, _module_of(strategy))
+
+        def with_its_schedule(given: Optimizer) -> Any:  # without it Lightning would never step it
+            return proceed(model, given, *args)
+
+        return self._optimizers.hand_over(with_its_schedule, optimizer, self.plan, _module_of(strategy))
 
     def after_run(self) -> None:
         """Leave the strategy as it was.

@@ -64,17 +64,17 @@ class RunOptimizers:
         self._steps[optimizer] = plan, step
 
     def hand_over(
-        self, proceed: Callable[..., Any], model: nn.Module, optimizer: Optimizer, plan: Plan, module: nn.Module
-    ) -> Any:
+        self, proceed: Callable[[Optimizer], tuple[Any, Optimizer]], optimizer: Optimizer, plan: Plan, module: nn.Module
+    ) -> tuple[Any, Optimizer]:
         """Give DeepSpeed an optimizer whose groups have one multiplier each.
 
         Args:
-            proceed: makes an engine and its optimizer of a model and an optimizer.
+            proceed: makes an engine and its optimizer with an optimizer.
             module: what the plan is of.
         """
         if changes_steps(plan):
             optimizer = optimizer_for_engine(optimizer, plan, module, self._family_of(optimizer))
-        engine, made = proceed(model, optimizer)
+        engine, made = proceed(optimizer)
         self._steps[made] = plan, None
         return engine, made
 

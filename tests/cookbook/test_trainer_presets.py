@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
@@ -71,7 +72,7 @@ def test_slurm_gets_the_job_that_is_asked_for(tmp_path: Path) -> None:
 def command(folder: Path, *arguments: str) -> str:
     """What a user would see of the command on this machine without GPUs; the processes are its own."""
     root = Path(__file__).parents[2]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(root), str(root / "tests"), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "lightning_unitscale.cli", *arguments],
         cwd=folder,
@@ -124,3 +125,19 @@ def test_a_preset_trains_goes_on_and_its_checkpoint_is_read(tmp_path: Path, pres
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
     assert command(tmp_path, "inference", "model.path=rest/checkpoints/last.ckpt", "generation.max_new_tokens=4")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_preset_of_deepspeed_trains_and_goes_on(tmp_path: Path, stage: int) -> None:
+    """By a strategy that does not ask for a GPU."""
+    target = f"{{_target_: support.flattening.DeepSpeedOnCPU, stage: {stage}, logging_batch_size_per_gpu: 1}}"
+    where = ("trainer=deepspeed", f"trainer.strategy={target}", "trainer.devices=2")
+    settings = (*where, *SMALL, *BRIEF, "callbacks.learning_rate=null", "schedule.decay_steps=6")
+    whole = command(tmp_path, "pretrain", *settings, "trainer.max_steps=6", "hydra.run.dir=whole")
+    command(tmp_path, "pretrain", *settings, "trainer.max_steps=3", "hydra.run.dir=half")
+    rest = command(
+        *(tmp_path, "pretrain", "ckpt_path=half/checkpoints/last.ckpt", "trainer.max_steps=6", "hydra.run.dir=rest")
+    )
+    assert printed_loss(rest) == pytest.approx(printed_loss(whole), rel=1e-3)

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from pytorch_lightning.strategies import DDPStrategy
 from support.processes import run
-from support.training import Language, trainer
+from support.training import Wrapped, trainer
 from support.zoo import Batch, default_dtype, next_token_batch
 from support.zoo_modules import LoopExperts
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ def global_batch(step: int) -> Batch:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class Shared(Language):
+class Shared(Wrapped):
     """Each process takes its rows of the global batch, interleaved."""
 
     rows, tokens = ROWS, None
@@ -62,15 +63,20 @@ def train(
     storage: str,
     pieces: int = 1,
     strategy: Any = "auto",
+    world: int = 1,
     callback: bool = True,
     monitor: bool = False,
     format: str | None = None,
     scheme: str = "umup",
+    checkpointing: bool = False,
+    compiled: bool = False,
+    **options: Any,
 ) -> Shared:
     """`STEPS` steps on the global batches; each cut into `pieces` that are accumulated."""
     with default_dtype(torch.float64):
         torch.manual_seed(0)
         module = cls(batch_norm=False, optimizer="sgd", lr=0.05)
+        module.checkpointing, module.compiled = checkpointing, compiled
         data = []
         for step in range(STEPS):
             batch = global_batch(step)
@@ -81,55 +87,92 @@ def train(
             *([UnitScaling(scheme, storage=storage, format=format)] if callback else []),
             *([ScaleMonitor(2, folder=folder)] if monitor else []),
             strategy=strategy,
-            devices=2 if isinstance(strategy, DDPStrategy) else 1,
+            devices=world,
             use_distributed_sampler=False,
             accumulate_grad_batches=pieces,
             max_steps=STEPS,
+            **options,
         )
         loop.fit(module, DataLoader(data, batch_size=None))
     return module
 
 
-IN_TWO: dict[str, tuple[type[Shared], str, Callable[[], DDPStrategy], bool]] = {
-    "callback-fp8": (Shared, "unit", DDPStrategy, True),
-    "callback-folded": (Shared, "folded", DDPStrategy, True),
-    "callback-unit": (Shared, "unit", DDPStrategy, True),
-    "amax-unit": (Shared, "unit", DDPStrategy, True),
-    "strategy-unit": (Shared, "unit", lambda: UnitScalingDDPStrategy(storage="unit"), False),
-    "routed-folded": (Routed, "folded", lambda: UnitScalingDDPStrategy(find_unused_parameters=True), False),
-    "routed-unit": (Routed, "unit", lambda: DDPStrategy(find_unused_parameters=True), True),
+@dataclass(frozen=True)
+class Way:
+    """How two processes train.
+
+    Attributes:
+        callback: beside the strategy.
+        options: of `UnitScaling`.
+        habits: of the training around it.
+    """
+
+    storage: str
+    cls: type[Shared] = Shared
+    strategy: Callable[[], DDPStrategy] = DDPStrategy
+    callback: bool = True
+    options: dict[str, str] = field(default_factory=dict)
+    habits: dict[str, Any] = field(default_factory=dict)
+
+    def train(self, folder: Path, strategy: Any = "auto", world: int = 1, *, callback: bool = True) -> Shared:
+        """In this process; by itself, unless there is a strategy."""
+        return train(self.cls, folder, self.storage, 1, strategy, world, callback, **{**self.options, **self.habits})
+
+
+IN_TWO: dict[str, Way] = {
+    "callback-fp8": Way("unit", options={"format": "fp8"}),
+    "callback-bf16": Way("unit", options={"format": "bf16"}),
+    "callback-folded": Way("folded"),
+    "callback-unit": Way("unit"),
+    "preserve-folded": Way("folded", options={"scheme": "preserve"}),
+    "amax-unit": Way("unit", options={"scheme": "amax"}),
+    "strategy-unit": Way("unit", strategy=lambda: UnitScalingDDPStrategy(storage="unit"), callback=False),
+    "routed-folded": Way("folded", Routed, lambda: UnitScalingDDPStrategy(find_unused_parameters=True), callback=False),
+    "routed-unit": Way("unit", Routed, lambda: DDPStrategy(find_unused_parameters=True)),
+    "clipped-unit": Way("unit", habits={"gradient_clip_val": 0.05}),
+    "checkpointed-unit": Way("unit", habits={"checkpointing": True}),
+    "compiled-unit": Way("unit", habits={"compiled": True}),
 }
+BY_NIGHT = ("callback-bf16", "preserve-folded", "clipped-unit", "checkpointed-unit", "compiled-unit")
+IN_FOUR = ("callback-folded", "callback-unit", "callback-bf16")
 
 
-def format_of(name: str) -> str | None:
-    return "fp8" if name.endswith("fp8") else None
-
-
-def scheme_of(name: str) -> str:
-    return "amax" if name.startswith("amax") else "umup"
-
-
-def one_of_two(folder: str) -> None:
-    """Runs in each of the two processes."""
+def one_of_several(folder: str, world: str, names: str) -> None:
+    """Runs in each of the processes."""
     rank = os.environ["LOCAL_RANK"]
-    for name, (cls, storage, strategy, callback) in IN_TWO.items():
-        options: dict[str, Any] = {"format": format_of(name), "scheme": scheme_of(name)}
-        module = train(cls, Path(folder), storage, strategy=strategy(), callback=callback, **options)
+    for name in names.split(","):
+        way = IN_TWO[name]
+        module = way.train(Path(folder), way.strategy(), int(world), callback=way.callback)
         plan = plan_of(module)
         assert plan is not None
 
         result = {"losses": module.losses, "weights": weights_of(module), "plan": plan.to_dict()}
         torch.save(result, Path(folder, f"{name}-{rank}.pt"))
-    monitored = train(Shared, Path(folder), "unit", strategy=DDPStrategy(), monitor=True)
-    torch.save(monitored.losses, Path(folder, f"monitored-{rank}.pt"))
+    if "callback-unit" in names and world == "2":  # which it is compared with
+        monitored = train(Shared, Path(folder), "unit", strategy=DDPStrategy(), world=2, monitor=True)
+        torch.save(monitored.losses, Path(folder, f"monitored-{rank}.pt"))
     torch.distributed.destroy_process_group()  # Lightning leaves it, and its threads may abort the interpreter's exit
+
+
+def in_processes(world: int, names: Iterable[str], folders: pytest.TempPathFactory) -> Path:
+    folder = folders.mktemp("processes")
+    run(world, "doors.test_ddp:one_of_several", folder, world, ",".join(names), seconds=600)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def in_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
-    run(2, "doors.test_ddp:one_of_two", folder)
-    return folder
+    return in_processes(2, (name for name in IN_TWO if name not in BY_NIGHT), tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def in_two_by_night(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return in_processes(2, BY_NIGHT, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def in_four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return in_processes(4, IN_FOUR, tmp_path_factory)
 
 
 def assert_close(
@@ -154,22 +197,37 @@ def started(module: Shared) -> dict[str, Tensor]:
         return weights_of(type(module)(batch_norm=False))
 
 
-@pytest.mark.parametrize("name", IN_TWO)
-def test_two_processes_are_one(tmp_path: Path, in_two: Path, name: str) -> None:
-    cls, storage, _, _ = IN_TWO[name]
-    scheme = scheme_of(name)
-    whole = train(cls, tmp_path, storage, format=format_of(name), scheme=scheme)
-    halves = [torch.load(in_two / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
-    one, other = (what_it_does(half["plan"]) for half in halves)
-    assert one == other
-    assert halves[0]["losses"] != halves[1]["losses"]
-    for half in halves:
+def check(tmp_path: Path, folder: Path, name: str, world: int) -> None:
+    way = IN_TWO[name]
+    whole = way.train(tmp_path)
+    parts = [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(world)]
+    one, *others = (what_it_does(part["plan"]) for part in parts)
+    assert all(other == one for other in others)
+    assert parts[0]["losses"] != parts[1]["losses"]
+    for part in parts:
         # Divided by its own scale, the key's bias's gradient, which is rounding and nothing else, is a whole step.
-        noise = "block.attention.k.bias" if scheme == "amax" else ""
-        assert_close(half["weights"], weights_of(whole), started(whole), noise)
-        assert all(torch.equal(value, halves[0]["weights"][key]) for key, value in half["weights"].items())
-    means = [(one + other) / 2 for one, other in zip(halves[0]["losses"], halves[1]["losses"], strict=True)]
+        noise = "block.attention.k.bias" if way.options.get("scheme") == "amax" else ""
+        assert_close(part["weights"], weights_of(whole), started(whole), noise)
+        assert all(torch.equal(value, parts[0]["weights"][key]) for key, value in part["weights"].items())
+    means = [sum(losses) / world for losses in zip(*(part["losses"] for part in parts), strict=True)]
     assert means == pytest.approx(whole.losses, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in IN_TWO if name not in BY_NIGHT])
+def test_two_processes_are_one(tmp_path: Path, in_two: Path, name: str) -> None:
+    check(tmp_path, in_two, name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_NIGHT)
+def test_two_processes_are_one_by_night(tmp_path: Path, in_two_by_night: Path, name: str) -> None:
+    check(tmp_path, in_two_by_night, name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_FOUR)
+def test_four_processes_are_one(tmp_path: Path, in_four: Path, name: str) -> None:
+    check(tmp_path, in_four, name, 4)
 
 
 def test_the_first_tokens_go_to_different_experts() -> None:

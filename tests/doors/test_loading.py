@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from support.fresh_python import run_python
 from support.training import Language, assert_same_state, batches, build, fit, trainer
 from support.zoo import Batch, next_token_batch
 from support.zoo_modules import VOCAB
@@ -372,17 +373,32 @@ def test_preserve_does_not_take_the_place_of_explicit_factors(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("storage", "strategy"), [("folded", "ddp_spawn"), ("unit", "ddp_spawn"), ("folded", "unitscale_ddp_spawn")]
+    ("storage", "strategy"),
+    [
+        ("folded", "ddp_spawn"),
+        ("unit", "ddp_spawn"),
+        ("folded", "unitscale_ddp_spawn"),
+        ("folded", "unitscale_ddp_spawn_find_unused_parameters_true"),
+        ("unit", "ddp_fork"),
+        ("folded", "unitscale_ddp_fork"),
+    ],
 )
 def test_weights_and_plan_come_back_from_processes_that_were_started(
     tmp_path: Path, storage: str, strategy: str
 ) -> None:
+    # In a fresh interpreter: the fork of one in which other tests have left threads may wait for them for ever.
+    code = "import sys; from doors import test_loading; test_loading.come_back(*sys.argv[1:])"
+    run_python("-c", code, tmp_path, storage, strategy)
+
+
+def come_back(folder: str, storage: str, strategy: str) -> None:
     """Both processes see the same batches, so the run is that of one process."""
+    torch.set_num_threads(1)
     callbacks = [] if strategy.startswith("unitscale") else [UnitScaling(storage=storage)]
     options = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
     module = build(batch_norm=False)
-    trainer(tmp_path, *callbacks, max_steps=4, **options).fit(module, batches())
-    alone = fit(tmp_path, UnitScaling(storage=storage), module=build(batch_norm=False), max_steps=4)
+    trainer(folder, *callbacks, max_steps=4, **options).fit(module, batches())
+    alone = fit(folder, UnitScaling(storage=storage), module=build(batch_norm=False), max_steps=4)
     assert loss_of(module) == pytest.approx(loss_of(alone), rel=1e-5)
     assert loss_of(module) != loss_of(build(batch_norm=False))
     assert all(callback.plan is plan_of(module) for callback in callbacks)

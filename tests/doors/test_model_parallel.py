@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import pytest
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
 from support.processes import run
-from support.training import Language, trainer
+from support.training import Wrapped, trainer
 from support.zoo import Batch, default_dtype, next_token_batch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.tensor import DTensor, Replicate, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
 from lightning_unitscale import ScaleMonitor, UnitScaling, UnitScalingError
@@ -33,26 +32,44 @@ def global_batch(step: int) -> Batch:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class Spread(Language):
+class Replicated(ParallelStyle):
+    """A layer that is not split, its weights DTensors all the same: what a norm over all gradients asks for."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def spread(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            return tuple(DTensor.from_local(value, mesh, [Replicate()], run_check=False) for value in inputs)
+
+        def local(_: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+            return output.to_local(grad_placements=[Replicate()])
+
+        return distribute_module(module, device_mesh, None, spread, local)
+
+
+SPLIT = {
+    "block.mlp.0": ColwiseParallel(),
+    "block.mlp.2": RowwiseParallel(),
+    "head": ColwiseParallel(output_layouts=Replicate()),
+}
+NOT_SPLIT = (
+    "embedding",
+    "norm",
+    *(f"block.{n}" for n in ("norm1", "norm2", *(f"attention.{p}" for p in ("q", "k", "v", "out")))),
+)
+
+
+class Spread(Wrapped):
     """Sharded and split over whatever processes the strategy has; each data-parallel rank takes its rows."""
 
-    checkpointing = compiled = False
+    all_dtensors = False  # also the weights that are not split
 
     def configure_model(self) -> None:
-        if self.compiled:
-            self.block.compile(backend="aot_eager")
-        if self.checkpointing:
-            self.block.forward = partial(checkpoint, self.block.forward, use_reentrant=False)
+        super().configure_model()
         mesh = getattr(self, "device_mesh", None)
         if mesh is None:
             return  # one process
         if mesh["tensor_parallel"].size() > 1:
-            plan = {
-                "block.mlp.0": ColwiseParallel(),
-                "block.mlp.2": RowwiseParallel(),
-                "head": ColwiseParallel(output_layouts=Replicate()),
-            }
-            parallelize_module(self, mesh["tensor_parallel"], plan)
+            others = {name: Replicated() for name in NOT_SPLIT} if self.all_dtensors else {}
+            parallelize_module(self, mesh["tensor_parallel"], {**SPLIT, **others})
         if mesh["data_parallel"].size() > 1:
             for part in (self.embedding, self.block, self.norm, self.head):
                 fully_shard(part, mesh=mesh["data_parallel"])
@@ -85,13 +102,14 @@ def train(
     optimizer: str = "adamw",
     checkpointing: bool = False,
     compiled: bool = False,
+    all_dtensors: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """`steps` steps on the global batches; what one process saw of it, with whole weights."""
     with default_dtype(dtype):
         torch.manual_seed(0)
         module = Spread(batch_norm=False, optimizer=optimizer, lr=1e-2)
-        module.checkpointing, module.compiled = checkpointing, compiled
+        module.checkpointing, module.compiled, module.all_dtensors = checkpointing, compiled, all_dtensors
         begun = HALF if resume else 0  # a resumed epoch begins its loader anew
         data = [
             {name: value.chunk(pieces)[piece] for name, value in global_batch(step).items()}
@@ -133,7 +151,7 @@ CASES: dict[str, dict[str, Any]] = {
 HABITS: dict[str, dict[str, Any]] = {  # of the training around it
     "plain": {},
     "sgd": {"optimizer": "sgd"},
-    "clipped": {"pieces": 2, "gradient_clip_val": 0.05},
+    "clipped": {"pieces": 2, "gradient_clip_val": 0.05, "all_dtensors": True},
     "checkpointed": {"checkpointing": True},
     "compiled": {"compiled": True},
 }
@@ -167,9 +185,18 @@ def save_and_resume(folder: str, how: str, world: str, stage: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def monitored(folder: str) -> None:
-    monitor = ScaleMonitor(2, folder=Path(folder) / "two")
-    train(Path(folder), ModelParallelStrategy(**mesh_of("fsdp", 2)), 2, UnitScaling(), monitor)
+def monitored(folder: str, how: str, world: str) -> None:
+    monitor = ScaleMonitor(2, folder=Path(folder) / "several")
+    train(Path(folder), ModelParallelStrategy(**mesh_of(how, int(world))), int(world), UnitScaling(), monitor)
+    torch.distributed.destroy_process_group()
+
+
+def clipped_by_torch(folder: str, prepared: str) -> None:
+    """Weights that are split beside ones that are not."""
+    callbacks = [UnitScaling()] if prepared else []
+    with pytest.raises(RuntimeError) as refusal:
+        train(Path(folder), ModelParallelStrategy(**mesh_of("tp", 2)), 2, *callbacks, gradient_clip_val=0.05)
+    Path(folder, f"refusal-{os.environ['LOCAL_RANK']}").write_text(str(refusal.value))
     torch.distributed.destroy_process_group()
 
 
@@ -239,15 +266,22 @@ EVERYTHING = ",".join([
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["fsdp", "tp"])
-def test_two_processes_are_one_in_every_way(tmp_path: Path, how: str) -> None:
-    check(tmp_path, how, 2, EVERYTHING if how == "fsdp" else EVERYTHING.replace(",unit/clipped", ""))
+@pytest.mark.parametrize(("how", "world"), [("fsdp", 2), ("tp", 2), ("both", 4)])
+def test_processes_are_one_in_every_way(tmp_path: Path, how: str, world: int) -> None:
+    check(tmp_path, how, world, EVERYTHING)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["fsdp", "tp", "both"])
+@pytest.mark.parametrize("how", ["fsdp", "tp"])
 def test_four_processes_are_one(tmp_path: Path, how: str) -> None:
     check(tmp_path, how, 4, "folded/plain,unit/plain,bf16/plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prepared", ["", "prepared"])
+def test_torch_takes_no_norm_over_split_and_whole_weights(tmp_path: Path, prepared: str) -> None:
+    run(2, "doors.test_model_parallel:clipped_by_torch", tmp_path, prepared)
+    assert "mixed torch.Tensor and DTensor" in (tmp_path / "refusal-0").read_text()
 
 
 @pytest.mark.slow
@@ -263,14 +297,15 @@ def test_a_run_goes_on_in_other_numbers(tmp_path: Path, how: str, first: int, th
 
 
 @pytest.mark.slow
-def test_the_monitor_sees_all_ranks(tmp_path: Path) -> None:
-    run(2, "doors.test_model_parallel:monitored", tmp_path)
+@pytest.mark.parametrize(("how", "world"), [("fsdp", 2), ("tp", 2), ("both", 4)])
+def test_the_monitor_sees_all_ranks(tmp_path: Path, how: str, world: int) -> None:
+    run(world, "doors.test_model_parallel:monitored", tmp_path, how, world)
     train(tmp_path, "auto", 1, UnitScaling(), ScaleMonitor(2, folder=tmp_path / "one"))
-    one, two = (Snapshot.read(tmp_path / place / "monitor.jsonl") for place in ("one", "two"))
-    assert [snapshot.step for snapshot in two] == [snapshot.step for snapshot in one]
-    for alone, together in zip(one, two, strict=True):
+    one, several = (Snapshot.read(tmp_path / place / "monitor.jsonl") for place in ("one", "several"))
+    assert [snapshot.step for snapshot in several] == [snapshot.step for snapshot in one]
+    shares = mesh_of(how, world)["data_parallel_size"]  # each rank's loss is a mean over such a part of the rows
+    for alone, together in zip(one, several, strict=True):
         seen = {(m.parameter, m.operand): m.unscaled.rms for m in together.measurements}
         for measurement in alone.measurements:
-            halved = 2.0 if measurement.operand == "gradient" else 1.0  # each rank's loss is a mean over half the rows
-            expected = measurement.unscaled.rms * halved
+            expected = measurement.unscaled.rms * (shares if measurement.operand == "gradient" else 1)
             assert seen[measurement.parameter, measurement.operand] == pytest.approx(expected, rel=1e-4)

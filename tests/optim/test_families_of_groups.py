@@ -6,50 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.muon_and_adam import NS, MuonAndAdam
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim._muon import muon
 
 from lightning_unitscale import UnitScalingError, scale_learning_rates, unit_scale
 from lightning_unitscale.optim.families import family_of_group, optimizer_family
 
 BATCH = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
 CLASSES = torch.arange(32) % 4
-NS = {"ns_coefficients": (3.4445, -4.775, 2.0315), "ns_steps": 5, "eps": 1e-7, "adjust_lr_fn": None}
-
-
-class TwoFamilies(torch.optim.Optimizer):
-    """Groups say `use_muon`, as those of the class that Muon was published with do."""
-
-    def __init__(self, groups: list[dict[str, Any]]) -> None:
-        super().__init__(groups, {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-8})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if group.get("use_muon"):
-                    buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
-                    options = {"lr": group["lr"], "weight_decay": group["weight_decay"], "momentum": 0.95}
-                    muon(
-                        *([parameter], [parameter.grad], [buffer]),
-                        **{**options, **NS, "nesterov": True, "has_complex": False},
-                    )
-                else:
-                    self._adamw(parameter, state, group)
-
-    @staticmethod
-    def _adamw(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        first, second = (state.setdefault(name, torch.zeros_like(parameter)) for name in ("m", "v"))
-        count = state["count"] = state.get("count", 0) + 1
-        gradient = parameter.grad
-        assert gradient is not None
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        first.lerp_(gradient, 0.1)
-        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        size = (second / (1 - 0.999**count)).sqrt() + group["eps"]
-        parameter.addcdiv_(first / (1 - 0.9**count), size, value=-group["lr"])
 
 
 def prepared() -> tuple[nn.Module, Any]:
@@ -85,7 +50,7 @@ def halves(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 )
 def test_groups_of_two_families_step_as_two_optimizers_do(says: tuple[dict[str, Any], dict[str, Any]]) -> None:
     module, plan = prepared()
-    one = TwoFamilies([{"params": part, **said} for part, said in zip(halves(module), says, strict=True)])
+    one = MuonAndAdam([{"params": part, **said} for part, said in zip(halves(module), says, strict=True)])
     scale_learning_rates(one, plan)
     together = train(module, one)
 
@@ -103,8 +68,8 @@ def test_groups_of_two_families_step_as_two_optimizers_do(says: tuple[dict[str, 
 
 def test_groups_that_say_nothing_are_refused_and_told_what_to_say() -> None:
     module, plan = prepared()
-    with pytest.raises(UnitScalingError, match=r'TwoFamilies needs.*"optimizer_family" in each parameter group'):
-        scale_learning_rates(TwoFamilies([{"params": part} for part in halves(module)]), plan)
+    with pytest.raises(UnitScalingError, match=r'MuonAndAdam needs.*"optimizer_family" in each parameter group'):
+        scale_learning_rates(MuonAndAdam([{"params": part} for part in halves(module)]), plan)
 
 
 def test_a_family_that_there_is_not_is_refused() -> None:
@@ -117,4 +82,4 @@ def test_dion_names_its_algorithm() -> None:
 
 
 def test_the_family_of_the_optimizer_is_that_of_its_first_group() -> None:
-    assert optimizer_family(TwoFamilies([{"params": [nn.Parameter(torch.ones(2, 2))], "use_muon": True}])) == "muon"
+    assert optimizer_family(MuonAndAdam([{"params": [nn.Parameter(torch.ones(2, 2))], "use_muon": True}])) == "muon"

@@ -1,6 +1,7 @@
 """A LightningModule, its data and a quiet Trainer, for the tests that train."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from support.zoo import Batch, next_token_batch
@@ -83,6 +85,18 @@ class Language(pl.LightningModule):
             return optimizer
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=100)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Wrapped(Language):
+    """Its block is compiled, or keeps no activations, where that is asked for."""
+
+    checkpointing = compiled = False
+
+    def configure_model(self) -> None:
+        if self.compiled:
+            self.block.compile(backend="aot_eager")
+        if self.checkpointing:
+            self.block.forward = partial(checkpoint, self.block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 class ByStep(Language):

@@ -7,7 +7,7 @@ import copyreg
 import operator
 import types
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -166,8 +166,8 @@ class Copies:
             twin = self._remember(value, [])
             twin.extend(map(self._copy, value))
             return twin
-        if cls is dict:
-            twin = self._remember(value, {})
+        if cls is dict or (cls is OrderedDict and not vars(value)):  # of which each module has ten, most of them empty
+            twin = self._remember(value, cls())
             twin.update((self._copy(key), self._copy(item)) for key, item in value.items())
             return twin
         if cls is tuple:

@@ -49,8 +49,11 @@ def largest(tensor: Tensor) -> float:
     """The largest magnitude of a tensor's elements; 0 as for `rms`."""
     if not (tensor.is_floating_point() or tensor.is_complex()) or not is_readable(tensor):
         return 0.0
-    part = part_of(tensor.detach()).abs()
-    return float(over_parts(part.amax() if part.numel() else part.new_zeros(()), tensor, dist.ReduceOp.MAX))
+    part = part_of(tensor.detach())
+    if part.is_complex():
+        part = part.abs()
+    found = torch.maximum(part.amax(), -part.amin()) if part.numel() else part.new_zeros(())
+    return float(over_parts(found, tensor, dist.ReduceOp.MAX))
 
 
 def is_readable(tensor: Tensor) -> bool:
