@@ -79,6 +79,9 @@ CASTS = frozenset({
 })  # fmt: skip
 PASSTHROUGH = VIEWS | CASTS
 
+# Which numbers of their first input they take, another one says.
+PICKS = frozenset({"getitem", "index_select", "gather", "take_along_dim", "masked_select"})
+
 # Degree one in their tensor input, though not the same numbers: a constant passes through them.
 HOMOGENEOUS = frozenset({
     "neg", "sum", "mean", "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
