@@ -183,7 +183,14 @@ def test_one_parameter_for_both_is_left_alone_with_the_two_places() -> None:
 
 
 def test_an_expert_that_did_not_run_has_its_noise_followed_like_one_that_did() -> None:
-    net, plan = prepared(one_expert, "unit")
+    _, plan = prepared(one_expert, "unit")
     assert plan.parameters["experts.2.weight"].role == "hidden"
     assert plan.followed_with_others["experts.2.weight"] == plan.followed_with_others["experts.0.weight"]
     assert Plan.from_dict(plan.to_dict()).followed_with_others == plan.followed_with_others
+
+
+def test_what_is_added_to_rows_that_were_looked_up_is_a_position() -> None:
+    _, plan = prepared(one_function_twice, "unit")
+    assert plan.parameters["position"].role == "position"
+    _, plan = prepared(masked_beside_gain, "unit")
+    assert plan.parameters["gain"].reason.startswith("multiplies activations")

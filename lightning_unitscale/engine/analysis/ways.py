@@ -1,8 +1,8 @@
 """In which ways functions make weights of parameters: what is followed while the model runs.
 
-A running step does not know which tensors are constants. So `w + noise`, which is a weight, and `x + position`, which is
-an activation, are told apart by whose they are: the recorded step has seen which parameters make weights together with
-other tensors, and in which ways. A parameter that goes both ways through one function is left alone.
+A running step does not know which tensors are constants. So `w + noise`, a weight, and `x + position`, an activation,
+are told apart by whose they are: the recorded step has seen which parameters make weights together with other tensors,
+and in which ways. A parameter that goes both ways through one function is left alone.
 """
 
 from __future__ import annotations
