@@ -23,8 +23,8 @@ def _apply(cls: type, *args: Any) -> Any:
     return _runners[-1](cls, super(_SingleLevelFunction, cls).apply, args)  # type: ignore[misc]  # Function's C++ base has it
 
 
-# What stands on the Python stack between code that the backward pass runs again, or never, and what called it: a watched
-# Function, and a checkpoint. Methods in between open their frames again; a closure of the method around does not.
+# What stands on the Python stack between code that the backward pass runs again, or never, and what called it: a
+# watched Function, a checkpoint. Methods in between open their frames again; a closure of the method around does not.
 RUN_ASIDE = frozenset({_apply.__code__, inspect.unwrap(checkpoint).__code__})
 
 
