@@ -74,9 +74,9 @@ def functions_named(name: str) -> tuple[Callable[..., Any], ...]:
     own = MATMULS[name].functions if name in MATMULS else ()
     library, operator = COMPILED_FOR.get(name, ("", ""))
     registered = getattr(getattr(torch.ops, library), operator, None) if library else None
-    packet, _, overload = name.partition(".")  # as TorchScript calls them
-    if overload:
-        registered = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if "." in name:  # an operator, as TorchScript calls those of torch, or of a library
+        *namespace, packet, overload = name.split(".")
+        registered = getattr(getattr(getattr(torch.ops, *(namespace or ["aten"])), packet, None), overload, None)
     return (*functions_by_name().get(name, ()), *own, *([registered] if registered is not None else []))
 
 

@@ -1,7 +1,7 @@
 """The torch functions the engine knows, by what they do to the scale of a tensor.
 
 A function is called by its short name: `torch.add`, `Tensor.add`, `+` and `+=` are all `add`;
-an attribute such as `.T` is called by its own name.
+an attribute such as `.T` is called by its own name, an operator of a library with its namespace: `lib.linear.default`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.overrides
+from torch._ops import OpOverload
 
 _ALIASES = {
     "__add__": "add", "__radd__": "add", "__iadd__": "add", "add_": "add",
@@ -35,6 +36,8 @@ _ALIASES = {
 def short_name(function: Callable[..., Any]) -> str:
     """The short name of a torch function as `__torch_function__` receives it."""
     name = getattr(function, "__name__", type(function).__name__)
+    if isinstance(function, OpOverload) and function.namespace != "aten":  # of a library, or the user's own
+        return f"{function.namespace}.{name}"
     if name in ("__get__", "__set__"):
         owner = getattr(function.__self__, "__name__", "property")  # type: ignore[attr-defined]  # a slot
         return owner if name == "__get__" else f"set_{owner}"
@@ -78,6 +81,9 @@ CASTS = frozenset({
     "alpha_dropout", "native_dropout", "pad", "constant_pad_nd", "nan_to_num", "resolve_conj", "resolve_neg",
 })  # fmt: skip
 PASSTHROUGH = VIEWS | CASTS
+
+# Which numbers of their first input they take, another one says.
+PICKS = frozenset({"getitem", "index_select", "gather", "take_along_dim", "masked_select"})
 
 # Degree one in their tensor input, though not the same numbers: a constant passes through them.
 HOMOGENEOUS = frozenset({

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from math import prod
 
 from torch import nn
 
 from lightning_unitscale.engine.analysis.readings import find_readings
 from lightning_unitscale.engine.analysis.roles import Use, find_uses, primary_use
 from lightning_unitscale.engine.analysis.structure import Structure
+from lightning_unitscale.engine.analysis.ways import find_ways
 from lightning_unitscale.engine.plan.factors import Factor, averaged
 from lightning_unitscale.engine.plan.parameter_plan import FROZEN, UNUSED, ParameterPlan
 from lightning_unitscale.engine.plan.plan import FramePlan, Plan
 from lightning_unitscale.engine.plan.site import READING, Site
-from lightning_unitscale.engine.record.keys import ParameterKey, UseId, way_of
+from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Place
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import MATMULS
@@ -32,6 +32,7 @@ class Draft:
     Attributes:
         structure: of the recorded step.
         readings: what the step reads of parameters beside their uses.
+        ways: in which functions make weights of parameters.
         uses: every use of every parameter.
         by_hand: what the model scales itself, with our blocks.
         left_alone: parameters that nothing may be done to, with the reason.
@@ -56,6 +57,7 @@ class Draft:
         self.overrides = overrides_by_parameter(module, trace, options)
         self.readings = find_readings(self.structure)
         self.uses = find_uses(self.structure, self.readings)
+        self.ways = find_ways(trace, self.readings)
         override_roles(self.uses.values(), self.structure, options)
         self.roles = self._roles()
         as_they_are = {} if homeless is None else {**self.readings.left_alone, **homeless}
@@ -87,7 +89,7 @@ class Draft:
         cast = self.casting.decide_attention(self.structure, plan.sites)
         plan.frames = [FramePlan(*frame, keys) for frame, keys in self.trace.touched.items() if keys]
         self._count_in_frames(plan, [*free_sites, *cast])
-        plan.followed = sorted({_way(call) for call in self.trace.calls if call.outputs and call.outputs[0].parameters})
+        plan.followed, plan.followed_with_others = self.ways.alone, self.ways.with_others
         return plan
 
     def _roles(self) -> dict[str, str]:
@@ -108,6 +110,8 @@ class Draft:
                 reasons[name] = self.by_hand.weights[name]
             elif name in self.trace.in_transforms:
                 reasons[name] = self.readings.left_alone[name]
+            elif name in self.ways.ambiguous:
+                reasons[name] = self.ways.ambiguous[name]
             elif self.roles[name] in LEFT_ALONE_ROLES:
                 hidden = self.roles[name] == "unused" and self.trace.transformed
                 reasons[name] = IN_TRANSFORM if hidden else LEFT_ALONE_ROLES[self.roles[name]]
@@ -221,9 +225,3 @@ def operand_rms(call: Call) -> dict[str, float]:
     operands = MATMULS[call.name].operands(call)
     found = {label: v.rms for label, v in operands.items() if isinstance(v, Value) and v.rms is not None and v.is_float}
     return {**found, "output": call.output.rms} if call.output.rms is not None else found
-
-
-def _way(call: Call) -> str:
-    """How a call makes a weight of parameters, see `way_of`."""
-    sizes = [(prod(value.shape), bool(value.parameters)) for value in call.inputs if value.is_float]
-    return way_of(call.name, [size for size, made in sizes if made], [size for size, made in sizes if not made])

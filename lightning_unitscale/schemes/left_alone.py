@@ -16,7 +16,10 @@ IN_TRANSFORM = (
     "used by no torch call that could be followed: torch.func (vmap, grad, functional_call) runs the model on tensors "
     "of its own"
 )
-IN_FUNCTION = "inside a hand-written autograd.Function, whose backward pass would not see it"
+IN_FUNCTION = (
+    "inside a hand-written autograd.Function, or a checkpointed function that is no method, whose backward pass would "
+    "not see it"
+)
 
 
 def no_place(call: Call) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from lightning_unitscale.engine.analysis.loss_path import deciding_calls, learned_calls
+from lightning_unitscale.engine.analysis.loss_path import deciding_calls, learned_calls, uses
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.ops.convolution import Convolution
@@ -21,6 +21,7 @@ from lightning_unitscale.ops.torch_functions import (
     NORMALIZERS,
     NORMS,
     PASSTHROUGH,
+    PICKS,
     VIEWS,
 )
 
@@ -303,7 +304,8 @@ class Graph:
         found: set[int] = set()
         for call in self.calls:
             above = (value.producer for value in call.inputs)
-            if self.is_site(call) or call in self.norms or any(c is not None and c.index in found for c in above):
+            begins = self.is_site(call) or call in self.norms or (call.name in PICKS and bool(uses(call)))
+            if begins or any(c is not None and c.index in found for c in above):
                 found.add(call.index)
         return found
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_unitscale.engine.plan.parameter_plan import FROZEN
 from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.engine.plan.rename import renamed_site
+from lightning_unitscale.engine.plan.rename import follow_renamed, renamed_site
 from lightning_unitscale.engine.plan.siblings import like
 from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.places import Frame
@@ -104,6 +104,7 @@ def _replace(plan: Plan, original: str, copy: str) -> None:
         if copied or renamed(where) != where:
             known = plan.frame_plan(Frame(renamed(where), method)).keys
             known.extend(key for key in copied if key not in known)
+    follow_renamed(plan, renamed)
 
 
 def _is_of(site: Site, module: str) -> bool:

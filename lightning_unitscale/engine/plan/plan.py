@@ -62,8 +62,10 @@ class Plan:
         parameters: by name.
         sites: every matmul-like call and every other place with a factor.
         frames: where parameters, or what is made of them, are handed to torch functions, and parameter-free sites are.
-        followed: the ways in which functions made weights out of parameters (views, casts, weight norm), see
-            `engine.record.keys.way_of`; plans of earlier versions have the functions' short names alone.
+        followed: the ways in which functions made weights out of parameters alone (views, casts, weight norm), see
+            `engine.record.keys.way_of`; plans of earlier versions have all ways here, some the functions' short names.
+        followed_with_others: of each parameter, or what is made of some, the ways in which it made a weight together
+            with other tensors (noise, masks); with those an activation may go in, so that none holds for all.
         storage: "folded" | "unit".
         lr_units: "standard" | "umup".
         changes_training: False where the scheme leaves weights, function and learning rates alone.
@@ -83,6 +85,7 @@ class Plan:
     sites: list[Site] = field(default_factory=list)
     frames: list[FramePlan] = field(default_factory=list)
     followed: list[str] = field(default_factory=list)
+    followed_with_others: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     measured_at: list[int] = field(default_factory=list)
     gradient_cosine: dict[str, float] = field(default_factory=dict)
@@ -248,6 +251,8 @@ class Plan:
             for site in plan.sites:
                 site.params = list(map(ParameterKey, site.params))
                 site.fold_into = [UseId(key, op) for key, op in site.fold_into]
+            if "followed_with_others" not in data:  # a plan that did not count arrays of indices
+                plan.followed += [f"{way}+1" for way in plan.followed if way.count("+") == 2]
             frames = data["frames"]
             plan.frames = [FramePlan(where, method, [*map(ParameterKey, keys)]) for where, method, keys in frames]
         except (AttributeError, KeyError, TypeError, ValueError) as error:

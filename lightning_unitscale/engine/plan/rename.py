@@ -70,6 +70,7 @@ def plan_of_part(plan: Plan, child: str) -> Plan:
         for f in part.frames
         if f"{f.module}.".startswith(prefix)
     ]
+    part.followed_with_others = {k: ways for k, ways in part.followed_with_others.items() if is_inside(ParameterKey(k))}
     return _renamed(part, lambda name: name[len(prefix) :])
 
 
@@ -106,7 +107,17 @@ def _renamed(plan: Plan, rename: Rename) -> Plan:
     renamed.frames = [
         FramePlan(rename(f.module), f.method, [key.renamed(rename) for key in f.keys]) for f in plan.frames
     ]
+    renamed.followed_with_others = {
+        str(ParameterKey(key).renamed(rename)): ways for key, ways in renamed.followed_with_others.items()
+    }
     return renamed
+
+
+def follow_renamed(plan: Plan, rename: Rename) -> None:
+    """Have what is made of parameters under their other names followed in the same ways, in place."""
+    for key, ways in list(plan.followed_with_others.items()):
+        known = plan.followed_with_others.setdefault(str(ParameterKey(key).renamed(rename)), [])
+        known += [way for way in ways if way not in known]
 
 
 def renamed_site(site: Site, rename: Rename) -> Site:

@@ -14,6 +14,7 @@ from math import isclose
 from lightning_unitscale.engine.plan.factors import ROUNDING, to_unit_scale
 from lightning_unitscale.engine.plan.parameter_plan import UNUSED, ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.rename import follow_renamed
 from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Frame
@@ -40,6 +41,7 @@ def include_siblings(plan: Plan, modules: Collection[str]) -> dict[str, str]:
             _copy_sites(plan, renaming)
     ran = {name for name in plan.parameters if name not in models}
     for renaming in renamings.values():
+        follow_renamed(plan, renaming.of)
         if not any(name.startswith(f"{renaming.sibling}.") for name in ran):
             _copy_free_sites(plan, renaming)
     if models:

@@ -6,6 +6,7 @@ All of them go through `_SingleLevelFunction.apply`, also those whose `apply` so
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,9 @@ def _apply(cls: type, *args: Any) -> Any:
     return _runners[-1](cls, super(_SingleLevelFunction, cls).apply, args)  # type: ignore[misc]  # Function's C++ base has it
 
 
-APPLY = _apply.__code__  # stands on the Python stack between a watched Function and what called it
+# What stands on the Python stack between code that the backward pass runs again, or never, and what called it: a
+# watched Function, a checkpoint. Methods in between open their frames again; a closure of the method around does not.
+RUN_ASIDE = frozenset({_apply.__code__, inspect.unwrap(checkpoint).__code__})
 
 
 @contextmanager

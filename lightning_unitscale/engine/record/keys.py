@@ -15,12 +15,13 @@ passed a name on in the recorded step. So it does not see which other tensors ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from lightning_unitscale.ops import MATMULS, FunctionCall, is_lookup
-from lightning_unitscale.ops.torch_functions import LAYER_NORMS, LIKE_SECOND, RANDOM, SHAPE_ONLY
+from lightning_unitscale.ops.torch_functions import LAYER_NORMS, LIKE_SECOND, PICKS, RANDOM, SHAPE_ONLY
 
 
 class ParameterKey(str):
@@ -148,24 +149,34 @@ def is_made_of_parameters(
         return False
     made_of = inputs[:1] if op == "getitem" and all(map(_is_index, inputs[1:])) else inputs
     weights = [value.shape for value in made_of if value.parameters]
+    drawn_for_them = op not in PICKS  # drawn places are data: the times of a diffusion model's batch
     if not all(
-        value.constant or value.parameters or (value.noise and _fits(value.shape, weights)) for value in made_of
+        value.constant or value.parameters or (value.noise and drawn_for_them and _fits(value.shape, weights))
+        for value in made_of
     ):
         return False
     return not _makes_activation(op, call, inputs, in_parametrization)
 
 
-def way_of(op: str, weights: Sequence[int], others: Sequence[int]) -> str:
+def way_of(op: str, inputs: Sequence[Input]) -> str:
     """How parameters go through a function: `add:2+0+0`, a sum of weights, is another way than `add:1+1+0`, noise.
 
-    A tensor with more elements than each of the weights is an activation, which has a way of its own: `add:1+0+1`.
+    A tensor with more elements than each of the weights, an activation or a constant, counts apart: `add:1+0+1`. Arrays
+    of indices or bits are a fourth number where there are any: `getitem:1+0+0+1`, a slice by places or a lookup.
 
     Args:
-        weights, others: elements of the floating-point tensors that go in, of those made of parameters and of the rest.
+        inputs: the tensors that go in, those made of parameters among them.
     """
-    largest = max(weights) if weights else 0
-    larger = len([size for size in others if size > largest])
-    return f"{op}:{len(weights)}+{len(others) - larger}+{larger}"
+    weights = [prod(value.shape) for value in inputs if value.parameters]
+    others = [prod(value.shape) for value in inputs if value.is_float and not value.parameters]
+    larger = len([size for size in others if size > max(weights)]) if weights else 0
+    indices = len([value for value in inputs if not value.is_float and len(value.shape)])
+    return f"{op}:{len(weights)}+{len(others) - larger}+{larger}" + (f"+{indices}" if indices else "")
+
+
+def needs_no_others(way: str) -> bool:
+    """Whether nothing but parameters goes in, so that the way makes a weight whichever they are."""
+    return way.partition("+")[2] == "0+0"
 
 
 def _fits(noise: tuple[int, ...], weights: Sequence[tuple[int, ...]]) -> bool:

@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_unitscale.engine.record.autograd_functions import APPLY, reentrant_checkpoints_opened, watching_functions
+from lightning_unitscale.engine.record.autograd_functions import (
+    RUN_ASIDE,
+    reentrant_checkpoints_opened,
+    watching_functions,
+)
 from lightning_unitscale.engine.record.held_tensors import is_copy
 from lightning_unitscale.engine.record.keys import (
     arguments_used,
@@ -361,6 +365,7 @@ class Recorder(TorchFunctionMode):
     def _where(self, caller: FrameType, name: str, counts: bool) -> tuple[Frame | None, int, bool]:
         """The frame of a torch call, its ordinal there, and whether a hand-written autograd.Function made it.
 
+        Or a checkpointed function that is no method: run again, it is in no frame, and a factor there would be lost.
         There is no frame for calls made by a hook. A Function that runs modules of the model, as checkpointing does,
         runs them again for the backward pass: their calls are the modules' own.
         """
@@ -370,7 +375,7 @@ class Recorder(TorchFunctionMode):
             code = python_frame.f_code
             if code in MODULE_CALL:
                 return None, 0, in_function
-            in_function = in_function or code is APPLY
+            in_function = in_function or code in RUN_ASIDE
             if code.co_argcount:
                 owner = python_frame.f_locals.get(code.co_varnames[0])
                 module = self._module_names.get(id(owner)) if isinstance(owner, nn.Module) else None

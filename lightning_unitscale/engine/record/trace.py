@@ -60,8 +60,8 @@ class Call(FunctionCall):
     Attributes:
         frame: where it was made; None in a hook.
         ordinal: which call of its function in its frame it was, from 0.
-        in_function: made by a hand-written `torch.autograd.Function`, whose backward pass knows nothing of a factor
-            put here.
+        in_function: made by a hand-written `torch.autograd.Function`, or a checkpointed function that is no method,
+            whose backward pass knows nothing of a factor put here.
         under_function: made while one ran, by it or by modules that it runs.
         where: the code that made it, as it is called in messages.
     """

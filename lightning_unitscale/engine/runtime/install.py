@@ -72,7 +72,9 @@ def install(module: nn.Module, plan: Plan) -> None:
         {site.place: site.factors[""] for site in residuals}, {site.place: site.name for site in residuals}
     )
     readings = {UseId(str(key), site.op) for site in explicit if site.role == READING for key in site.params}
-    rules = Rules(factors, readings, casts, plan.followed if uses else [], sorted({s.op for s in free} - {"output"}))
+    followed = plan.followed if uses else []
+    free_ops = sorted({site.op for site in free} - {"output"})
+    rules = Rules(factors, readings, casts, followed, plan.followed_with_others, free_ops)
     keys_in_use = {key for key, _ in uses}
     tracked = {name for key in keys_in_use for name in ParameterKey(key).names}
     modules = dict(module.named_modules())

@@ -120,18 +120,18 @@ class Interceptor(TorchFunctionMode):
             free = self.frames[-1].free_site(name, args)
             if free is not None:
                 return self._run_site(free, watched, call)
-        result = self._run(name, call)
-        if name in self.rules.followed:
-            self.known.follow(name, call, result, self._in_parametrization, self.rules.ways)
+        made_of = self.known.what_is_made(name, call, self._in_parametrization, self.rules)
+        if made_of is None:
+            return self._run(name, call)
+        result = call.run()  # a factor belongs to the use of what comes out
+        self.known.add_made(result, made_of)
         return result
 
     # --- uses of parameters ------------------------------------------------------------------------------------
 
     def _run(self, name: str, call: FunctionCall) -> Any:
-        """The call with the factors of its parameters, unless it makes another weight of them."""
+        """The call with the factors of its parameters."""
         if name not in self.rules.ops:
-            return call.run()
-        if name in MATMULS and self.known.makes_weight(name, call, self._in_parametrization):
             return call.run()
         op = MATMULS.get(name)
         if op is None:

@@ -20,6 +20,7 @@ from lightning_unitscale.engine.record.keys import TensorInput, arguments_used, 
 from lightning_unitscale.engine.record.tensors_of_calls import tensors_in
 from lightning_unitscale.engine.runtime.compilation import only_inside_others
 from lightning_unitscale.engine.runtime.made_of import MadeOf
+from lightning_unitscale.engine.runtime.rules import Rules
 from lightning_unitscale.ops import FunctionCall
 
 
@@ -91,44 +92,30 @@ class KnownTensors:
             if made_of is not None:
                 self.outside.derived.append((tensor, made_of))
 
-    def follow(
-        self,
-        name: str,
-        call: FunctionCall,
-        result: Any,
-        in_parametrization: Callable[[], bool],
-        ways: frozenset[str],
-    ) -> None:
-        """Remember what the output of a call is made of, if of parameters, in one of the recorded ways."""
+    def what_is_made(
+        self, name: str, call: FunctionCall, in_parametrization: Callable[[], bool], rules: Rules
+    ) -> MadeOf | None:
+        """What the output of a call is made of, if of parameters, in a way in which the recorded step made weights."""
+        if name not in rules.followed:
+            return None
         call = arguments_used(name, call)
         inputs = [(tensor, self.made_of(tensor)) for tensor in tensors_in((*call.args, *call.kwargs.values()))]
         parameters = [made_of for _, made_of in inputs if made_of is not None]
         if not parameters:
-            return  # at once: most calls of these functions are on activations
-        numbers = [(t.numel(), made_of) for t, made_of in inputs if t.is_floating_point() or t.is_complex()]
-        weights = [size for size, made_of in numbers if made_of is not None]
-        others = [size for size, made_of in numbers if made_of is None]
-        if name not in ways and way_of(name, weights, others) not in ways:
-            return
+            return None  # at once: most calls of these functions are on activations
         if any([name in made_of.readings for made_of in parameters]):  # noqa: C419
-            return
-        known = [TensorInput.of(t, () if made_of is None else (made_of,), made_of is None) for t, made_of in inputs]
-        if is_made_of_parameters(name, call, known, in_parametrization):
-            made_of = MadeOf.all_of(parameters)
-            for output in tensors_in(result):
-                if self.made_of(output) is None:
-                    self._add(self.derived, output, made_of)
+            return None
+        known = [TensorInput.of(t, () if part is None else (part,), part is None) for t, part in inputs]
+        made_of, way = MadeOf.all_of(parameters), way_of(name, known)
+        if name not in rules.ways and way not in rules.ways and way not in made_of.ways:
+            return None
+        return made_of if is_made_of_parameters(name, call, known, in_parametrization) else None
 
-    def makes_weight(self, name: str, call: FunctionCall, in_parametrization: Callable[[], bool]) -> bool:
-        """Whether nothing but parameters goes in, as in `a @ a.T`: a factor belongs to the use of what comes out."""
-        known = []
-        for tensor in tensors_in((*call.args, *call.kwargs.values())):
-            made_of = self.made_of(tensor)
-            if made_of is not None and name not in made_of.readings:
-                known.append(TensorInput.of(tensor, made_of.parts, constant=False))
-            elif tensor.is_floating_point() or tensor.is_complex():
-                return False
-        return is_made_of_parameters(name, call, known, in_parametrization)
+    def add_made(self, result: Any, made_of: MadeOf) -> None:
+        """Remember what the output of a call is made of."""
+        for output in tensors_in(result):
+            if self.made_of(output) is None:
+                self._add(self.derived, output, made_of)
 
     def _add(self, known: list[tuple[Tensor, MadeOf]], tensor: Tensor, made_of: MadeOf) -> None:
         known.append((tensor, made_of))

@@ -26,6 +26,7 @@ class MadeOf:
         constants: those of the factors that differ between blocks, for compiled code.
         casts: the same, of uses whose operands are cast.
         readings: functions by which code reads it; what they make of it is no weight any more.
+        ways: in which it makes a weight together with tensors that are none, see `engine.record.keys.way_of`.
         joins: the expressions that it is a part of and that have uses of their own.
     """
 
@@ -35,6 +36,7 @@ class MadeOf:
         self.constants: dict[str, BlockConstant] = {}
         self.casts: dict[str, WeightCast] = {}
         self.readings: list[str] = []
+        self.ways: list[str] = []
         self.joins: list[MadeOf] = []
 
     @property
@@ -66,18 +68,29 @@ def _is_among(one: MadeOf, several: Sequence[MadeOf]) -> bool:
 
 
 def made_of_by_key(
-    factors: Mapping[UseId, float], readings: Iterable[UseId], casts: Mapping[UseId, CastSite]
+    factors: Mapping[UseId, float],
+    readings: Iterable[UseId],
+    casts: Mapping[UseId, CastSite],
+    ways: Mapping[str, Sequence[str]],
 ) -> dict[str, MadeOf]:
-    """All that has uses with a factor or casts, and the parameters that it is made of, by key."""
+    """All that has uses with a factor or casts, and the parameters that it is made of, by key.
+
+    Args:
+        ways: of each key, that in `MadeOf.ways`; those of other parameters too.
+    """
     of_weights = {use: cast for use, cast in casts.items() if isinstance(cast, WeightCast)}
     found: dict[str, MadeOf] = {}
-    for key in sorted({use.key for use in (*factors, *readings, *of_weights)}):
+    keys = {use.key for use in (*factors, *readings, *of_weights)}
+    known = {name for key in keys for name in ParameterKey.names_in(key)}
+    keys |= {key for key in ways if known.issuperset(ParameterKey.names_in(key))}
+    for key in sorted(keys):
         names = ParameterKey.names_in(key)
         parts = tuple(found.setdefault(name, MadeOf(name)) for name in names)
         if len(parts) > 1:
             found[key] = MadeOf(parts=parts)
             for part in parts:
                 part.joins.append(found[key])
+        found[key].ways += ways.get(key, ())
     for use, factor in factors.items():
         found[use.key].factors[use.op] = factor
     for use, constant in block_constants(factors, {use: f"{use.key}:{use.op}" for use in factors}).items():

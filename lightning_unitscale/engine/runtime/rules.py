@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lightning_unitscale.engine.record.keys import UseId
@@ -35,7 +36,7 @@ class Rules:
         made_of: the weights with uses that have a factor or are cast, by key.
         casts: the uses whose operands are cast, those of products without a weight too.
         followed: names of the functions through which parameters are followed.
-        ways: in which ways, see `engine.record.keys.way_of`; a name alone is any way.
+        ways: in which ways any of them is, see `engine.record.keys.way_of`; a name alone is any way.
         free: names of the functions with parameter-free sites.
         ops: names of the functions that use weights with a factor, or are cast.
         names: of all these functions.
@@ -48,12 +49,14 @@ class Rules:
         readings: set[UseId],
         casts: dict[UseId, CastSite],
         followed: list[str],
+        followed_with_others: Mapping[str, list[str]],
         free: list[str],
     ) -> None:
         self.applied: AppliedFactors | None = None
-        self.made_of = made_of_by_key(factors, readings, casts)
+        self.made_of = made_of_by_key(factors, readings, casts, followed_with_others)
         self.casts, self.free, self.ways = casts, frozenset(free), frozenset(followed)
-        self.followed = frozenset(way.partition(":")[0] for way in followed)
+        with_others = (way for made_of in self.made_of.values() for way in made_of.ways)
+        self.followed = frozenset(way.partition(":")[0] for way in (*followed, *with_others))
         self.ops = frozenset(op for _, op in (*factors, *casts))
         self.names = self.followed | self.free | self.ops | {MULTI_HEAD}
         self._find_functions()
