@@ -78,6 +78,6 @@ def _rates(plan: Plan, module: nn.Module, optimizer: Optimizer, family: str) -> 
     for group in optimizer.param_groups:
         if (family_of_group(group) or family) != "adam":
             continue
-        for parameter in (plan.parameters[names[p]] for p in group["params"] if p in names):
-            if parameter.role in WEIGHT_ROLES and not parameter.reason and parameter.lr_override is None:
-                yield parameter, peak_rate(group)
+        for known in (plan.parameters[names[p]] for p in group["params"] if p in names):
+            if known.role in WEIGHT_ROLES and not known.reason and known.lr_override is None:
+                yield known, peak_rate(group)
