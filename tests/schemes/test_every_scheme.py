@@ -7,7 +7,7 @@ tests/schemes/test_every_scheme.py -m "slow or not slow"`.
 import copy
 import os
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from support import zoo
+from support.float64 import float64_throughout
 from support.prepared import build, gradients, prepared, train
 from support.training import ByStep, assert_same_state, batches, fit, trainer
 from torch import nn
@@ -64,15 +65,6 @@ def of_storages(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.parametrize(("scheme", "storage"), pairs)(test)
 
 
-def widest(case: zoo.Case) -> AbstractContextManager[None]:
-    """Float64 wherever the case runs in it."""
-    return zoo.default_dtype(torch.float64 if case.has_float64 else torch.float32)
-
-
-def is_exact(case: zoo.Case) -> bool:
-    return case.has_float64 and not case.casts_to_float32
-
-
 class SeededEpochs(pl.Callback):
     """What an epoch draws does not depend on those before it."""
 
@@ -80,29 +72,29 @@ class SeededEpochs(pl.Callback):
         torch.manual_seed(trainer.current_epoch)
 
 
-def stepped(name: str, steps: int, lr: float = 3e-4, **options: Any) -> list[float]:
-    """The losses of a model that is trained under the plan's own steps."""
+@cache
+def losses_of(name: str, scheme: str, storage: str) -> list[float]:
+    """Of twelve steps, in float64, by the plan's own rates."""
     case = EVERY_CASE[name]
-    model, plan = prepared(case, **options)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, eps=1e-10)
-    scale_learning_rates(optimizer, plan)
-    return train(case, model, [optimizer], steps)
+    with float64_throughout():
+        model, plan = prepared(case, scheme=scheme, storage=storage)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, eps=1e-10)
+        scale_learning_rates(optimizer, plan)
+        return train(case, model, [optimizer], 12)
 
 
 @of_storages
 @each_model
 def test_it_learns(name: str, scheme: str, storage: str) -> None:
-    losses = stepped(name, 12, lr=1e-3, scheme=scheme, storage=storage)
+    losses = losses_of(name, scheme, storage)
     assert sum(losses[-4:]) < sum(losses[:4])  # the same four batches
 
 
 @pytest.mark.parametrize("scheme", [name for name in NAMES if len(SCHEMES[name].storages) > 1])
 @each_model
 def test_its_storages_train_alike(name: str, scheme: str) -> None:
-    case = EVERY_CASE[name]
-    with widest(case):
-        one, other = (stepped(name, 10, scheme=scheme, storage=storage) for storage in SCHEMES[scheme].storages)
-    assert one == pytest.approx(other, rel=1e-7 if is_exact(case) else 1e-4)
+    one, other = (losses_of(name, scheme, storage) for storage in SCHEMES[scheme].storages)
+    assert one == pytest.approx(other, rel=1e-7)
 
 
 @of_storages
@@ -110,7 +102,7 @@ def test_its_storages_train_alike(name: str, scheme: str) -> None:
 def test_its_gradients_are_the_slope_of_the_loss(name: str, scheme: str, storage: str) -> None:
     """Along one direction through all parameters, by a difference of fourth order."""
     case = EVERY_CASE[name]
-    with widest(case):
+    with float64_throughout():
         model, _ = prepared(case, scheme=scheme, storage=storage)
         _, found = gradients(case, model, seed=1)
         named = {key: p for key, p in model.named_parameters() if key in found}
@@ -130,10 +122,8 @@ def test_its_gradients_are_the_slope_of_the_loss(name: str, scheme: str, storage
                 change += weight * case.loss(model, batch).item()
             return change / h
 
-        # One of them crosses no kink of a ReLU, and is not lost in rounding
-        slopes = [slope(h) for h in ((1e-3, 1e-5, 1e-6, 1e-7) if is_exact(case) else (3e-2, 1e-2, 3e-3))]
-    allowed = {"rel": 1e-5, "abs": 1e-9} if is_exact(case) else {"rel": 3e-3, "abs": 1e-4}
-    assert any(found == pytest.approx(expected, **allowed) for found in slopes), (slopes, expected)
+        slopes = [slope(h) for h in (1e-3, 1e-5, 1e-6, 1e-7)]  # one of them crosses no kink of a ReLU, no other expert
+    assert any(found == pytest.approx(expected, rel=1e-5, abs=1e-9) for found in slopes), (slopes, expected)
 
 
 @of_storages

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from lightning_unitscale import UnitScalingError, unit_scale
 
-
 # √E[silu(z)²], z ~ N(0, 1), by Gauss-Hermite quadrature
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(120)
 SILU_RMS = math.sqrt(float((_WEIGHTS * (_NODES / (1 + np.exp(-_NODES))) ** 2).sum()) / math.sqrt(2 * math.pi))
