@@ -29,7 +29,8 @@ for weights is known and for others is measured on the first step; `conf/unitsca
 (`recalibrate: []`), so that it is as static.
 
 τ. n branches leave (1-τ)^n of the variance to the embedding, and the paper chooses τ by depth: 0.4 for its models of
-four layers, about 0.1 for deep ones (figure 9). Here it is 0.3 unless set.
+four layers, about 0.1 for deep ones (figure 9). Here it is 0.3 unless set. Measured (unitscale quality, llama, two
+layers, one seed, 2^-4): 2.356 at τ = 0.2 and 2.374 at 0.3, where seeds differ by 0.07.
 """
 
 from __future__ import annotations
