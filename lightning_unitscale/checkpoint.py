@@ -82,7 +82,7 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, strict: bool = True)
         strict: as in `load_state_dict`.
 
     Returns:
-        The plan in force, or None for a checkpoint without unit scaling.
+        The plan in force, as `scale_learning_rates` takes it, or None for a checkpoint without unit scaling.
 
     Raises:
         UnitScalingError: there is no such file, it is no checkpoint, or its plan is of another model.
@@ -90,7 +90,6 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, strict: bool = True)
     if not Path(path).is_file():
         raise UnitScalingError(f"there is no checkpoint at {path}.")
     checkpoint = read_checkpoint(path)
-    plan = plan_in(checkpoint)
-    prepare_for_loading(module, plan)
+    prepare_for_loading(module, plan_in(checkpoint))
     module.load_state_dict(checkpoint.get("state_dict", checkpoint), strict=strict)
-    return plan
+    return plan_of(module)

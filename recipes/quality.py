@@ -57,8 +57,9 @@ def main(cfg: DictConfig) -> None:
     for _ in range(cfg.quality.beyond):
         runs = list(dict.fromkeys((*runs, *runs_beyond(cfg, results))))
         results = finish(cfg, runs, folder)
-    if near := runs_near(cfg, results):
-        results = finish(cfg, runs := list(dict.fromkeys((*runs, *near))), folder)
+    for _ in range(1 + cfg.quality.beyond):  # again where the mean of all seeds has led to a rate beyond
+        if near := [run for run in runs_near(cfg, results) if run not in runs]:
+            results = finish(cfg, runs := [*runs, *near], folder)
     report(cfg, results, len(runs), folder)
 
 

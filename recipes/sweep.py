@@ -58,7 +58,8 @@ def main(cfg: DictConfig) -> float:
     check_space(cfg, space)
 
     def evaluate(phase: str, points: Iterable[Point]) -> Losses:
-        points = list(points)
+        if not (points := list(points)):
+            return {}  # nothing beside the learning rate is tried
         runs = {point: [SearchRun(phase, point, seed) for seed in cfg.seeds] for point in points}
         configurations = {
             run: with_point(run_configuration(cfg, run.seed), point) for point in points for run in runs[point]

@@ -71,9 +71,15 @@ def test_a_scheme_s_file_lists_its_hyperparameters_at_their_defaults(name: str) 
     assert found.hyperparameters == asdict(find(name))
 
 
-def test_a_hyperparameter_is_an_override_like_any_other() -> None:
-    cfg = composed("pretrain", "unitscale.hyperparameters.alpha_attn=2")
-    assert instantiate(cfg.unitscale).unit_scaling.options.hyperparameters["alpha_attn"] == 2
+@pytest.mark.parametrize("name", ["alpha_attn", "alpha_ffn_act", "alpha_res", "alpha_res_attn_ratio", "alpha_out"])
+def test_a_hyperparameter_is_an_override_like_any_other(name: str) -> None:
+    cfg = composed("pretrain", f"unitscale.hyperparameters.{name}=2")
+    assert instantiate(cfg.unitscale).unit_scaling.options.hyperparameters[name] == 2
+    part = composed("pretrain", f"+unitscale.overrides={{*.layers.0.*:{{{name}:2}}}}")
+    assert instantiate(part.unitscale).unit_scaling.options.overrides == {"*.layers.0.*": {name: 2}}
+
+
+def test_a_hyperparameter_that_is_not_known_is_refused_by_hydra() -> None:
     with pytest.raises(ConfigCompositionException, match="alpha_atn"):
         composed("pretrain", "unitscale.hyperparameters.alpha_atn=2")
 

@@ -210,13 +210,21 @@ def test_other_seeds_are_run_near_the_first_one_s_best() -> None:
     assert {run.seed for run in planned_runs(cfg)} == {0} == {run.seed for run in runs_beyond(cfg, results(MADE))}
     of_first = [result for result in results(MADE) if result.run.seed == 0]
     near = runs_near(cfg, of_first)
-    assert {run.seed for run in near} == {1, 5}
+    assert {run.seed for run in near} == {0, 1, 5}
     exponents = {(run.parametrization, math.log2(run.learning_rate)) for run in near}
     assert {(name, k) for name, k in exponents if name in ("standard", "umup")} == {
         *(("standard", k) for k in (-8, -7, -6)),
         *(("umup", k) for k in (-1, 0, 1)),
     }
     assert runs_near(composed("quality.jobs=[mine]", "+jobs.mine.width=1"), of_first) == []
+
+
+def test_the_mean_of_all_seeds_may_lead_on_to_another_rate() -> None:
+    """The first seed's best is 2^-7, their mean's at the end of what was run near it: 2^-9 is wanted of all."""
+    cfg = composed("quality.jobs=[mine]", "quality.seeds=[0,1]", "quality.near=1", "+jobs.mine.width=1")
+    made = {("standard", -8): [1.2, 0.4], ("standard", -7): [1.0, 0.9], ("standard", -6): [1.1, 1.1]}
+    near = runs_near(cfg, [*results({("standard", -10): [0.5], ("standard", -9): [1.3]}), *results(made)])
+    assert {(math.log2(run.learning_rate), run.seed) for run in near} == {(k, s) for k in (-9, -8, -7) for s in (0, 1)}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -106,6 +106,12 @@ def test_a_sweep_runs_each_point_once_and_writes_an_experiment(tmp_path: Path) -
     assert (cfg.unitscale.lr_units, cfg.optimizer.weight_decay) == ("umup", 1e-4)
 
 
+def test_the_learning_rate_alone_may_be_searched(tmp_path: Path) -> None:
+    folder, _ = run_recipe("sweep", tmp_path, *TINY[:-1], "search=[independent]")
+    assert len((folder / "runs.jsonl").read_text().splitlines()) == 2
+    assert (folder / "experiment" / "chosen.yaml").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -58,17 +58,61 @@ def test_one_res_post_norm_block_is_the_papers() -> None:
     torch.testing.assert_close(block(x), first + branch / skip**2 * norm(block.mlp(first)), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("width", [8, 32, 64])
-@pytest.mark.parametrize("depth", [1, 3])
-def test_learning_rates(width: int, depth: int) -> None:
-    """√(base_width / fan_in) for hidden weights, 1 for all others, whatever the depth."""
-    _, plan = scaled(
-        depth, width, gains=True, scheme="mus", storage="unit", lr_units="umup", hyperparameters={"base_width": 32}
-    )
+SIZES = pytest.mark.parametrize(("width", "depth"), [(8, 1), (16, 4), (32, 2), (64, 3)])
+BASE = 16
+
+
+def row(plan: Any, name: str) -> str:
+    """The paper's name of the weight's type; those that its table does not have learn as input layers do."""
+    return {"hidden": "hidden", "readout": "final"}.get(plan.parameters[name].role, "input")
+
+
+def fan_in(plan: Any, name: str) -> int:
+    return plan.parameters[name].shape[-1]
+
+
+@SIZES
+def test_multipliers_are_those_of_table_2(width: int, depth: int) -> None:
+    """Weights at variance 1; 1, 1/fan_in and 1/√fan_in, and in the last matrix of a branch what equation 11 adds."""
+    tau = 0.4
+    net, plan = scaled(depth, width, scheme="mus", storage="unit", hyperparameters={"tau": tau})
+    assert {row(plan, name) for name in plan.parameters} == {"input", "final", "hidden"}
+    for name, weight in net.named_parameters():
+        assert float(weight.detach().square().mean()) == pytest.approx(1)  # init. variance
+        expected = {"input": 1, "final": 1 / fan_in(plan, name), "hidden": fan_in(plan, name) ** -0.5}[row(plan, name)]
+        if name.endswith(("o.weight", "down.weight")):
+            position = 2 * int(name.split(".")[1]) + name.endswith("down.weight")  # of the branch in the stream, from 0
+            expected *= math.sqrt(tau) / math.sqrt(1 - tau) ** (position + 1)
+        assert plan.parameters[name].multiplier == pytest.approx(expected), name
+
+
+@SIZES
+def test_learning_rates_are_those_of_table_2(width: int, depth: int) -> None:
+    """η_new = η_base √(d_base / d_new) for hidden layers alone; embedding, norms and LM head keep η at any depth."""
+    options = {"scheme": "mus", "storage": "unit", "lr_units": "umup", "gains": True}
+    _, plan = scaled(depth, width, hyperparameters={"base_width": BASE}, **options)
+    _, base = scaled(depth, BASE, hyperparameters={"base_width": BASE}, **options)
     for name, rate in plan.lr_multipliers.items():
-        hidden = plan.parameters[name].role == "hidden"
-        fan_in = plan.parameters[name].shape[-1]
-        assert rate == pytest.approx(math.sqrt(32 / fan_in) if hidden else 1.0), name
+        table = fan_in(plan, name) ** -0.5 if row(plan, name) == "hidden" else 1.0
+        at_base = fan_in(base, name) ** -0.5 if row(plan, name) == "hidden" else 1.0
+        assert rate / base.lr_multipliers[name] == pytest.approx(table / at_base), name
+        is_square = fan_in(base, name) == BASE
+        assert not is_square or base.lr_multipliers[name] == pytest.approx(1.0), name
+
+
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+@SIZES
+def test_weight_decay_is_the_same_at_all_widths(width: int, depth: int, storage: str) -> None:
+    """Fully decoupled: a step shrinks each matrix by η λ, whatever its own rate is."""
+    _, plan = scaled(depth, width, gains=True, scheme="mus", storage=storage, lr_units="umup")
+    for name, scale in plan.step_scales("adam", decoupled_decay=True).items():
+        assert scale.lr * scale.weight_decay == pytest.approx(1), name
+
+
+@SIZES
+def test_attention_is_as_usual(width: int, depth: int) -> None:
+    _, plan = scaled(depth, width, scheme="mus", storage="unit")
+    assert not [site for site in plan.sites if site.role in ("attention", "activation") and site.multiplier != 1]
 
 
 def test_operands_of_hidden_matmuls_alone_are_cast() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -233,6 +234,31 @@ def test_a_glob_gives_hyperparameters_to_a_part() -> None:
         "blocks.0.o:linear (hidden)": 0.5,
         "blocks.0.down:linear (hidden)": 0.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "place"),
+    [
+        ("alpha_attn", "blocks.0", "blocks.0.attention:scaled_dot_product_attention"),  # α_attn-softmax
+        ("alpha_ffn_act", "blocks.0", "blocks.0.gate.weight"),  # α_ffn-act
+        ("alpha_res", "blocks.0", "blocks.0.down.weight"),  # α_res
+        ("alpha_res_attn_ratio", "blocks.0", "blocks.0.o.weight"),  # α_res-attn-ratio
+        ("alpha_out", "readout", "readout.weight"),  # α_loss-softmax
+    ],
+)
+def test_each_of_the_papers_is_had_by_the_whole_or_a_part(name: str, part: str, place: str) -> None:
+    _, plain = scaled(2)
+    _, whole = scaled(2, hyperparameters={name: 3.0})
+    _, partly = scaled(2, overrides={part: {name: 3.0}})
+    assert name not in plain.explain(place).replace("alpha_res = 1, ratio = 1", "")
+    for plan in (whole, partly):
+        assert re.search(rf"× \S+: ({name} |.*{'ratio' if 'ratio' in name else name} = 3)|{name};", plan.explain(place))
+        assert plan.explain(place) != plain.explain(place)
+    others = [key for key in plain.parameters if not key.startswith(part) and key != "embedding.weight"]
+    assert all(partly.parameters[key].multiplier == plain.parameters[key].multiplier for key in others)
+    if part != "readout":
+        last = place.replace("blocks.0", "blocks.1")
+        assert whole.explain(last) != plain.explain(last) == partly.explain(last)
 
 
 def test_later_branches_know_what_a_glob_gave_to_earlier_ones() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,13 @@ import unit_scaling.functional as U
 from support import zoo
 from support.prepared import prepared
 from support.small_transformer import TOKENS, heads, norm, scaled
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_unitscale import UnitScalingError
+from lightning_unitscale import UnitScalingError, unit_scale
+
+# √E[silu(z)²], z ~ N(0, 1), by Gauss-Hermite quadrature
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(120)
+SILU_RMS = math.sqrt(float((_WEIGHTS * (_NODES / (1 + np.exp(-_NODES))) ** 2).sum()) / math.sqrt(2 * math.pi))
 
 
 def by_the_package(net: Any, silu_rms: float, tau: float | None) -> Tensor:
@@ -51,6 +56,49 @@ def test_the_activation_s_constant_is_near_the_packages_which_was_fitted() -> No
     z = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     theirs = float(U.silu_glu(torch.ones_like(z), z)[0] / F.silu(z)[0])
     assert ours == pytest.approx(theirs, rel=0.02)
+
+
+@pytest.mark.parametrize("tau", [None, 0.2])
+@pytest.mark.parametrize(("width", "depth"), [(8, 1), (16, 4), (32, 2)])
+def test_multipliers_are_those_of_the_papers_table(width: int, depth: int, tau: float | None) -> None:
+    """m^-½ for X [b, m] W [m, n] where n is not m too, and the residual rule in the last matrix of each branch."""
+    net, plan = scaled(depth, width, scheme="unit", storage="unit", hyperparameters={"tau": tau})
+    for name, weight in net.named_parameters():
+        assert float(weight.detach().square().mean()) == pytest.approx(1)
+        expected = 1 if name == "embedding.weight" else weight.shape[1] ** -0.5
+        if name.endswith(("o.weight", "down.weight")):
+            l = 2 * int(name.split(".")[1]) + name.endswith("down.weight") + 1  # noqa: E741 (the paper's)
+            skips = [math.sqrt(k / (k + 1) if tau is None else 1 - tau) for k in range(1, l + 1)]
+            expected *= math.sqrt(1 / (l + 1) if tau is None else tau) / math.prod(skips)
+        if name.endswith("down.weight"):  # it takes the gated activation, whose constant is put here
+            expected /= SILU_RMS
+        assert plan.parameters[name].multiplier == pytest.approx(expected), name
+
+
+@pytest.mark.parametrize(
+    ("function", "mean", "papers"),
+    [
+        (nn.ReLU(), (2 * math.pi) ** -0.5, math.sqrt(2 / (1 - 1 / math.pi))),
+        (nn.GELU(), (4 * math.pi) ** -0.5, 1.701),  # E[z Φ(z)] = E[φ(z)]
+        (nn.Tanh(), 0.0, 1.593),
+    ],
+)
+def test_activations_are_the_papers_but_for_the_mean(function: nn.Module, mean: float, papers: float) -> None:
+    """Theirs is 1/std, ours 1/RMS, and RMS² = std² + mean²."""
+    net = nn.Sequential(nn.Linear(8, 8), function, nn.Linear(8, 1))
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    plan = unit_scale(net, lambda net: F.mse_loss(net(x), x[:, :1]), scheme="unit", storage="unit", verify=False)
+    (ours,) = (site.multiplier for site in plan.sites if site.role == "activation")
+    assert (ours**-2 - mean**2) ** -0.5 == pytest.approx(papers, rel=5e-4)
+
+
+def test_what_a_sigmoid_or_softmax_makes_is_left_alone() -> None:
+    for function in (nn.Sigmoid(), nn.Softmax(-1)):
+        net = nn.Sequential(nn.Linear(8, 8), function, nn.Linear(8, 1))
+        x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+        plan = unit_scale(net, lambda net: F.mse_loss(net(x), x[:, :1]), scheme="unit", storage="unit", verify=False)  # noqa: B023
+        assert [site.multiplier for site in plan.sites if site.role == "activation"] in ([], [1.0])
+        assert plan.parameters["2.weight"].multiplier == pytest.approx(8**-0.5)
 
 
 @pytest.mark.parametrize("width", [8, 32])

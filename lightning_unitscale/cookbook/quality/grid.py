@@ -67,10 +67,13 @@ def runs_beyond(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> list[Rat
 
 
 def runs_near(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> list[RateRun]:
-    """The seeds after the first, at each variant's best rate and its neighbours; none without `quality.near`."""
+    """Every seed at each variant's best rate so far and its neighbours; none without `quality.near`.
+
+    The best is the first seed's, and once all seeds have been run somewhere, that of their mean.
+    """
     return [
         RateRun(variant, "job", job, best.learning_rate * 2.0**step, seed)
-        for seed in cfg.quality.seeds[len(_seeds(cfg)) :]
+        for seed in (cfg.quality.seeds if cfg.quality.near is not None else ())
         for job in chosen_jobs(cfg)
         for variant in cfg.variants
         if (best := best_of(results, variant, job)) is not None and math.isfinite(best.loss)
