@@ -54,7 +54,8 @@ def main(cfg: DictConfig) -> float:
     print(f"model        {type(found.model).__name__} from {found.path}, unit scaling: {scaling}")
     beside = "".join(f" and {file.name}" for file in files[1:] if not output.is_dir())
     print(f"written      {output}{beside} ({size / 2**20:.1f} MiB, {time.perf_counter() - begin:.1f} s)")
-    print(f"read back    largest difference of the logits {difference:.1e} of the largest logit")
+    casts = " without the casts it was trained in" if found.plan is not None and found.plan.cast_sites else ""
+    print(f"read back    largest difference to the model's logits{casts} {difference:.1e} of the largest logit")
     return difference
 
 

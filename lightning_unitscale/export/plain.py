@@ -76,6 +76,16 @@ def _without_casts(model: nn.Module, plan: Plan, forward: Forward) -> Tensor:
         return forward(model)
 
 
+def exact_outputs(model: nn.Module, forward: Forward) -> Tensor:
+    """What a model gives, casts to narrow formats aside; it is not changed."""
+    plan = plan_of(model)
+    if plan is not None and plan.cast_sites:
+        copied = copy.deepcopy(model).eval()
+        return _without_casts(copied, plan, forward)
+    with torch.no_grad():
+        return forward(model)
+
+
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest element."""
     largest = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)

@@ -81,6 +81,17 @@ def test_text_files_from_file_folder_and_glob(tmp_path: Path) -> None:
     assert sorted(text_files(str(tmp_path / "**" / "*.md")).values()) == [b"second"]
 
 
+def test_what_is_no_text_or_no_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "latin1.txt").write_bytes("naïve".encode("latin1"))
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\0\0")
+    with pytest.warns(UserWarning) as said:
+        assert len(text_files(str(tmp_path))) == 2
+    messages = [str(warning.message) for warning in said]
+    assert any("left out as binary" in message and "image.png" in message for message in messages)
+    assert any("not UTF-8" in message and "latin1.txt" in message and "a.txt" not in message for message in messages)
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.warn_user import warn_user
 
 
 def python_topics() -> dict[str, bytes]:
@@ -29,6 +30,10 @@ def text_files(path: str) -> dict[str, bytes]:
 
     Raises:
         InputError: nothing is there, or nothing with text in it.
+
+    Warns:
+        of binaries that are left out, and of text that is not UTF-8: a tokenizer of bytes takes it as it is, others
+        read what they can't decode as U+FFFD.
     """
     if not path:
         raise InputError("data.path is empty; give a file, a folder or a glob: data.path=<path>")
@@ -44,6 +49,7 @@ def text_files(path: str) -> dict[str, bytes]:
             raise InputError(f"data.path={path}: {kind} (looked in {Path.cwd()})")
 
     documents: dict[str, bytes] = {}
+    binaries, foreign = [], []
     for file in candidates:
         if not file.is_file():
             continue
@@ -51,11 +57,33 @@ def text_files(path: str) -> dict[str, bytes]:
             content = file.read_bytes()
         except OSError as error:
             raise InputError(f"data.path={path}: cannot read {file}: {error.strerror}") from error
-        if content.strip() and b"\0" not in content:
+        if b"\0" in content:
+            binaries.append(str(file))
+        elif content.strip():
             documents[str(file)] = content
+            if not _is_utf8(content):
+                foreign.append(str(file))
     if not documents:
         raise InputError(f"data.path={path}: found no text ({len(candidates)} entries, all empty, binary or folders)")
+    if binaries:
+        warn_user(f"data.path={path}: left out as binary: {_some(binaries)}")
+    if foreign:
+        warn_user(
+            f"data.path={path}: not UTF-8, and read byte by byte: {_some(foreign)}; convert them (iconv -t UTF-8)"
+        )
     return documents
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _some(files: list[str]) -> str:
+    return ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
 
 
 def _is_hidden(path: Path) -> bool:

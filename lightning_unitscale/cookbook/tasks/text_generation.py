@@ -40,6 +40,7 @@ def tokenizer_of(found: Pretrained, cfg: DictConfig) -> PreTrainedTokenizerBase:
     tokenizer, context = found.text_tokenizer(), context_length(found.model)
     if context is not None and cfg.task.sequence_length > context:
         raise InputError(
-            f"task.sequence_length={cfg.task.sequence_length} is longer than the model's context of {context} tokens"
+            f"task.sequence_length={cfg.task.sequence_length} is longer than the model's context of {context} tokens; "
+            f"give task.sequence_length={context}"
         )
     return tokenizer

@@ -52,6 +52,8 @@ def explain(plan: Plan, name: str) -> str:
             head += f"\n  left alone: {parameter.reason}"
         gradient = [_gradient_line(parameter)] if parameter.divided_gradient else []
         return "\n".join([head, *map(str, quantities(plan, name)), *gradient])
+    if inside := _inside(plan, name):
+        return "\n\n".join(explain(plan, part) for part in inside)
     sites = _sites_called(plan, name)
     return "\n\n".join("\n".join([_head(site), *map(str, _of_site(plan, site))]) for site in sites)
 
@@ -171,6 +173,14 @@ def _head(site: Site) -> str:
     if site.fold_into and site.folded:
         head += f" ({', '.join(key for key, _ in site.fold_into)})"
     return head + (f"\n  {site.reason}" if site.reason else "")
+
+
+def _inside(plan: Plan, module: str) -> list[str]:
+    """The parameters of a module and of those in it, and their sites, in the plan's order."""
+    sites = dict.fromkeys(
+        site.name for site in plan.sites if site.module == module or site.module.startswith(f"{module}.")
+    )
+    return [*(name for name in plan.parameters if name.startswith(f"{module}.")), *sites]
 
 
 def _sites_called(plan: Plan, name: str) -> list[Site]:

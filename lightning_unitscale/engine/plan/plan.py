@@ -186,7 +186,8 @@ class Plan:
         """Why a parameter or a site has the numbers it has: every factor with its cause and source.
 
         Args:
-            name: of a parameter, as in `plan.parameters`, or of a site, as in the first column of `summary()`.
+            name: of a parameter, as in `plan.parameters`, of a site, as in the first column of `summary()`, or of a
+                module, for all in it.
 
         Raises:
             UnitScalingError: there is no such name; the message has near ones.

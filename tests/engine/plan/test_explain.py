@@ -76,6 +76,15 @@ def test_what_is_left_alone_says_why() -> None:
     assert "left alone: skipped by the options" in plan.explain("0.weight")
 
 
+def test_a_module_is_explained_by_its_parameters_and_sites() -> None:
+    _, plan = mlp()
+    text = plan.explain("2")
+    assert plan.explain("2.weight") in text
+    assert plan.explain("2.bias") in text
+    assert plan.explain("2:linear") in text
+    assert "0.weight" not in text
+
+
 def test_an_unknown_name_is_answered_with_near_ones() -> None:
     _, plan = mlp()
     with pytest.raises(UnitScalingError, match=r"no parameter or site '2\.wieght'; near it: 2\.weight"):
