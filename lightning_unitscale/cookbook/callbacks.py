@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -157,6 +158,8 @@ class LastCheckpoint(Checkpoint):
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
+        # not by print: the signal may have come in the middle of one
+        os.write(2, b"\nstopping after this step, and saving it; Ctrl-C again stops at once\n")
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Ends training, once it is saved.

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from support.recipe_runs import run_recipe
 
 from lightning_unitscale import cli
+from lightning_unitscale.cookbook.callbacks import LastCheckpoint
 from lightning_unitscale.cookbook.checks import validate_before_the_end
 from lightning_unitscale.cookbook.config import register, shipped
 from lightning_unitscale.cookbook.tasks import LanguageModeling
@@ -45,6 +47,17 @@ def test_a_diverged_run_says_so_at_that_step_and_leaves_its_report(tmp_path: Pat
     assert json.loads((folder / "report" / "metrics.json").read_text())["steps"] == 1
     assert "training diverged" in (folder / "report" / "index.html").read_text()
     assert "train/loss" in (folder / "csv" / "metrics.csv").read_text()
+
+
+def test_ctrl_c_is_answered_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    callback = LastCheckpoint(tmp_path / "last.ckpt")
+    try:
+        callback.on_train_start(pl.Trainer(logger=False, enable_checkpointing=False), pl.LightningModule())
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "stopping after this step, and saving it" in capfd.readouterr().err
 
 
 def test_an_interrupted_run_leaves_a_report_and_goes_on_with_its_settings(

@@ -62,12 +62,11 @@ def with_less(module: nn.Module, plan: Plan, options: Options, losses: Mapping[s
         f"of the untouched model {_numbers(losses['before'])}"
     )
     sites = [name for name in losses["sites"] if name]
-    named = f"{', '.join(sites[:5])}{' …' if len(sites) > 5 else ''}" or "no single matmul"
+    named = f"{', '.join(sites[:5])}{' …' if len(sites) > 5 else ''}"
+    seen = f"outputs far above RMS 1: {named}" if sites else "no output of one matmul is far above RMS 1"
     if plan.lr_units != "standard":
-        raise UnitScalingError(
-            f"{found}; outputs far above RMS 1: {named}. List those in skip, or use scheme='preserve' with an ordinary "
-            "learning rate."
-        )
+        way_out = "List those in skip, or use" if sites else "Use"
+        raise UnitScalingError(f"{found}; {seen}. {way_out} scheme='preserve' with an ordinary learning rate.")
     scaled = {site.module for site in plan.sites if site.params and not site.reason}
     if sites and not scaled <= set(sites):
         less, left = replace(options, skip=(*options.skip, *sites)), named
@@ -76,7 +75,7 @@ def with_less(module: nn.Module, plan: Plan, options: Options, losses: Mapping[s
             replace(options, scheme="preserve", hyperparameters={}),
             "the whole model, which trains as if untouched",
         )
-    warn_user(f"unit scaling: {found}; outputs far above RMS 1: {named}. Left alone: {left}.")
+    warn_user(f"unit scaling: {found}; {seen}. Left alone: {left}.")
     return less
 
 

@@ -117,15 +117,21 @@ def _by_reason(plan: Plan, placed: set[str]) -> dict[str, list[str]]:
     return found
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, in the singular where it is one."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def headline(plan: Plan) -> str:
     """The plan in one line."""
     scaled = sum(not parameter.reason for parameter in plan.parameters.values())
     left_alone = len(plan.parameters) - scaled
     explicit = len(plan.explicit_sites)
-    where = "nothing stays in the forward pass" if not explicit else f"{explicit} sites stay in the forward pass"
+    where = f"{counted(explicit, 'site')} {'stays' if explicit == 1 else 'stay'} in the forward pass"
+    where = where if explicit else "nothing stays in the forward pass"
     formats = Counter(site.format for site in plan.cast_sites)
-    casts = "".join(f"; {format} at {count} sites" for format, count in formats.items())
+    casts = "".join(f"; {format} at {counted(count, 'site')}" for format, count in formats.items())
     return (
         f"unit scaling: scheme={plan.scheme}, storage={plan.storage}, lr_units={plan.lr_units}; "
-        f"{scaled} parameters planned, {left_alone} left alone; {where}{casts}"
+        f"{counted(scaled, 'parameter')} planned, {left_alone} left alone; {where}{casts}"
     )
