@@ -3,6 +3,7 @@
 pretrain experiment=transfer -m model.width=64,128    flags may stand anywhere
 data.path=~/notes, ckpt_path=a=b.ckpt, prompt=C#      a value that Hydra's grammar refuses is taken as it stands
 ckpt_path=outputs/…/last.ckpt                         the other settings are those that its run began with
+ckpt_path=outputs/run, model.path=outputs/run         a run's folder stands for its last checkpoint
 """
 
 from __future__ import annotations
@@ -26,9 +27,19 @@ def for_hydra(command: str, arguments: Sequence[str]) -> list[str]:
         command: of `unitscale`.
         arguments: what was typed after it.
     """
-    overrides = [readable(argument) for argument in arguments if _is_override(argument)]
+    overrides = [readable(_last_checkpoint(argument)) for argument in arguments if _is_override(argument)]
     flags = [argument for argument in arguments if not _is_override(argument)]
     return [*flags, *began_with(command, overrides), *overrides]
+
+
+def _last_checkpoint(argument: str) -> str:
+    """The argument; where it names a run's folder as the model, or as what goes on, with its last checkpoint."""
+    key, _, value = argument.partition("=")
+    if key not in ("model.path", "ckpt_path") or not value:
+        return argument
+    folder = Path(value).expanduser()
+    last = folder / "checkpoints" / "last.ckpt"
+    return f"{key}={last}" if (folder / ".hydra").is_dir() and last.is_file() else argument
 
 
 def _is_override(argument: str) -> bool:

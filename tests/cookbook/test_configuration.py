@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from support.recipe_runs import run_recipe
 
 from lightning_unitscale.cookbook import config
+from lightning_unitscale.cookbook.arguments import for_hydra
 from lightning_unitscale.schemes import SCHEMES, find
 
 CONF = config.shipped("conf")
@@ -108,3 +109,17 @@ def test_debug_is_a_run_of_two_steps_without_logs(recipe: str, tmp_path: Path) -
     assert reports
     assert {report["steps"] for report in reports} == {2}
     assert not list(folder.rglob("metrics.csv")) and not list(folder.rglob("events*"))
+
+
+@pytest.mark.parametrize("key", ["model.path", "ckpt_path"])
+def test_a_runs_folder_stands_for_its_last_checkpoint(key: str, tmp_path: Path) -> None:
+    """A folder that is no run's, or whose run has saved nothing yet, stays what was typed."""
+    run, model = tmp_path / "run", tmp_path / "model"
+    (run / ".hydra").mkdir(parents=True)
+    model.mkdir()
+    assert for_hydra("pretrain", [f"{key}={run}"]) == [f"{key}={run}"]
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").touch()
+    assert for_hydra("pretrain", [f"{key}={run}"]) == [f"{key}={run}/checkpoints/last.ckpt"]
+    assert for_hydra("pretrain", [f"{key}={model}"]) == [f"{key}={model}"]
+    assert for_hydra("pretrain", [f"data.path={run}"]) == [f"data.path={run}"]
