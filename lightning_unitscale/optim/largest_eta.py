@@ -11,7 +11,7 @@ grow by such steps, until the steps are small beside them; scaled ones need not 
 
     if mean η > largest_eta       all rates × largest_eta / mean η
 
-with the geometric mean over the hidden weights of an optimizer, at the largest rate of its schedule that its groups
+with the geometric mean over the model's hidden weights, at the largest rate of its schedule that its groups
 tell. The whole schedule is multiplied, its warm-up and its decay too, and so is weight decay beside the gradient (lr ·
 weight_decay), as if the user's rate were that much lower. Higher rates thus all train alike, at the largest useful one;
 `hyperparameters={"eta_most": …}` moves it, and with lr_units="umup" there is none.
@@ -53,17 +53,24 @@ def limit_eta(optimizer: Optimizer, plan: Plan, module: nn.Module, family: str) 
     if plan.largest_eta is None or optimizer.state:
         return
     rates = list(_rates(plan, module, optimizer, family))
+    if not rates:
+        return
+    peak, own = max(lr for _, lr in rates), {parameter.name: lr for parameter, lr in rates}
+    # of all, those too that another process or optimizer steps: ZeroRedundancyOptimizer has a share of them in each
     etas = [
-        lr * parameter.step_limit * parameter.relative_lr / parameter.unit_lr
-        for parameter, lr in rates
-        if parameter.role == "hidden" and parameter.initial_rms and lr
+        own.get(parameter.name, peak) * parameter.step_limit * parameter.relative_lr / parameter.unit_lr
+        for parameter in plan.parameters.values()
+        if parameter.role == "hidden"
+        and parameter.initial_rms
+        and _is_ours(parameter)
+        and own.get(parameter.name, peak)
     ]
     eta = geometric_mean(etas) if etas else 0.0
     factors = []
     if eta > plan.largest_eta:
         # to a sixteenth of an octave, as all rates, so that the rounding of either storage makes no other plan
         value = float(2 ** (round(16 * log2(plan.largest_eta / eta)) / 16))
-        of = f"{len(etas)} hidden weights at a rate of {max(lr for _, lr in rates):g}"
+        of = f"{len(etas)} hidden weights at a rate of {peak:g}"
         factors = [Factor(value, f"mean η = {eta:.3g} of {of}, limited to {plan.largest_eta:g}", SOURCE)]
     for parameter, _ in rates:
         parameter.set_constant("eta_limit", factors)
@@ -79,5 +86,9 @@ def _rates(plan: Plan, module: nn.Module, optimizer: Optimizer, family: str) -> 
         if (family_of_group(group) or family) != "adam":
             continue
         for known in (plan.parameters[names[p]] for p in group["params"] if p in names):
-            if known.role in WEIGHT_ROLES and not known.reason and known.lr_override is None:
+            if known.role in WEIGHT_ROLES and _is_ours(known):
                 yield known, peak_rate(group)
+
+
+def _is_ours(parameter: ParameterPlan) -> bool:
+    return not parameter.reason and parameter.lr_override is None

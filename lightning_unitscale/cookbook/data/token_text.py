@@ -131,10 +131,10 @@ class TokenText(pl.LightningDataModule):
 
     def sizes(self) -> dict[str, int]:
         """How many tokens each part has, without those that begin documents."""
-        parts = {"training": self.training, "validation": self.validation, "test": self.test}
+        parts = {"training": self.training.tokens, "validation": self.validation.tokens, "test": self.test.tokens}
         if self.test is self.validation:
-            parts = {"training": self.training, "validation and test, the same,": self.validation}
-        return {f"{part} tokens": int((data.tokens != self.boundary).sum()) for part, data in parts.items()}
+            parts = {"training": self.training.tokens, "validation and test, the same,": self.validation.tokens}
+        return {f"{part} tokens": int((tokens != self.boundary).sum()) for part, tokens in parts.items()}
 
     def train_dataloader(self) -> ContinuingLoader:
         """Random crops, in the order that the seed gives."""
