@@ -87,12 +87,12 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     check_killed(tmp_path, [5], "umup", "", "unit")
 
 
-KILLS = int(os.environ.get("KILLS", "2"))  # in every fourth way; by hand KILLS=20, in each
+KILLS = int(os.environ.get("KILLS", "2"))  # in every fifth way, another format each; by hand KILLS=20, in each
 WAYS = list(product(["umup", "preserve", "amax", "mus", "unit", "completep"], ["", "fp8", "bf16", "fp16"]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scheme", "format"), WAYS if "KILLS" in os.environ else WAYS[::4])
+@pytest.mark.parametrize(("scheme", "format"), WAYS if "KILLS" in os.environ else WAYS[::5])
 def test_killed_at_random_moments(tmp_path: Path, scheme: str, format: str) -> None:
     storage = ("folded", "unit")[sum(divmod(WAYS.index((scheme, format)), 4)) % 2]
     random.seed(f"{scheme}{format}{storage}")
