@@ -40,6 +40,7 @@ def here(lines_on: int) -> int:
 
 
 def test_a_warning_shows_the_line_that_called_the_library() -> None:
+    torch.manual_seed(0)  # of one seed in twelve the first loss rises, and the model is left alone
     model = Regression().net
     unit_scale(model, loss)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)

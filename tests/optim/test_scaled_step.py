@@ -37,6 +37,7 @@ STEPS = 6
 class Plan:
     """Stands for `engine.plan.plan.Plan`: constants by parameter name."""
 
+    largest_eta: float | None = None
     unfollowed_schedule: tuple[int, ...] = ()
     parameters: ClassVar[dict[str, object]] = {}
     divided_gradients: frozenset[str] = frozenset()
