@@ -125,10 +125,12 @@ def record(
         trace.drew = random_state() != before
         if trace.transformed:  # torch can crash where a backward pass through its tangents meets a dispatch mode
             taken.problem = "torch.func ran part of the step"
-        else:
+        elif not trace.reentrant:
             taken.take(differentiable_losses(output, rehearsed))
         trace.copies = [(value, rehearsed.original(tensor)) for value, tensor in trace.copies]
         backwards = bool(rehearsed.losses)
+    if trace.reentrant and not trace.transformed:  # opened above, they must be seen as they run in training
+        taken.take_of(step, trainer)
     if not trace.loss_numbers:
         raise NoLossError(
             f"the rehearsed step of {type(module).__name__} gave no loss: return a tensor or a dict with 'loss', "

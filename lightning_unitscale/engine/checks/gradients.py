@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import backward as _backward  # by this name: a rehearsal shadows the other one
 
-from lightning_unitscale.engine.record.autograd_functions import reentrant_checkpoints_opened
+from lightning_unitscale.engine.record.autograd_functions import reentrant_checkpoints_allowed
+from lightning_unitscale.engine.record.leaf_gradients import leaves_of
 from lightning_unitscale.engine.record.recorder import loss_tensors
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
 from lightning_unitscale.engine.record.spread_tensors import is_sharded, part_of
@@ -42,7 +43,7 @@ def rehearsed_losses(
         if not casts:
             for cast in casts_in_force(module).values():  # copies, that the rehearsal works on
                 cast.scales = None
-        with reentrant_checkpoints_opened(), observer or nullcontext():
+        with reentrant_checkpoints_allowed(), observer or nullcontext():
             yield differentiable_losses(step(run), run)
 
 
@@ -77,7 +78,8 @@ def named_gradients(
     """The gradient of the losses' sum, by parameter; those that it does not depend on are left out.
 
     Inside a rehearsal, which puts `.grad` back. There code leaves gradients that the graph does not know: reversible
-    networks and some checkpoints, which call `backward` in a Function's backward pass.
+    networks and some checkpoints, which call `backward` in a Function's backward pass. That is run if anything before
+    it in the graph is asked for, so inputs are.
     """
     named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     if not losses or not named:
@@ -91,9 +93,11 @@ def named_gradients(
         return gradients
     for parameter in named.values():
         parameter.grad = None
-    found = torch.autograd.grad(losses, list(named.values()), seeds, retain_graph=keep_graph, allow_unused=True)
+    known = {id(parameter) for parameter in named.values()}
+    inputs = [leaf for leaf in leaves_of(losses) if id(leaf) not in known]
+    found = torch.autograd.grad(losses, [*named.values(), *inputs], seeds, retain_graph=keep_graph, allow_unused=True)
     gradients = _left_behind(module)
-    for name, gradient in zip(named, found, strict=True):
+    for name, gradient in zip(named, found, strict=False):
         if gradient is not None:
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
     return gradients

@@ -61,6 +61,16 @@ class GradientsTaken:
         except Exception as error:  # a model's own code may object to anything, a second backward for one
             self.problem = said(error)
 
+    def take_of(self, step: Callable[[Rehearsal], Any], trainer: pl.Trainer | None = None) -> None:
+        """Take them of a step that leaves no trace; if it fails, they have a problem."""
+        if not (self._wants_whole or self._wants_by_loss):
+            return
+        try:
+            with self.watching(), rehearsed_losses(self.module, step, trainer) as losses:
+                self.take(losses)
+        except Exception as error:  # as above
+            self.problem = said(error)
+
     def _take_by_loss(self, losses: list[Tensor]) -> None:
         for index, loss in enumerate(losses):
             gradients = named_gradients(self.module, [loss], keep_graph=index + 1 < len(losses))
@@ -80,11 +90,7 @@ def take_gradients(
 ) -> GradientsTaken:
     """Run a step that leaves no trace for its gradients; if it fails, they are said to have a problem."""
     taken = GradientsTaken(module, whole=whole, by_loss=by_loss)
-    try:
-        with taken.watching(), rehearsed_losses(module, step, trainer) as losses:
-            taken.take(losses)
-    except Exception as error:  # as above
-        taken.problem = said(error)
+    taken.take_of(step, trainer)
     return taken
 
 

@@ -3,8 +3,9 @@
 A factor that the forward pass has and a backward pass has not (one put inside a hand-written autograd.Function, or an
 operation that takes it wrongly) leaves every loss as it is and makes gradients wrong. So they are compared with what
 does not use any backward pass: with the change of the loss as parameters are moved (`engine.checks.slopes`), one more
-forward pass; of all at once, or, if the step has hand-written Functions or hooks on tensors, of one half and then the
-other. Without these and without scopes, by which factors stand in the model's code, nothing is to be checked.
+forward pass; of all at once, or, if the step has hand-written Functions, reentrant checkpoints or hooks on tensors, of
+one half and then the other. Without these and without scopes, by which factors stand in the model's code, nothing is to
+be checked.
 
 Some gradients are meant to be others than the slope (straight-through estimators, gradient reversal, detached
 targets). So where they disagree the untouched model is asked the same, on the same batch with the same random numbers:
@@ -52,7 +53,12 @@ Step = Callable[[Rehearsal], Any]
 
 def is_to_be_checked(module: nn.Module, plan: Plan, before: Trace) -> bool:
     """Whether anything can make gradients wrong: a factor in the code, or code that has a backward pass of its own."""
-    return rules_in_force(module) is not None or (plan.changes_training and bool(before.functions or before.hooked))
+    return rules_in_force(module) is not None or (plan.changes_training and _has_backward(before))
+
+
+def _has_backward(step: Trace) -> bool:
+    """Whether code of the step decides gradients, and not torch's own operations alone."""
+    return bool(step.functions) or step.hooked or step.reentrant
 
 
 def verify_gradients(
@@ -83,7 +89,7 @@ def verify_gradients(
     if not problem:
         try:
             gate = _Gate(module, plan, step, trainer)
-            wrong = gate.wrong_gradients(taken, sets=2 if before.functions or before.hooked else 1)
+            wrong = gate.wrong_gradients(taken, sets=2 if _has_backward(before) else 1)
             is_own = bool(wrong) and gate.are_as_folded(taken)
         except Exception as error:  # of the model's own code, where it meets another value
             problem = said(error)

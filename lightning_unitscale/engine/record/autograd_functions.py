@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
@@ -42,14 +43,17 @@ def watching_functions(run: Runner) -> Iterator[None]:
 
 
 @contextmanager
-def reentrant_checkpoints_opened() -> Iterator[None]:
+def reentrant_checkpoints_opened(met: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Run layers that are checkpointed the reentrant way, by a Function, in the other way.
 
-    Then autograd sees them, as it sees the model without checkpointing, and `autograd.grad` works. (`backward`, which
-    works with both, would reach the hooks on parameters: DDP's reduction, optimizers that step in the backward pass.)
+    Then autograd sees them, as it sees the model without checkpointing.
+
+    Args:
+        met: called at each of them.
     """
 
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        met()
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
     around = vars(CheckpointFunction).get("apply")  # of one that is entered already; the base class has torch's
@@ -61,3 +65,17 @@ def reentrant_checkpoints_opened() -> Iterator[None]:
             del CheckpointFunction.apply
         else:
             CheckpointFunction.apply = around  # type: ignore[method-assign]  # a function for a method
+
+
+@contextmanager
+def reentrant_checkpoints_allowed() -> Iterator[None]:
+    """Let `autograd.grad` go through them as they run in training, inside a rehearsal.
+
+    They call `backward` in their backward pass, which a rehearsal keeps from the hooks on parameters. Torch refuses
+    them there, as the gradients of weights that they alone use are in `.grad` only.
+    """
+    torch.autograd._is_checkpoint_valid, before = lambda: True, torch.autograd._is_checkpoint_valid
+    try:
+        yield
+    finally:
+        torch.autograd._is_checkpoint_valid = before

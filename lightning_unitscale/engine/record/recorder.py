@@ -59,7 +59,7 @@ def recording(module: nn.Module) -> Iterator[Recorder]:
     ]
     handles += [child.register_forward_pre_hook(recorder.meet_gathered) for child in gathering_modules(module)]
     try:
-        with reentrant_checkpoints_opened(), watching_functions(recorder.run_function), recorder:
+        with reentrant_checkpoints_opened(recorder.meet_reentrant), watching_functions(recorder.run_function), recorder:
             yield recorder
     finally:
         for handle in handles:
@@ -119,6 +119,10 @@ class Recorder(TorchFunctionMode):
         if outputs and name != "grad" and not unchanged:
             self._write(name, function, args, kwargs, outputs, sys._getframe(1))
         return result
+
+    def meet_reentrant(self) -> None:
+        """A layer is checkpointed the reentrant way."""
+        self.trace.reentrant = True
 
     def run_function(self, function: type, apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Run a `torch.autograd.Function`: gradients pass through all of it, though inside autograd is off.

@@ -107,6 +107,7 @@ class Trace:
         in_transforms: the parameters that were among these, with the code that used them there.
         drew: whether the step drew random numbers.
         functions: names of the `torch.autograd.Function`s that were applied.
+        reentrant: whether layers are checkpointed the reentrant way, of which a recording sees the insides.
         hooked: whether the step put hooks on tensors, which may change gradients.
     """
 
@@ -124,6 +125,7 @@ class Trace:
     in_transforms: dict[str, str] = field(default_factory=dict)
     drew: bool = False
     functions: set[str] = field(default_factory=set)
+    reentrant: bool = False
     hooked: bool = False
 
     def step_of(self, call: Call) -> int:

@@ -39,6 +39,7 @@ from lightning_unitscale.ops import MATMULS, FunctionCall
 from lightning_unitscale.ops.attention import open_multi_head_attention
 from lightning_unitscale.ops.torch_functions import short_name
 
+_BACKWARD = (Tensor.backward, torch.autograd.backward, torch.autograd.grad)
 _ENTERED: list[OperandObserver] = []
 
 
@@ -122,6 +123,10 @@ class OperandObserver(TorchFunctionMode):
         if function is F.multi_head_attention_forward:
             with self:
                 return open_multi_head_attention(*args, **kwargs)
+        if (
+            function in _BACKWARD
+        ):  # layers checkpointed the reentrant way run again inside, where frames enter this again
+            return function(*args, **kwargs)
         self._inside = True
         try:
             result = function(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -11,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_unitscale import unit_scale
+from lightning_unitscale import prepare, unit_scale
+from lightning_unitscale.engine.checks.gradients_taken import take_gradients
+from lightning_unitscale.engine.record import recorder
+from lightning_unitscale.engine.record.autograd_functions import RUN_ASIDE
+from lightning_unitscale.errors import WrongGradientsError
 
 WIDTH = 8
 Run = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -63,3 +68,33 @@ def test_gradients_are_those_without_checkpoints(inner: str, outer: str, storage
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
     if inner != "plain" and outer == "plain":
         assert plan.parameters["layer.weight"].reason == ""
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+@pytest.mark.parametrize("storage", ["folded", "unit"])
+def test_the_gate_of_the_gradients_runs_reentrant_checkpoints_as_training_does(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as if closures were methods: their factors are lost where a checkpoint runs them again, and there alone
+    monkeypatch.setattr(recorder, "RUN_ASIDE", RUN_ASIDE - {inspect.unwrap(checkpoint).__code__})
+    monkeypatch.setattr(prepare, "is_far_above", lambda before, after: False)
+    net = Net(WAYS["reentrant"], WAYS["reentrant"])
+    with pytest.raises(WrongGradientsError, match="not the slope of the loss"):
+        unit_scale(net, lambda m: m(X), storage=storage)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_behind_reentrant_checkpoints_are_those_of_a_backward_pass(frozen: bool) -> None:
+    # with a frozen first layer nothing but an input that requires gradients leads to the checkpoints
+    net = Net(WAYS["reentrant"], WAYS["plain"])
+    net.first.requires_grad_(not frozen)
+    x = X.clone().requires_grad_()
+    net(x).backward()
+    expected = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    net.zero_grad()
+    taken = take_gradients(net, lambda run: net(x), whole=True)
+    assert taken.problem == ""
+    assert taken.whole.keys() == expected.keys() >= {"weight", "layer.weight"}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(taken.whole[name], gradient, msg=name)
+    assert all(p.grad is None for p in net.parameters())

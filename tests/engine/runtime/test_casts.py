@@ -413,8 +413,9 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found[0][2], found[1][2], strict=True))
 
 
-def test_gradients_are_seen_from_autograd_s_own_thread() -> None:
-    """On CUDA, layers checkpointed the reentrant way run again in a thread in which no mode is entered."""
+@pytest.mark.parametrize("own_thread", [False, True])
+def test_gradients_are_seen_where_layers_run_again_in_the_backward_pass(own_thread: bool) -> None:
+    """Checkpointed the reentrant way: on CUDA in a thread of autograd's, in which no mode is entered."""
     torch.manual_seed(0)
     model = Checkpointed(nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)), True)
     x = torch.randn(64, 32)
@@ -424,9 +425,12 @@ def test_gradients_are_seen_from_autograd_s_own_thread() -> None:
         site.measured = {}
     with measurement.observe(1):
         loss = model(x).square().mean()
-        thread = threading.Thread(target=loss.backward)
-        thread.start()
-        thread.join()
+        if own_thread:
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        else:
+            loss.backward()
     measurement.finish()
     assert all(set(site.measured) == {"x", "weight", "gradient"} for site in plan.cast_sites)
 
