@@ -73,7 +73,7 @@ def began_with(command: str, overrides: Sequence[str]) -> list[str]:
     A group that is chosen anew (`data=text`) takes the recorded settings of that group with it. Nothing where the
     checkpoint has no record, or is of another command, which says so itself.
     """
-    given = list(_keys(overrides))
+    given = list(keys_of(overrides))
     path = next((value for key, value in given if key == "ckpt_path"), None)
     if not isinstance(path, str) or not path:
         return []
@@ -86,7 +86,7 @@ def began_with(command: str, overrides: Sequence[str]) -> list[str]:
     anew = {key for key, _ in given} | {"ckpt_path"}
     kept = [
         override
-        for override, (key, _) in zip(recorded, _keys(recorded), strict=True)
+        for override, (key, _) in zip(recorded, keys_of(recorded), strict=True)
         if key not in anew and not any(key.startswith(f"{other}.") for other in anew)
     ]
     if kept:
@@ -94,6 +94,7 @@ def began_with(command: str, overrides: Sequence[str]) -> list[str]:
     return kept
 
 
-def _keys(overrides: Sequence[str]) -> Iterator[tuple[str, object]]:
+def keys_of(overrides: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """What each override sets, a setting or a group, and to what."""
     for override in _parsed(overrides) or []:
         yield override.key_or_group, override.value()

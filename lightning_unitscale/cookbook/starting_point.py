@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
 from lightning_unitscale.callback import UnitScaling
+from lightning_unitscale.cookbook.arguments import keys_of
 from lightning_unitscale.cookbook.heads import class_names, new_model
 from lightning_unitscale.cookbook.model_path import load_pretrained
 from lightning_unitscale.cookbook.pretrained import Pretrained
@@ -19,6 +21,7 @@ from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.cookbook.tasks.classification import numbers_of
 from lightning_unitscale.cookbook.tokenizers import BYTES, check_tokenizer, load_tokenizer
 from lightning_unitscale.cookbook.transformers_folder import save_for_transformers
+from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.rename import plan_around
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.in_force import forget, put_in_force
@@ -106,9 +109,13 @@ def _to_go_on(cfg: DictConfig, classes: Sequence[str]) -> Pretrained:
 
 
 def scaling_of(cfg: DictConfig, start: Pretrained) -> UnitScaling | None:
-    """The callback: with the options of the checkpoint's own plan, if it goes on, else those of `unitscale`."""
+    """The callback: with the options of the checkpoint's own plan, if it goes on, else those of `unitscale`.
+
+    It goes on unless `model.keep_plan=false`, LoRA or a `unitscale` of the command line that differs asks for another.
+    """
     plan = start.plan
-    if plan is not None and cfg.model.keep_plan and not cfg.lora:
+    anew = not cfg.model.keep_plan or cfg.lora or (not cfg.ckpt_path and _asks_for_another(cfg, plan))
+    if plan is not None and not anew:
         print(f"The checkpoint's own parametrization goes on: {plan.scheme}, lr_units={plan.lr_units}")
         family = cfg.unitscale.optimizer_family if cfg.unitscale else None
         return UnitScaling(**plan.options, optimizer_family=family)
@@ -116,7 +123,7 @@ def scaling_of(cfg: DictConfig, start: Pretrained) -> UnitScaling | None:
         if not plan.is_plain:
             raise InputError(
                 f"model.path={start.path} has unit-scaling factors in its forward pass, which "
-                f"{'lora' if cfg.lora else 'model.keep_plan=false'} can't do without. Write plain weights first: "
+                f"{'lora' if cfg.lora else 'another unitscale'} can't do without. Write plain weights first: "
                 "unitscale export format=hf"
             )
         forget(start.model)
@@ -126,6 +133,17 @@ def scaling_of(cfg: DictConfig, start: Pretrained) -> UnitScaling | None:
     print(f"unit scaling: scheme={cfg.unitscale.scheme}, lr_units={cfg.unitscale.lr_units}")
     scaling: UnitScaling = instantiate(cfg.unitscale)
     return scaling
+
+
+def _asks_for_another(cfg: DictConfig, plan: Plan | None) -> bool:
+    """Whether the command line has settings of `unitscale` that are not the plan's."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    if plan is None or not any(key.partition(".")[0] == "unitscale" for key, _ in keys_of(given)):
+        return False
+    if not cfg.unitscale:
+        return True
+    scaling: UnitScaling = instantiate(cfg.unitscale)
+    return scaling.unit_scaling.options.to_dict() != plan.options
 
 
 def module_around(cfg: DictConfig, start: Pretrained) -> Task:

@@ -33,7 +33,7 @@ best of 2^-8 and 2^-7, σ / α_in / α_out), on the two jobs that the numbers we
     llama     2.647       2.413        2.283          2.233            2.269            2.344          2.688     2.289
     gpt2      2.871       2.808        2.888        too large          2.573            2.592          2.754     2.549
 
-and on one that they were not (unitscale pretrain, width 256, 2^-8): 1.726 → 1.386; others in schemes/README.md.
+and on one that they were not (unitscale pretrain, width 256): 1.726 at 2^-8 → 1.392 at 4e-3. Others: schemes/README.md.
 """
 
 from __future__ import annotations

@@ -567,10 +567,14 @@ def test_umup_checkpoint_goes_on_in_its_own_parametrization(continued: tuple[Pat
     assert "own parametrization goes on: umup" in printed
     files = (folder / "base.ckpt", folder / "checkpoints" / "best.ckpt")
     plans = [plan_in(torch.load(file, weights_only=True)) for file in files]
-    before, after = (plan.lr_multipliers for plan in plans if plan is not None)
-    assert before == after
-    assert len(set(before.values())) > 1
-    assert all(plan is not None and plan.scheme == "umup" for plan in plans)
+    before, after = (plan for plan in plans if plan is not None)
+    assert before.scheme == after.scheme == "umup"
+    assert before.parameters["model.lm_head.weight"].eta_limit != after.parameters["model.lm_head.weight"].eta_limit
+    for plan in (before, after):  # the largest useful rate is that of each run's own optimizer
+        for parameter in plan.parameters.values():
+            parameter.set_constant("eta_limit", [])
+    assert before.lr_multipliers == pytest.approx(after.lr_multipliers)
+    assert len(set(before.lr_multipliers.values())) > 1
 
 
 def test_the_plan_can_be_left_behind(continued: tuple[Path, str], tmp_path: Path) -> None:
@@ -580,6 +584,25 @@ def test_the_plan_can_be_left_behind(continued: tuple[Path, str], tmp_path: Path
     plan = plan_in(torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True))
     assert plan is not None
     assert plan.scheme == "preserve"
+
+
+def test_another_scheme_of_the_command_line_takes_the_place_of_the_plan(
+    continued: tuple[Path, str], tmp_path: Path
+) -> None:
+    base = continued[0] / "base.ckpt"
+    folder, printed = run_recipe("finetune", tmp_path, *TEXT, f"model.path={base}", "unitscale=amax")
+    assert "goes on" not in printed
+    plan = plan_in(torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True))
+    assert plan is not None
+    assert plan.scheme == "amax"
+    first, second = (
+        json.loads((run / "report" / "metrics.json").read_text())["test/loss, before"] for run in (continued[0], folder)
+    )
+    assert second == pytest.approx(first, rel=1e-5)  # the function is kept
+    last = folder / "checkpoints" / "last.ckpt"
+    (tmp_path / "again").mkdir()
+    _, printed = run_recipe("finetune", tmp_path / "again", *TEXT, f"ckpt_path={last}", "unitscale=amax")
+    assert "goes on: amax" in printed
 
 
 def test_multipliers_of_a_umup_checkpoint_are_at_work(continued: tuple[Path, str], tmp_path: Path) -> None:
