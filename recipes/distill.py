@@ -32,6 +32,7 @@ from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
     check_whole_numbers,
+    fit_to_context,
     validate_before_the_end,
 )
 from lightning_unitscale.cookbook.distillation_results import DistillationResults
@@ -53,6 +54,7 @@ def main(cfg: DictConfig) -> float:
     examples = instantiate(cfg.data[cfg.task.data])
     classes = task.classes(examples)
     teacher = get_teacher(cfg, folder)
+    fit_to_context(cfg, teacher.model)
     check_fits(cfg, teacher, classes)
     data = task.data_module(examples, teacher, cfg)
 

@@ -32,6 +32,7 @@ from lightning_unitscale.cookbook.checks import (
     check_data,
     check_learning_rate,
     check_whole_numbers,
+    fit_to_context,
     validate_before_the_end,
 )
 from lightning_unitscale.cookbook.run_report import report_run
@@ -51,6 +52,7 @@ def main(cfg: DictConfig) -> float:
     examples = instantiate(cfg.data[cfg.task.data])
     pl.seed_everything(cfg.seed, workers=True)
     start = starting_point(cfg, task.classes(examples), Path(cfg.folder))
+    fit_to_context(cfg, start.model)
     data = task.data_module(examples, start, cfg)
     unitscale = scaling_of(cfg, start)
     module = module_around(cfg, start)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
 
 from lightning_unitscale.checkpoint import read_checkpoint
+from lightning_unitscale.cookbook.pretrained import context_length
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.sharded_checkpoint import META, all_but_weights
 
@@ -41,6 +44,25 @@ def check_data(cfg: DictConfig) -> None:
             f"this task needs data with `{cfg.task.data}`, and what was chosen has {', '.join(map(str, cfg.data))}; "
             "choose task=… and data=… that fit, or an experiment"
         )
+
+
+def fit_to_context(cfg: DictConfig, model: PreTrainedModel) -> None:
+    """Makes `task.sequence_length` no longer than the model's context.
+
+    Raises:
+        InputError: it is longer, and was asked for in the command.
+    """
+    context, length = context_length(model), cfg.task.get("sequence_length", 0)
+    if context is None or length <= context:
+        return
+    asked = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if any(override.lstrip("+").startswith("task.sequence_length=") for override in asked):
+        raise InputError(
+            f"task.sequence_length={length} is longer than the model's context of {context} tokens; leave it out, or "
+            f"give task.sequence_length={context}"
+        )
+    cfg.task.sequence_length = context
+    print(f"task.sequence_length={context}, the model's context, in place of {length}")
 
 
 def validate_before_the_end(cfg: DictConfig) -> None:

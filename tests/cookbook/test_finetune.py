@@ -842,6 +842,16 @@ ANY_HEAD = [
 ]
 
 
+def test_sequences_are_no_longer_than_the_models_context(llama: str, tmp_path: Path) -> None:
+    """Unless a length is asked for, which is an error of its own (below)."""
+    shorter = [setting for setting in TEXT if not setting.startswith("task.sequence_length")]
+    run, printed = run_recipe("finetune", tmp_path, *shorter, "test_before=false", f"model.path={llama}")
+    assert "task.sequence_length=32, the model's context, in place of 128" in printed
+    path = f"model.path={run}/checkpoints/last.ckpt"
+    _, printed = run_recipe("inference", tmp_path, "mode=evaluate", path, "hydra.run.dir=evaluation")
+    assert "float32" in printed  # though the run's record says 128
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
