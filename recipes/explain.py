@@ -15,6 +15,7 @@ from pathlib import Path
 from lightning_unitscale import Plan, UnitScalingError
 from lightning_unitscale.checkpoint import plan_in, read_checkpoint
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,7 +36,7 @@ def read_plan(path: str) -> Plan:
     if not path:
         raise InputError("say which checkpoint: ckpt_path=<a checkpoint that unit scaling wrote>")
     if not Path(path).is_file():
-        raise InputError(f"ckpt_path={path}: no such file (looked in {Path.cwd()})")
+        raise InputError(f"ckpt_path={path}: {not_found(path)}")
     plan = plan_in(read_checkpoint(path))
     if plan is None:
         raise InputError(f"ckpt_path={path}: this checkpoint was written without unit scaling; it has no plan")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cookbook.pretrained import context_length
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 from lightning_unitscale.sharded_checkpoint import META, all_but_weights
 
 
@@ -81,5 +82,5 @@ def check_checkpoint(cfg: DictConfig) -> None:
         all_but_weights(path)
         return
     if not path.is_file():
-        raise InputError(f"ckpt_path={cfg.ckpt_path}: no such file (looked in {Path.cwd()})")
+        raise InputError(f"ckpt_path={cfg.ckpt_path}: {not_found(path)}")
     read_checkpoint(path)

@@ -11,6 +11,7 @@ from typing import Any
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor.charts import Curve
 from lightning_unitscale.monitor.snapshot import FILE, Snapshot
+from lightning_unitscale.near_names import not_found
 
 LOSSES = {"train/loss": "training", "val/loss": "held out"}  # columns of the log
 
@@ -31,7 +32,7 @@ class RunFolder:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder (looked in {Path.cwd()})")
+            raise InputError(f"{folder}: {not_found(folder)}")
         report = folder / "report"
         self.folder = folder
         self.about = _read_json(report / "run.json")

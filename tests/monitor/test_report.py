@@ -210,7 +210,7 @@ def test_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not the folder of a run; it has no monitor\.jsonl"):
         render_report(tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         render_report(tmp_path / "missing")
 
 

@@ -12,6 +12,7 @@ from lightning_unitscale.cookbook.inference.loading import load_with_tokenizer
 from lightning_unitscale.cookbook.inference.numbers import print_numbers
 from lightning_unitscale.cookbook.runs import plain
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 
 
 def generate_texts(cfg: DictConfig, path: str) -> list[str]:
@@ -45,5 +46,5 @@ def read_prompts(cfg: DictConfig) -> list[str]:
         return [str(cfg.prompt)]
     file = Path(cfg.prompt_file).expanduser()
     if not file.is_file():
-        raise InputError(f"prompt_file={cfg.prompt_file}: no such file (looked in {Path.cwd()})")
+        raise InputError(f"prompt_file={cfg.prompt_file}: {not_found(file)}")
     return [line for line in file.read_text().splitlines() if line.strip()]
