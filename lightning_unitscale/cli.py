@@ -44,7 +44,7 @@ Every setting can be overridden by its name (Hydra):
   unitscale pretrain unitscale=none data=text data.path=.   choose other parts
   unitscale pretrain experiment=transfer                    use a preset
   unitscale pretrain -m model.width=64,128                  run every combination
-  unitscale pretrain ckpt_path=…/last.ckpt                  go on with a run, its settings kept
+  unitscale pretrain ckpt_path=outputs/pretrain/…           go on with a run, its settings kept
   unitscale pretrain --help                                 list parts and settings
   unitscale pretrain --cfg job                              print the settings of this run
 The Tab key completes all of it: eval "$(unitscale completion bash)"; also zsh, fish.

@@ -33,17 +33,17 @@ def for_hydra(command: str, arguments: Sequence[str]) -> list[str]:
         command: of `unitscale`.
         arguments: what was typed after it.
     """
-    overrides = [readable(_last_checkpoint(argument)) for argument in arguments if _is_override(argument)]
+    overrides = [readable(with_last_checkpoint(argument)) for argument in arguments if _is_override(argument)]
     flags = [argument for argument in arguments if not _is_override(argument)]
     return [*flags, *began_with(command, overrides), *overrides]
 
 
-def _last_checkpoint(argument: str) -> str:
-    """The argument; where it names a run's folder as the model, or as what goes on, with its last checkpoint."""
+def with_last_checkpoint(argument: str) -> str:
+    """The argument; where it names a run's folder as a model, or as what goes on, with its last checkpoint."""
     key, _, value = argument.partition("=")
-    if key not in ("model.path", "ckpt_path") or not value:
+    if key not in (*HUB, "ckpt_path") or not value:
         return argument
-    folder = Path(value).expanduser()
+    folder = Path(os.path.expanduser(value))  # noqa: PTH111 (Path.expanduser raises for users who are not there)
     last = folder / "checkpoints" / "last.ckpt"
     return f"{key}={last}" if (folder / ".hydra").is_dir() and last.is_file() else argument
 
