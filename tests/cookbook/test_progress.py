@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_unitscale.cookbook import progress
+from lightning_unitscale.cookbook.logs import NotShownAlready
 from lightning_unitscale.cookbook.progress import StepBar, StepLines
 
 
@@ -92,3 +95,12 @@ def test_in_a_pipe_each_thing_is_said_once_and_the_steps_go_by(tmp_path: Path) -
     assert re.findall(r"^step (\d/2)  train/loss", done.stdout, re.MULTILINE) == ["1/2", "2/2"]
     assert done.stderr.count("unit scaling: scheme=umup") == 1
     assert "Tip" not in done.stderr
+
+
+def test_the_screen_shows_what_another_package_does_not_show_itself() -> None:
+    shown = NotShownAlready()
+    for name, own, expected in (("aside.silent", False, True), ("aside.loud", True, False)):
+        package = logging.getLogger(name)
+        package.addHandler(logging.StreamHandler() if own else logging.FileHandler(os.devnull))
+        record = logging.LogRecord(f"{name}.part", logging.WARNING, "", 1, "text", (), None)
+        assert shown.filter(record) is expected
