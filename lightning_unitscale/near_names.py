@@ -31,7 +31,7 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def near_glob(glob: str, names: Collection[str]) -> str:
-    """A question that names a glob which does match: parts corrected, or a part of the model before it.
+    """A question that names a glob which does match: parts corrected, other parts of the model before it or none.
 
     Where there is none, some of the names.
 
@@ -46,7 +46,7 @@ def near_glob(glob: str, names: Collection[str]) -> str:
         return part if known else next(iter(get_close_matches(part, parts, 1)), part)
 
     corrected = ".".join(nearest(part) for part in glob.split("."))
-    for candidate in (corrected, f"*.{corrected}"):
+    for candidate in (corrected, f"*.{corrected}", corrected.removeprefix("*.")):
         if any(matches(name, (candidate,)) for name in names):
             return f"Did you mean {candidate!r}?"
     shown = list(names)[:SHOWN]

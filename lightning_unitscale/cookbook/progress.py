@@ -31,9 +31,9 @@ def progress() -> ProgressBar:
 
 
 def shown_metrics(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the version of the logger, losses first."""
+    """Without the version of the logger; losses, then other scores (`val/accuracy`), then what the monitor measured."""
     named = [(name, value) for name, value in found.items() if name != "v_num"]
-    return dict(sorted(named, key=lambda item: "loss" not in item[0]))
+    return dict(sorted(named, key=lambda item: ("loss" not in item[0], "/" not in item[0])))
 
 
 class StepBar(RichProgressBar):

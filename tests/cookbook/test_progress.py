@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_unitscale.cookbook import progress
 from lightning_unitscale.cookbook.logs import NotShownAlready
-from lightning_unitscale.cookbook.progress import StepBar, StepLines
+from lightning_unitscale.cookbook.progress import StepBar, StepLines, shown_metrics
 
 
 class Line(pl.LightningModule):
@@ -104,3 +104,8 @@ def test_the_screen_shows_what_another_package_does_not_show_itself() -> None:
         package.addHandler(logging.StreamHandler() if own else logging.FileHandler(os.devnull))
         record = logging.LogRecord(f"{name}.part", logging.WARNING, "", 1, "text", (), None)
         assert shown.filter(record) is expected
+
+
+def test_losses_come_before_scores_and_these_before_what_was_measured() -> None:
+    found = {"v_num": 0, "x_near_1_%": 100.0, "val/accuracy": 0.5, "val/loss": 1.0}
+    assert list(shown_metrics(found)) == ["val/loss", "val/accuracy", "x_near_1_%"]
