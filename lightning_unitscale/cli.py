@@ -16,8 +16,7 @@ import runpy
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import hydra
@@ -26,10 +25,11 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lightning_unitscale.cookbook.arguments import for_hydra
+from lightning_unitscale.cookbook.arguments import for_hydra, wrong_path
 from lightning_unitscale.cookbook.config import register, shipped
 from lightning_unitscale.cookbook.help import commands, completion, composed, help_of
 from lightning_unitscale.errors import InputError, UnitScalingError
+from lightning_unitscale.near_names import did_you_mean
 
 Task = Callable[[DictConfig], Any]
 
@@ -44,7 +44,7 @@ Every setting can be overridden by its name (Hydra):
   unitscale pretrain unitscale=none data=text data.path=.   choose other parts
   unitscale pretrain experiment=transfer                    use a preset
   unitscale pretrain -m model.width=64,128                  run every combination
-  unitscale pretrain ckpt_path=…/last.ckpt                  go on with a run, its settings kept
+  unitscale pretrain ckpt_path=outputs/pretrain/…           go on with a run, its settings kept
   unitscale pretrain --help                                 list parts and settings
   unitscale pretrain --cfg job                              print the settings of this run
 The Tab key completes all of it: eval "$(unitscale completion bash)"; also zsh, fish.
@@ -66,11 +66,13 @@ def main() -> None:
     if command not in known:
         sys.exit(
             f"error: unknown command {command!r}; there are {', '.join(known)}."
-            f"{_did_you_mean(command, known)} See unitscale --help."
+            f"{did_you_mean(command, known)} See unitscale --help."
         )
     if {"-h", "--help"} & set(sys.argv[2:]):
         _print(help_of(command))
         return
+    if wrong := wrong_path(sys.argv[2:]):  # before the seconds that importing torch takes
+        sys.exit(f"error: {wrong}")
     script = shipped("recipes") / f"{command}.py"
     sys.argv = [str(script), *sys.argv[2:]]  # what relaunched processes (DDP) run
     sys.path.insert(0, str(script.parent))  # as `python recipes/<command>.py` does
@@ -191,7 +193,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _unknown_option(group: str, name: str) -> str:
     options = sorted(file.stem for file in (shipped("conf") / group).glob("*.yaml"))
-    return f"{group}={name} is not known; choose one of {', '.join(options)}.{_did_you_mean(name, options)}"
+    return f"{group}={name} is not known; choose one of {', '.join(options)}.{did_you_mean(name, options)}"
 
 
 def _gone_target(target: str, key: str, group: str) -> str:
@@ -216,13 +218,8 @@ def _unknown_key(key: str, config_name: str) -> str:
     known, *rest = "", *key.split(".")
     while rest and isinstance(node, DictConfig) and rest[0] in node:
         known, node = f"{known}{rest[0]}.", node._get_node(rest.pop(0))
-    hint = _did_you_mean(rest[0], map(str, node), known) if rest and isinstance(node, DictConfig) else ""
+    hint = did_you_mean(rest[0], map(str, node), known) if rest and isinstance(node, DictConfig) else ""
     return f"there is no setting {key} here.{hint} (A new one is added with +{key}=...)"
-
-
-def _did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    near = [f"{prefix}{match}" for match in get_close_matches(word, list(known), n=3)]
-    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 if __name__ == "__main__":

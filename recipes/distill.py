@@ -2,7 +2,7 @@
 
     unitscale distill                                                  # = python recipes/distill.py: a language model
     unitscale distill experiment=distill_translation                   # or distill_dialogue, distill_digits
-    unitscale distill teacher.path=outputs/pretrain/…/last.ckpt        # your own teacher: a checkpoint or a folder
+    unitscale distill teacher.path=outputs/pretrain/…    # your own teacher: a run, a checkpoint or a folder
     unitscale distill student.config.num_hidden_layers=1 distillation.temperature=4
     unitscale distill -m seed=1,2,3 teacher.path=…                     # more than one seed
     unitscale distill ckpt_path=outputs/distill/…/student_alone/last.ckpt   # go on with an interrupted run
@@ -32,6 +32,7 @@ from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
     check_whole_numbers,
+    fit_to_context,
     validate_before_the_end,
 )
 from lightning_unitscale.cookbook.distillation_results import DistillationResults
@@ -53,6 +54,7 @@ def main(cfg: DictConfig) -> float:
     examples = instantiate(cfg.data[cfg.task.data])
     classes = task.classes(examples)
     teacher = get_teacher(cfg, folder)
+    fit_to_context(cfg, teacher.model)
     check_fits(cfg, teacher, classes)
     data = task.data_module(examples, teacher, cfg)
 

@@ -1,6 +1,6 @@
 """Explain why a checkpoint's parameter or site has the numbers it has: every factor, with its cause and source.
 
-unitscale explain model.lm_head.weight ckpt_path=outputs/pretrain/…/checkpoints/last.ckpt
+unitscale explain model.lm_head.weight ckpt_path=outputs/pretrain/…    # a run's folder, or a checkpoint
 unitscale explain 'model.model.layers.0.*' ckpt_path=…    # all names that match
 unitscale explain ckpt_path=…                             # the table of the whole plan
 """
@@ -14,12 +14,14 @@ from pathlib import Path
 
 from lightning_unitscale import Plan, UnitScalingError
 from lightning_unitscale.checkpoint import plan_in, read_checkpoint
+from lightning_unitscale.cookbook.arguments import with_last_checkpoint
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the explanations asked for."""
-    settings = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
+    settings = dict(with_last_checkpoint(argument).split("=", 1) for argument in arguments if "=" in argument)
     names = [argument for argument in arguments if "=" not in argument]
     plan = read_plan(settings.pop("ckpt_path", ""))
     if settings:
@@ -35,7 +37,7 @@ def read_plan(path: str) -> Plan:
     if not path:
         raise InputError("say which checkpoint: ckpt_path=<a checkpoint that unit scaling wrote>")
     if not Path(path).is_file():
-        raise InputError(f"ckpt_path={path}: no such file (looked in {Path.cwd()})")
+        raise InputError(f"ckpt_path={path}: {not_found(path)}")
     plan = plan_in(read_checkpoint(path))
     if plan is None:
         raise InputError(f"ckpt_path={path}: this checkpoint was written without unit scaling; it has no plan")

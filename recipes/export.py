@@ -1,6 +1,6 @@
 """Write a trained model as plain weights or as a program, for use without this package.
 
-    unitscale export model.path=outputs/pretrain/…/last.ckpt                   # a folder for transformers
+    unitscale export model.path=outputs/pretrain/…                             # a folder for transformers
     unitscale export model.path=… format=onnx output=model.onnx                # also safetensors, pt2
     unitscale export model.path=… dtype=bfloat16                               # half the size
     unitscale export model.path=… dtype=fp8                                    # a quarter, for `unitscale inference`

@@ -1,13 +1,13 @@
 """Fine-tune a pretrained model: all of it, a part of its layers, or LoRA adapters.
 
     unitscale finetune                                       # = python recipes/finetune.py: from documentation to code
-    unitscale finetune model.path=outputs/pretrain/…/last.ckpt   # a checkpoint, a folder or a hub name to start from
+    unitscale finetune model.path=outputs/pretrain/…   # a run, a checkpoint, a folder or a hub name to start from
     unitscale finetune experiment=text_classification        # also: digits, seq2seq, code
     unitscale finetune experiment=text_classification data=labelled_file data.path=reviews.csv model.path=my-bert
     unitscale finetune lora=all_linear                       # adapters, saved in peft's format
     unitscale finetune 'model.freeze=[model.embed_tokens,model.layers.0]'
     unitscale finetune task=any_head task.head=AutoModelForTokenClassification data=module data.module._target_=…
-    unitscale finetune ckpt_path=outputs/finetune/…/last.ckpt    # goes on exactly; other settings are kept
+    unitscale finetune ckpt_path=outputs/finetune/…    # a run's folder: goes on exactly; other settings are kept
 
 The model is left as it is (scheme preserve), or goes on in its own parametrization where its checkpoint has one; with
 LoRA or another head the checkpoint's weights are taken as those of an ordinary model. The best checkpoint by held-out
@@ -32,6 +32,7 @@ from lightning_unitscale.cookbook.checks import (
     check_data,
     check_learning_rate,
     check_whole_numbers,
+    fit_to_context,
     validate_before_the_end,
 )
 from lightning_unitscale.cookbook.run_report import report_run
@@ -51,6 +52,7 @@ def main(cfg: DictConfig) -> float:
     examples = instantiate(cfg.data[cfg.task.data])
     pl.seed_everything(cfg.seed, workers=True)
     start = starting_point(cfg, task.classes(examples), Path(cfg.folder))
+    fit_to_context(cfg, start.model)
     data = task.data_module(examples, start, cfg)
     unitscale = scaling_of(cfg, start)
     module = module_around(cfg, start)

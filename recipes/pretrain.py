@@ -4,7 +4,7 @@
     unitscale pretrain experiment=detection              # or another task: see the table in recipes/README.md
     unitscale pretrain data=text data.path=~/notes       # your own text
     unitscale pretrain experiment=transfer               # learning rates that carry over to other widths
-    unitscale pretrain ckpt_path=outputs/…/last.ckpt     # continue, exactly; other settings are kept
+    unitscale pretrain ckpt_path=outputs/pretrain/…      # a run's folder: continue, exactly; other settings kept
 
 The model and its LightningModule know nothing of unit scaling: the callback does all of it.
 """

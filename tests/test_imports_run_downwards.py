@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # begins with: `engine` is its empty `__init__` alone, and PACKAGE its `__init__`, the list of what users import.
 FLOORS = [
     ("engine", "hydra_plugin", "on_import"),
-    ("errors", "warn_user", "formats", "block_formats", "options", "namespaces"),
+    ("errors", "near_names", "warn_user", "formats", "block_formats", "options", "namespaces"),
     ("ops",),
     ("blocks",),
     ("engine.record",),

@@ -8,6 +8,8 @@ ckpt_path=outputs/run, model.path=outputs/run         a run's folder stands for 
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +19,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from lightning_unitscale.near_names import may_be_hub_name, not_found
+
+HUB = ("model.path", "teacher.path")  # settings whose value is a path, or a name on the Hugging Face hub
+PATHS = (*HUB, "ckpt_path", "data.path", "rows", "prompt_file")
 _COMPOUND = re.compile(r"[\[({'\"$]")  # a value that begins so means something to Hydra, right or wrong
 
 
@@ -27,19 +33,35 @@ def for_hydra(command: str, arguments: Sequence[str]) -> list[str]:
         command: of `unitscale`.
         arguments: what was typed after it.
     """
-    overrides = [readable(_last_checkpoint(argument)) for argument in arguments if _is_override(argument)]
+    overrides = [readable(with_last_checkpoint(argument)) for argument in arguments if _is_override(argument)]
     flags = [argument for argument in arguments if not _is_override(argument)]
     return [*flags, *began_with(command, overrides), *overrides]
 
 
-def _last_checkpoint(argument: str) -> str:
-    """The argument; where it names a run's folder as the model, or as what goes on, with its last checkpoint."""
+def with_last_checkpoint(argument: str) -> str:
+    """The argument; where it names a run's folder as a model, or as what goes on, with its last checkpoint."""
     key, _, value = argument.partition("=")
-    if key not in ("model.path", "ckpt_path") or not value:
+    if key not in (*HUB, "ckpt_path") or not value:
         return argument
-    folder = Path(value).expanduser()
+    folder = Path(os.path.expanduser(value))  # noqa: PTH111 (Path.expanduser raises for users who are not there)
     last = folder / "checkpoints" / "last.ckpt"
     return f"{key}={last}" if (folder / ".hydra").is_dir() and last.is_file() else argument
+
+
+def wrong_path(arguments: Sequence[str]) -> str:
+    """What to say of the first path among the arguments at which nothing is; empty where there is none.
+
+    Patterns, several values of a multirun, and what may be a name on the Hugging Face hub are left to their readers.
+    """
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+") not in PATHS or value in ("", "null") or _COMPOUND.match(value) or glob.has_magic(value):
+            continue
+        several = "," in value and not {"-m", "--multirun"}.isdisjoint(arguments)
+        exists = Path(os.path.expanduser(value)).exists()  # noqa: PTH111 (Path.expanduser raises for users who are not there)
+        if not several and not exists and not (key in HUB and may_be_hub_name(value)):
+            return f"{key}={value}: {not_found(value)}"
+    return ""
 
 
 def _is_override(argument: str) -> bool:

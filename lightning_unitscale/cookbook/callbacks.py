@@ -1,4 +1,4 @@
-"""Callbacks of the recipes: exact continuation, an end that loses nothing, and what is shown meanwhile."""
+"""Callbacks of the recipes: exact continuation, an end that loses nothing, and the plan that is shown."""
 
 from __future__ import annotations
 
@@ -12,16 +12,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, RichProgressBar
-from pytorch_lightning.callbacks.progress.rich_progress import (
-    BatchesProcessedColumn,
-    CustomBarColumn,
-    RichProgressBarTheme,
-)
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
-from rich.progress import TextColumn, TimeRemainingColumn
-from rich.table import Column
-from rich.text import Text
 from torch import Tensor
 
 from lightning_unitscale.callback import UnitScaling
@@ -211,51 +203,3 @@ class PrintPlan(pl.Callback):
                 _, _, table = callback.plan.summary().partition("\n")  # the callback has logged the first line
                 pl_module.print(table)
                 self._printed = True
-
-
-class Progress(RichProgressBar):
-    """Lightning's on one line, without an epoch number: crops are drawn at random, so there are none."""
-
-    def __init__(self, leave: bool = False) -> None:
-        super().__init__(leave=leave, theme=RichProgressBarTheme(metrics_format=".4g", metrics_text_delimiter="  "))
-
-    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
-        """A short bar, so that there is room for the scores."""
-        theme = self.theme
-        bar = CustomBarColumn(
-            bar_width=12,
-            complete_style=theme.progress_bar,
-            finished_style=theme.progress_bar_finished,
-            pulse_style=theme.progress_bar_pulse,
-        )
-        return [
-            TextColumn("[progress.description]{task.description}"),
-            bar,
-            BatchesProcessedColumn(style=theme.batch_progress),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        ]
-
-    def _init_progress(self, trainer: pl.Trainer) -> None:
-        super()._init_progress(trainer)
-        if self.progress is None or self._metric_component is None:
-            return
-        columns: list[Any] = list(self.progress.columns)
-        for column in columns:
-            column._table_column = Column(no_wrap=column is not self._metric_component)  # that one alone gives way
-        render = self._metric_component.render
-
-        def on_one_line(task: Any) -> Text:
-            text = render(task)
-            text.no_wrap, text.overflow = True, "ellipsis"
-            return text
-
-        self._metric_component.render = on_one_line  # type: ignore[method-assign]  # of this bar alone
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Without the version of the logger, losses first: what does not fit on the line is cut at its end."""
-        found = super().get_metrics(trainer, pl_module)
-        found.pop("v_num", None)
-        return dict(sorted(found.items(), key=lambda item: "loss" not in item[0]))
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Training"

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedModel
 
 from lightning_unitscale.checkpoint import read_checkpoint
+from lightning_unitscale.cookbook.pretrained import context_length
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 from lightning_unitscale.sharded_checkpoint import META, all_but_weights
 
 
@@ -43,6 +47,25 @@ def check_data(cfg: DictConfig) -> None:
         )
 
 
+def fit_to_context(cfg: DictConfig, model: PreTrainedModel) -> None:
+    """Makes `task.sequence_length` no longer than the model's context.
+
+    Raises:
+        InputError: it is longer, and was asked for in the command.
+    """
+    context, length = context_length(model), cfg.task.get("sequence_length", 0)
+    if context is None or length <= context:
+        return
+    asked = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if any(override.lstrip("+").startswith("task.sequence_length=") for override in asked):
+        raise InputError(
+            f"task.sequence_length={length} is longer than the model's context of {context} tokens; leave it out, or "
+            f"give task.sequence_length={context}"
+        )
+    cfg.task.sequence_length = context
+    print(f"task.sequence_length={context}, the model's context, in place of {length}")
+
+
 def validate_before_the_end(cfg: DictConfig) -> None:
     """Training that would end before its first validation gets one at its end: no score, no best checkpoint."""
     interval, batches = cfg.trainer.val_check_interval, cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
@@ -59,5 +82,5 @@ def check_checkpoint(cfg: DictConfig) -> None:
         all_but_weights(path)
         return
     if not path.is_file():
-        raise InputError(f"ckpt_path={cfg.ckpt_path}: no such file (looked in {Path.cwd()})")
+        raise InputError(f"ckpt_path={cfg.ckpt_path}: {not_found(path)}")
     read_checkpoint(path)

@@ -21,6 +21,7 @@ from transformers import (
 from lightning_unitscale.cookbook.pretrained import context_length
 from lightning_unitscale.errors import InputError
 
+NEW_TOKENS = 100  # at most, where nobody says how many
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")  # without a meaning where nothing is drawn
 
 
@@ -83,37 +84,41 @@ def generation_config(
     return config
 
 
-def check_prompts(
+def number_of_new_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    new_tokens: int | None,
+    asked: int | None,
     special_tokens: bool = True,
-) -> None:
-    """
+) -> int:
+    """How many tokens at most are to follow each prompt: as many as are asked for, which must fit.
+
     Args:
         prompts, special_tokens: as for `generate`.
-        new_tokens: that are to follow.
+        asked: None for `NEW_TOKENS`, or fewer where the model's context ends before.
 
     Raises:
         InputError: there is no prompt, one is empty, or one does not fit the model's context.
     """
     if not prompts:
         raise InputError("there is no prompt; give prompt=<text>, or prompt_file=<file with one prompt a line>")
-    new_tokens = new_tokens or 0
-    context = context_length(model)
+    context, apart = context_length(model), model.config.is_encoder_decoder
+    following, most = 0 if apart else asked or 1, NEW_TOKENS
     for number, prompt in enumerate(prompts, start=1):
         tokens = len(tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"])
         if tokens == 0:
             raise InputError(f"prompt {number} is empty, and the tokenizer puts nothing in front of it")
-        needed = tokens + (0 if model.config.is_encoder_decoder else new_tokens)
-        if context is not None and needed > context:
+        if context is None:
+            continue
+        if tokens + following > context:
             advice = f", or give generation.max_new_tokens={context - tokens}" if tokens < context else ""
             shown = repr(prompt[:40]) + ("…" if len(prompt) > 40 else "")
             raise InputError(
-                f"prompt {number} ({shown}) has {tokens} tokens, and with {new_tokens} new ones that is more than the "
+                f"prompt {number} ({shown}) has {tokens} tokens, and with {following} new ones that is more than the "
                 f"{context} of the model's context; shorten it{advice}"
             )
+        most = min(most, context if apart else context - tokens)
+    return asked or most
 
 
 @torch.inference_mode()

@@ -16,9 +16,16 @@ class WithoutAdvertising(logging.Filter):
         return not record.getMessage().startswith(OF_NO_USE)
 
 
-class NotOfLightning(logging.Filter):
-    """Leaves out what Lightning's own handler shows already."""
+class NotShownAlready(logging.Filter):
+    """Leaves out what a handler of the logger's own, or of one between it and the root, shows already."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is of another package."""
-        return not record.name.startswith(LIGHTNING)
+        """Whether the record reaches the screen by the root alone."""
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None and logger.parent is not None:
+            if any(
+                isinstance(h, logging.StreamHandler) and not isinstance(h, logging.FileHandler) for h in logger.handlers
+            ):
+                return False
+            logger = logger.parent
+        return True

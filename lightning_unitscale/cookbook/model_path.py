@@ -25,6 +25,7 @@ from lightning_unitscale.cookbook.tokenizers import check_tokenizer, load_tokeni
 from lightning_unitscale.cookbook.transformers_weights import from_fp8, from_transformers
 from lightning_unitscale.errors import InputError, first_line
 from lightning_unitscale.export.fp8_weights import FP8_FILE
+from lightning_unitscale.near_names import may_be_hub_name, not_found
 
 
 def load_pretrained(
@@ -55,7 +56,7 @@ def load_pretrained(
         found = _from_adapter(where, head, config_changes)
     elif (where / FP8_FILE).is_file():
         found = from_fp8(where, head, config_changes)
-    elif (where / "config.json").is_file() or _may_be_hub_name(path, where):
+    elif (where / "config.json").is_file() or may_be_hub_name(path):
         found = from_transformers(path if not where.exists() else str(where), head, config_changes)
     else:
         raise InputError(f"model.path={path}: {_what_is_there(where)}")
@@ -94,13 +95,9 @@ def _from_adapter(folder: Path, head: str | None, changes: Mapping[str, Any]) ->
     return found
 
 
-def _may_be_hub_name(path: str, where: Path) -> bool:
-    return not where.exists() and where.suffix != ".ckpt" and path[0] not in "./~" and path.count("/") <= 1
-
-
 def _what_is_there(where: Path) -> str:
     if not where.exists():
-        return f"no such file or folder (looked in {Path.cwd()})"
+        return not_found(where)
     checkpoints = sorted(where.rglob("*.ckpt"))
     if checkpoints:
         return f"a folder without config.json; did you mean {checkpoints[-1]}?"

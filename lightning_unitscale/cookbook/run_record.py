@@ -84,6 +84,12 @@ def in_words(plan: Plan | None) -> str:
     )
 
 
+def run_before(ckpt_path: str | None) -> Path | None:
+    """The folder of the run whose checkpoint this is, two levels above it."""
+    folders = Path(ckpt_path).expanduser().resolve().parents if ckpt_path else []
+    return folders[1] if len(folders) > 1 and (folders[1] / ".hydra").is_dir() else None
+
+
 def untouched_twin(folder: Path) -> Path | None:
     """The newest run beside this one that was trained with the same settings without unit scaling, if there is one."""
     own = _settings(folder)

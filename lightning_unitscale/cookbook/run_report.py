@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from lightning_unitscale.callback import UnitScaling
 from lightning_unitscale.cookbook.callbacks import Stopped
-from lightning_unitscale.cookbook.run_record import in_words, run_facts, untouched_twin
+from lightning_unitscale.cookbook.run_record import in_words, run_before, run_facts, untouched_twin
 from lightning_unitscale.monitor.readable import readable
 from lightning_unitscale.monitor.report import write_report
 
@@ -54,6 +54,7 @@ def report_run(
         scaling=in_words(plan),
         plan=plan.summary() if plan else "no unit scaling",
         untouched=untouched_twin(Path(cfg.folder)),
+        before=run_before(cfg.ckpt_path),
     )
     print("\n" + "\n".join(f"{name:40} {readable(value):>12}" for name, value in numbers.items()))
     if stopped:

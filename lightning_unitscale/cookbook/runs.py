@@ -25,6 +25,7 @@ from lightning_unitscale.cookbook.checks import (
     check_known,
     check_learning_rate,
     check_whole_numbers,
+    fit_to_context,
 )
 from lightning_unitscale.cookbook.fan_in import initialise_by_fan_in
 from lightning_unitscale.cookbook.heads import class_names
@@ -153,6 +154,7 @@ def module_and_data(cfg: DictConfig) -> tuple[Task, pl.LightningDataModule]:
     examples = instantiate(cfg.data[cfg.task.data])
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     module = new_module(cfg, task.classes(examples))
+    fit_to_context(cfg, module.model)
     return module, task.data_module(examples, Pretrained(module.model, None, module.tokenizer, "", cfg.task.head), cfg)
 
 

@@ -54,11 +54,6 @@ def check_fits(cfg: DictConfig, teacher: Pretrained, classes: Sequence[str]) -> 
         raise InputError(
             f"the teacher tells apart {', '.join(numbers_of(teacher.model.config))}, not the data's classes"
         )
-    context = getattr(theirs, "max_position_embeddings", None)
-    if context is not None and cfg.task.get("sequence_length", 0) > context:
-        raise InputError(
-            f"task.sequence_length={cfg.task.sequence_length} is longer than the teacher's context of {context} tokens"
-        )
     if cfg.distillation.hidden and config.hidden_size != theirs.hidden_size:
         raise InputError(
             f"distillation.hidden compares hidden states, but the student's width is {config.hidden_size} and "

@@ -15,6 +15,7 @@ from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tokenizers import load_tokenizer
 from lightning_unitscale.errors import InputError, first_line
 from lightning_unitscale.export.fp8_weights import load_fp8
+from lightning_unitscale.near_names import not_found
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
 # Config arguments that are no plain fields of it.
@@ -108,7 +109,4 @@ def _tokenizer_in(name: str) -> PreTrainedTokenizerBase | None:
 def _not_loaded(name: str, error: Exception) -> str:
     if Path(name).is_dir():
         return first_line(error)
-    return (
-        f"no such file or folder here (looked in {Path.cwd()}), and the Hugging Face hub did not deliver it "
-        f"({first_line(error)})"
-    )
+    return f"the Hugging Face hub did not deliver it ({first_line(error)}), and here there is {not_found(name)}"

@@ -34,6 +34,8 @@ from lightning_unitscale.monitor.page import (
 from lightning_unitscale.monitor.readable import readable
 from lightning_unitscale.monitor.run_folder import LOSSES, RunFolder
 
+IN_WORDS = {"val/loss": "held-out loss", "test/loss": "test loss"}
+
 
 def write_report(
     folder: Path,
@@ -47,6 +49,7 @@ def write_report(
     facts: Mapping[str, str] | None = None,
     scaling: str = "",
     untouched: Path | None = None,
+    before: Path | None = None,
 ) -> Path:
     """Adds what a recipe knows at its end to a run's folder, and returns the page made of it.
 
@@ -61,6 +64,7 @@ def write_report(
         facts: How the run was started: name -> value.
         scaling: What unit scaling did, in words.
         untouched: The folder of the same run without unit scaling, to be shown beside it.
+        before: The folder of the run that this one goes on from; its curves come before this one's.
     """
     report = folder / "report"
     report.mkdir(parents=True, exist_ok=True)
@@ -74,6 +78,7 @@ def write_report(
         "scaling": scaling,
         "samples": [{"file": str(one.relative_to(report))} if isinstance(one, Path) else one for one in shown],
         "untouched": str(untouched.resolve()) if untouched else None,
+        "before": str(before.resolve()) if before else None,
     }
     (report / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     return render_report(folder)
@@ -121,7 +126,7 @@ def _top(run: RunFolder, beside: RunFolder | None) -> Iterator[str]:
 def _outcome(run: RunFolder, beside: RunFolder | None) -> str:
     """The score in words, beside what there is to compare it with."""
     name = run.about["score"]
-    words = f"{html.escape(name)}: <b>{readable(run.score)}</b>"
+    words = f"{html.escape(IN_WORDS.get(name, name))}: <b>{readable(run.score)}</b>"
     words = words[0].upper() + words[1:]
     if beside is not None and beside.score is not None:
         words += f"; without unit scaling, otherwise alike: {readable(beside.score)}"

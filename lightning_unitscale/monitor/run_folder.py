@@ -11,6 +11,7 @@ from typing import Any
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.monitor.charts import Curve
 from lightning_unitscale.monitor.snapshot import FILE, Snapshot
+from lightning_unitscale.near_names import not_found
 
 LOSSES = {"train/loss": "training", "val/loss": "held out"}  # columns of the log
 
@@ -21,17 +22,21 @@ class RunFolder:
     Attributes:
         about: of `write_report`; empty for a run that was stopped before.
         metrics: final numbers by name.
-        curves: by column of the log.
+        curves: by column of the log, those of the run that this one goes on from before its own.
         rate: the learning rate by step.
         snapshots: the monitor's.
+
+    Args:
+        folder: of the run.
+        after: folders of runs that go on from this one; a folder may have been used twice.
 
     Raises:
         InputError: the folder is not there, or has nothing to report on.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, after: frozenset[Path] = frozenset()) -> None:
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder (looked in {Path.cwd()})")
+            raise InputError(f"{folder}: {not_found(folder)}")
         report = folder / "report"
         self.folder = folder
         self.about = _read_json(report / "run.json")
@@ -43,11 +48,20 @@ class RunFolder:
                 f"{folder}: not the folder of a run; it has no {FILE}, csv/metrics.csv or report/metrics.json"
             )
 
+        chain = after | {folder.resolve()}
+        earlier_run = self.about.get("before")
+        before = None if earlier_run is None or Path(earlier_run) in chain else RunFolder.if_there(earlier_run, chain)
+        if before is not None and self.curves:
+            begun = min(step for curve in self.curves.values() for step, _ in curve)
+            for column, curve in before.curves.items():
+                earlier = [(step, value) for step, value in curve if step < begun]
+                self.curves[column] = [*earlier, *self.curves.get(column, [])]
+
     @classmethod
-    def if_there(cls, folder: str | None) -> RunFolder | None:
+    def if_there(cls, folder: str | None, after: frozenset[Path] = frozenset()) -> RunFolder | None:
         """None too where the folder has been removed since."""
         try:
-            return cls(Path(folder)) if folder else None
+            return cls(Path(folder), after) if folder else None
         except InputError:
             return None
 

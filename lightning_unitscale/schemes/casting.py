@@ -12,10 +12,10 @@ from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.record.trace import Call
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.formats import FORMATS
+from lightning_unitscale.near_names import matches
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes.left_alone import IN_FUNCTION, SKIPPED, no_place
-from lightning_unitscale.schemes.overrides import matches
 
 
 class Casting:

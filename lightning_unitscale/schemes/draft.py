@@ -18,12 +18,13 @@ from lightning_unitscale.engine.plan.site import READING, Site
 from lightning_unitscale.engine.record.keys import ParameterKey, UseId
 from lightning_unitscale.engine.record.places import Place
 from lightning_unitscale.engine.record.trace import Call, Trace, Value
+from lightning_unitscale.near_names import matches
 from lightning_unitscale.ops import MATMULS
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes.by_hand import find_by_hand
 from lightning_unitscale.schemes.casting import Casting
 from lightning_unitscale.schemes.left_alone import IN_TRANSFORM, LEFT_ALONE_ROLES, SKIPPED
-from lightning_unitscale.schemes.overrides import matches, override_roles, overrides_by_parameter
+from lightning_unitscale.schemes.overrides import override_roles, overrides_by_parameter
 
 
 class Draft:

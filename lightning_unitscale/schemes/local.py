@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from lightning_unitscale.engine.record.trace import Call
 from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.near_names import matches
 from lightning_unitscale.options import Options
-from lightning_unitscale.schemes.overrides import matches
 from lightning_unitscale.schemes.registry import hyperparameters_in
 from lightning_unitscale.schemes.scheme import Scheme
 

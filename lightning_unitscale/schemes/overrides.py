@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from fnmatch import fnmatchcase
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -12,14 +11,8 @@ from lightning_unitscale.engine.analysis.roles import Use
 from lightning_unitscale.engine.analysis.structure import Structure
 from lightning_unitscale.engine.record.trace import Trace
 from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.near_names import matches, near_glob
 from lightning_unitscale.options import Options
-
-
-def matches(name: str, globs: Iterable[str]) -> bool:
-    """Whether a parameter's name, or the name of a module it belongs to, matches a glob."""
-    parts = name.split(".")
-    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatchcase(prefix, glob) for prefix in prefixes for glob in globs)
 
 
 def overrides_by_parameter(module: nn.Module, trace: Trace, options: Options) -> dict[str, dict[str, Any]]:
@@ -32,10 +25,9 @@ def overrides_by_parameter(module: nn.Module, trace: Trace, options: Options) ->
     for where, globs in (("skip", options.skip), ("overrides", tuple(options.overrides))):
         for glob in globs:
             if not any(matches(name, (glob,)) for name in names):
-                shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
                 raise UnitScalingError(
-                    f"{where}: the glob {glob!r} matches no parameter or module of {type(module).__name__}; "
-                    f"it has {shown}"
+                    f"{where}: the glob {glob!r} matches no parameter or module of {type(module).__name__}. "
+                    f"{near_glob(glob, names)}"
                 )
     found: dict[str, dict[str, Any]] = {}
     for glob, override in options.overrides.items():

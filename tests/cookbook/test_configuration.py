@@ -111,7 +111,7 @@ def test_debug_is_a_run_of_two_steps_without_logs(recipe: str, tmp_path: Path) -
     assert not list(folder.rglob("metrics.csv")) and not list(folder.rglob("events*"))
 
 
-@pytest.mark.parametrize("key", ["model.path", "ckpt_path"])
+@pytest.mark.parametrize("key", ["model.path", "teacher.path", "ckpt_path"])
 def test_a_runs_folder_stands_for_its_last_checkpoint(key: str, tmp_path: Path) -> None:
     """A folder that is no run's, or whose run has saved nothing yet, stays what was typed."""
     run, model = tmp_path / "run", tmp_path / "model"

@@ -286,7 +286,7 @@ def state(folder: Path, name: str) -> dict[str, torch.Tensor]:
         (["data=digits"], "needs data with `documents`"),
         (["teacher.path=missing.ckpt"], "no such file or folder"),
         (["teacher.path=TEACHER", "student.config.vocab_size=300"], "the teacher has 257 tokens"),
-        (["teacher.path=TEACHER", "task.sequence_length=64"], "longer than the teacher's context of 32 tokens"),
+        (["teacher.path=TEACHER", "task.sequence_length=64"], "longer than the model's context of 32 tokens"),
         (
             [
                 "teacher.path=TEACHER",

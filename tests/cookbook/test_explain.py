@@ -50,6 +50,11 @@ def test_a_name_is_explained_as_the_plan_explains_it(
 def test_without_a_name_the_plan_is_shown(explain: Callable[..., str], checkpoint: tuple[Path, Plan]) -> None:
     path, plan = checkpoint
     assert explain(f"ckpt_path={path}").strip() == plan.summary().strip()
+    run = path.parent / "a run"
+    (run / ".hydra").mkdir(parents=True)
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last.ckpt").symlink_to(path)
+    assert explain(f"ckpt_path={run}").strip() == plan.summary().strip()
 
 
 @pytest.mark.parametrize(

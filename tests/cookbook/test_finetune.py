@@ -484,8 +484,8 @@ def test_a_hub_name_goes_to_the_hub(llama: str, tmp_path: Path) -> None:
     run = finetune("somebody/not-there", "other")
     assert run.returncode == 1
     (message,) = (line for line in run.stderr.splitlines() if line.startswith("error: "))
-    assert "model.path=somebody/not-there: no such file or folder here" in message
-    assert "the Hugging Face hub did not deliver it" in message
+    assert "model.path=somebody/not-there: the Hugging Face hub did not deliver it" in message
+    assert "and here there is no such file or folder (looked in" in message
 
 
 # --- other heads ------------------------------------------------------------------------------------------------------
@@ -865,6 +865,16 @@ ANY_HEAD = [
 ]
 
 
+def test_sequences_are_no_longer_than_the_models_context(llama: str, tmp_path: Path) -> None:
+    """Unless a length is asked for, which is an error of its own (below)."""
+    shorter = [setting for setting in TEXT if not setting.startswith("task.sequence_length")]
+    run, printed = run_recipe("finetune", tmp_path, *shorter, "test_before=false", f"model.path={llama}")
+    assert "task.sequence_length=32, the model's context, in place of 128" in printed
+    path = f"model.path={run}/checkpoints/last.ckpt"
+    _, printed = run_recipe("inference", tmp_path, "mode=evaluate", path, "hydra.run.dir=evaluation")
+    assert "float32" in printed  # though the run's record says 128
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -878,7 +888,10 @@ ANY_HEAD = [
         (["optimizer.lr=-1"], "optimizer.lr=-1 must be a positive number"),
         (["ckpt_path=missing.ckpt"], "ckpt_path=missing.ckpt: no such file"),
         (["model.path=LLAMA", "task.sequence_length=64"], "longer than the model's context of 32 tokens"),
-        (["model.path=LLAMA", "task.sequence_length=16", "model.freeze=[nothing]"], "model.freeze: nothing matches"),
+        (
+            ["model.path=LLAMA", "task.sequence_length=16", "model.freeze=[nothing]"],
+            "model.freeze: 'nothing' matches no",
+        ),
         (["model.path=LLAMA", "task.sequence_length=16", "lora=all_linear", "lora.target_modules=[nothing]"], "lora: "),
         (["model.path=LLAMA", "task.sequence_length=16", "lora=all_linear", "+lora.rank=2"], "lora: "),
         (["model.path=LLAMA", "task.head=AutoModelForMaskedLM"], "task.head=AutoModelForMaskedLM does not go with"),

@@ -51,7 +51,7 @@ def test_an_image_that_can_not_be_read_is_named_or_left_out(folder: Path, capsys
 
 
 def test_a_folder_without_classes_is_named(folder: Path) -> None:
-    with pytest.raises(InputError, match="there is no folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         image_folder(str(folder / "nowhere"))
     with pytest.raises(InputError, match="1 folders of classes, there is nothing to tell apart"):
         image_folder(str(folder / "dog"))

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from lightning_unitscale import UnitScaling
 from lightning_unitscale.cookbook import config
 from lightning_unitscale.cookbook.data import TokenText, text_files
-from lightning_unitscale.cookbook.generation import check_prompts, generate, generation_config
+from lightning_unitscale.cookbook.generation import generate, generation_config, number_of_new_tokens
 from lightning_unitscale.cookbook.inference.evaluation import compare_formats
 from lightning_unitscale.cookbook.inference.prediction import predict_rows
 from lightning_unitscale.cookbook.inference.prediction_file import PredictionWriter, finish, read_rows, rows_done
@@ -390,15 +390,25 @@ def test_the_newest_checkpoint_that_can_be_used_is_taken(
     assert "diverged/checkpoints/last.ckpt: its training diverged" in shown
 
 
+def test_without_a_number_of_new_tokens_the_context_is_filled(
+    checkpoints: dict[str, Trained], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ("prompt=The", "generation.do_sample=false")
+    generate_texts(compose_config("inference", *settings), str(checkpoints["plain"].path))
+    assert f"{32 - len('|The')} in " in capsys.readouterr().out  # BOS and the prompt
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def test_bad_input(umup: Pretrained, checkpoints: dict[str, Trained], recipe: ModuleType, tmp_path: Path) -> None:
     assert umup.tokenizer is not None
     with pytest.raises(InputError, match=r"prompt 2 .* has 31 tokens.* the 32 of the .*max_new_tokens=1$"):
-        check_prompts(umup.model, umup.tokenizer, ["a", "b" * 30], 8)
+        number_of_new_tokens(umup.model, umup.tokenizer, ["a", "b" * 30], 8)
+    with pytest.raises(InputError, match=r"has 33 tokens.* more than the 32 of the model's context; shorten it$"):
+        number_of_new_tokens(umup.model, umup.tokenizer, ["b" * 32], None)
     with pytest.raises(InputError, match="no prompt"):
-        check_prompts(umup.model, umup.tokenizer, [], 8)
+        number_of_new_tokens(umup.model, umup.tokenizer, [], 8)
     with pytest.raises(InputError, match=r"generation\.heat is not"):
         generation_config(umup.model, umup.tokenizer, {"heat": 2})
     with pytest.raises(InputError, match="temperature"):

@@ -92,6 +92,20 @@ def test_what_is_no_text_or_no_utf8_is_named(tmp_path: Path) -> None:
     assert any("not UTF-8" in message and "latin1.txt" in message and "a.txt" not in message for message in messages)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_read_by_its_mark_and_named_without(encoding: str, tmp_path: Path) -> None:
+    text = "naïve text, as PowerShell writes it\n"
+    (tmp_path / "a.txt").write_text(f"\ufeff{text}", encoding=encoding, newline="")
+    assert list(text_files(str(tmp_path)).values()) == [text.encode()]
+    (tmp_path / "b.txt").write_text(text, encoding=encoding, newline="")
+    name = encoding.upper().replace("16-", "16")
+    message = rf"b\.txt \(or {name} without its mark\? Convert it: iconv -f {name} -t UTF-8\)"
+    with pytest.raises(InputError, match=message):
+        text_files(str(tmp_path / "b.txt"))
+    with pytest.warns(UserWarning, match=f"left out as binary: .*{message}"):
+        text_files(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [

@@ -39,13 +39,15 @@ def test_a_byte_order_mark_belongs_to_no_column(tmp_path: Path) -> None:
     for name, text in (("a.csv", "source,target\na,b\n"), ("a.jsonl", '{"source": "a", "target": "b"}\n')):
         (tmp_path / name).write_text(text, encoding="utf-8-sig")
         assert paired_file(str(tmp_path / name)) == [Pair("a", "b")]
+        (tmp_path / name).write_text(text, encoding="utf-16")
+        assert paired_file(str(tmp_path / name)) == [Pair("a", "b")]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.csv", "source,target\na,b\ngr\xfcn,green\n".encode("latin-1"), r"a\.csv: line 3 is not UTF-8"),
-        ("a.csv", "source,target\na,b\n".encode("utf-16"), r"a\.csv: line \d is not UTF-8|has no 'source'"),
+        ("a.csv", "source,target\na,b\n".encode("utf-16")[:-1], r"a\.csv: line \d is not UTF-8|has no 'source'"),
         ("a.csv", b"source,target\na,b\nc\n", r"a\.csv: row 2 has no 'target' \(data\.target\); it has source, target"),
         ("a.csv", b"source,target\na,b\n,c\n", r"row 2 has no 'source'"),
         ("a.csv", b"", "the file has no rows"),

@@ -12,10 +12,13 @@ import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from support.fresh_python import run_python
 
 from lightning_unitscale import ScaleMonitor, cli
 from lightning_unitscale.cookbook import config
+from lightning_unitscale.cookbook.arguments import wrong_path
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 
 CONF = config.shipped("conf")
 GROUPS = ("model", "data", "task", "optimizer", "unitscale", "monitor", "trainer", "logger", "experiment")
@@ -118,3 +121,42 @@ def test_nodes_of_the_monitor_have_its_arguments_and_defaults() -> None:
     assert {name: ours[name] for name in defaults.keys() - own} == {
         name: defaults[name] for name in defaults.keys() - own
     }
+
+
+ASIDE = "import sys; from lightning_unitscale import cli; sys.argv = ['unitscale', *{words}]\ntry: cli.main()\n"
+ASIDE += "except SystemExit as error: print(error)\nprint('heavy:', 'torch' in sys.modules)"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["pretrain", "data=text", "data.path=nots"],
+            "data.path=nots: no such file or folder (looked in HERE). Did you mean notes?",
+        ),
+        (["pretrain", "ckpt_path=outputs/first/lsat.ckpt"], "(looked in HERE). Did you mean outputs/first/last.ckpt?"),
+        (["finetune", "model.path=outputs/frist/last.ckpt"], "(looked in HERE). Did you mean outputs/first/last.ckpt?"),
+        (["finetune", "model.path=outputs/other"], "(looked in HERE); outputs has first"),
+        (["inference", "rows=~nowhere/rows.csv"], "rows=~nowhere/rows.csv: no such file or folder"),
+    ],
+)
+def test_a_path_that_is_not_there_is_named_with_what_is_near_before_torch_is_imported(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "outputs" / "first").mkdir(parents=True)
+    (tmp_path / "outputs" / "first" / "last.ckpt").touch()
+    monkeypatch.chdir(tmp_path)
+    said = run_python("-c", ASIDE.format(words=words))
+    assert message.replace("HERE", str(tmp_path)) in said
+    assert said.rstrip().endswith("heavy: False")
+
+
+def test_paths_that_are_there_patterns_and_names_of_the_hub_are_left_to_their_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    fine = ["data.path=notes.txt", "data.path=*.md", "model.path=gpt2", "model.path=owner/name", "ckpt_path=null"]
+    assert wrong_path([*fine, "data.path=a,b", "-m", "optimizer.lr=1", "data.path=[1]"]) == ""
+    assert "it is a file, and a folder is needed" in not_found("notes.txt")

@@ -27,6 +27,8 @@ from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import export, to_plain
 from lightning_unitscale.export.examples import example_inputs, logits_of
+from lightning_unitscale.export.plain import exact_outputs
+from lightning_unitscale.export.targets import files_of
 
 
 def trained(name: str, storage: str) -> nn.Module:
@@ -145,11 +147,24 @@ def test_casts_of_training_are_not_exported(tmp_path: Path) -> None:
     model, plan = prepared(case, verify=False, format="fp8")
     exact, _ = prepared(case, verify=False)
     assert plan.cast_sites
-    export(model, tmp_path / "folder")
+    assert export(model, tmp_path / "folder") <= 1e-5  # of the logits without casts
     inputs = inputs_of(case, 5)
     loaded = logits(type(model).from_pretrained(tmp_path / "folder").eval(), inputs)
     assert difference(loaded, logits(exact.eval(), inputs)) <= 1e-5
     assert difference(loaded, logits(model.eval(), inputs)) > 1e-3
+
+
+def test_exact_outputs_are_those_without_casts_and_the_model_keeps_them() -> None:
+    case = zoo.CASES["llama-sdpa"]
+    model, exact = (
+        prepared(case, storage="unit", verify=False, **format)[0].eval() for format in ({"format": "fp8"}, {})
+    )
+    forward = partial(logits, batch=inputs_of(case, 5))
+    cast = forward(model)
+    assert difference(exact_outputs(model, forward), forward(exact)) <= 1e-6
+    assert difference(cast, forward(exact)) > 1e-3
+    assert torch.equal(forward(model), cast)
+    assert torch.equal(exact_outputs(exact, forward), forward(exact))
 
 
 @pytest.mark.parametrize("storage", ["folded", "unit"])
@@ -250,6 +265,19 @@ def test_onnx_at_another_batch_and_length(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     assert difference(torch.from_numpy(found), logits_of(model, inputs).detach()) <= 1e-5
+    written = files_of(tmp_path / "model.onnx")
+    assert sorted(written) == sorted(tmp_path.iterdir())
+    weights = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert weights < sum(file.stat().st_size for file in written) < 2 * weights + 2**20
+
+
+def test_all_that_was_written_counts_and_nothing_beside_it(tmp_path: Path) -> None:
+    for name in ("model.onnx", "model.onnx.data", "other.onnx", "model.data", "folder/a", "folder/sub/b"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert files_of(tmp_path / "model.onnx") == [tmp_path / "model.onnx", tmp_path / "model.onnx.data"]
+    assert files_of(tmp_path / "other.onnx") == [tmp_path / "other.onnx"]
+    assert {file.name for file in files_of(tmp_path / "folder")} == {"a", "b"}
 
 
 @pytest.mark.slow

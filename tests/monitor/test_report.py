@@ -155,6 +155,19 @@ def test_the_page_begins_with_the_outcome_beside_what_to_compare_it_with(tmp_pat
     assert page.charts[1] == [{"name": "learning rate", "points": [[0, 0.001]], "dashed": False, "thin": False}]
 
 
+def test_a_run_that_went_on_begins_with_the_curves_of_the_one_before(tmp_path: Path) -> None:
+    first = written(tmp_path / "first", cast=False)
+    second = tmp_path / "second"
+    (second / "csv").mkdir(parents=True)
+    (second / "csv" / "metrics.csv").write_text("epoch,step,train/loss\n0,5,1.5\n0,12,1.0\n")
+    page = Page(write_report(second, title="on", metrics={"val/loss": 2.0}, plan="", score="val/loss", before=first))
+    curves = {line["name"]: line["points"] for line in page.charts[0]}
+    assert curves["training"] == [[0, 3.0], [5, 1.5], [12, 1.0]]  # what was done again replaces what was before
+    assert "Held-out loss: 2." in page.text
+    again = write_report(second, title="in its own folder", metrics={}, plan="", before=second)
+    assert Page(again).charts[0][0]["points"] == [[5, 1.5], [12, 1.0]]
+
+
 def test_runs_side_by_side(tmp_path: Path) -> None:
     runs = [written(tmp_path / "first", cast=True), written(tmp_path / "second", cast=False, score=2.25)]
     page = Page(compare_runs(runs, tmp_path / "new" / "both.html"))
@@ -210,7 +223,7 @@ def test_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not the folder of a run; it has no monitor\.jsonl"):
         render_report(tmp_path)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         render_report(tmp_path / "missing")
 
 

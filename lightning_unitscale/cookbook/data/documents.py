@@ -7,7 +7,9 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from lightning_unitscale.cookbook.data.utf16 import looks_like_utf16, without_utf16
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 from lightning_unitscale.warn_user import warn_user
 
 
@@ -26,6 +28,7 @@ def python_topics() -> dict[str, bytes]:
 def text_files(path: str) -> dict[str, bytes]:
     """One document per file: a file, every file below a folder, or a glob (`**` goes through folders).
 
+    Text in UTF-16 with its mark is taken as the same text in UTF-8.
     Hidden files and files with a NUL byte (binaries) are left out when a folder or glob is searched.
 
     Raises:
@@ -45,8 +48,8 @@ def text_files(path: str) -> dict[str, bytes]:
     else:
         candidates = sorted(map(Path, glob.glob(str(root), recursive=True)))  # noqa: PTH207 (Path.glob takes no absolute pattern)
         if not candidates:
-            kind = "the pattern matches no file" if glob.has_magic(str(root)) else "no such file or folder"
-            raise InputError(f"data.path={path}: {kind} (looked in {Path.cwd()})")
+            pattern = f"the pattern matches no file (looked in {Path.cwd()})"
+            raise InputError(f"data.path={path}: {pattern if glob.has_magic(str(root)) else not_found(root)}")
 
     documents: dict[str, bytes] = {}
     binaries, foreign = [], []
@@ -54,17 +57,22 @@ def text_files(path: str) -> dict[str, bytes]:
         if not file.is_file():
             continue
         try:
-            content = file.read_bytes()
+            content = without_utf16(file.read_bytes())
         except OSError as error:
             raise InputError(f"data.path={path}: cannot read {file}: {error.strerror}") from error
         if b"\0" in content:
-            binaries.append(str(file))
+            encoding = looks_like_utf16(content)
+            convert = f" (or {encoding} without its mark? Convert it: iconv -f {encoding} -t UTF-8)" if encoding else ""
+            binaries.append(f"{file}{convert}")
         elif content.strip():
             documents[str(file)] = content
             if not _is_utf8(content):
                 foreign.append(str(file))
     if not documents:
-        raise InputError(f"data.path={path}: found no text ({len(candidates)} entries, all empty, binary or folders)")
+        named = f"; binary: {_some(binaries)}" if binaries else ""
+        raise InputError(
+            f"data.path={path}: found no text ({len(candidates)} entries, all empty, binary or folders){named}"
+        )
     if binaries:
         warn_user(f"data.path={path}: left out as binary: {_some(binaries)}")
     if foreign:

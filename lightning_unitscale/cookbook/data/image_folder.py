@@ -9,6 +9,7 @@ from lightning_unitscale.cookbook.data.examples import Image
 from lightning_unitscale.cookbook.data.pictures import check_picture
 from lightning_unitscale.cookbook.data.sound_rows import sound_rows
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 
 
 def image_folder(path: str, skip_broken: bool = False) -> list[Image]:
@@ -26,7 +27,7 @@ def image_folder(path: str, skip_broken: bool = False) -> list[Image]:
     """
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise InputError(f"data.path={path}: there is no folder {root} (looked in {Path.cwd()})")
+        raise InputError(f"data.path={path}: {not_found(root)}")
     classes = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     if len(classes) < 2:
         raise InputError(

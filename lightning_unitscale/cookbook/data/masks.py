@@ -15,6 +15,7 @@ from lightning_unitscale.cookbook.data.pictures import check_picture
 from lightning_unitscale.cookbook.data.scenes import digit_scenes
 from lightning_unitscale.cookbook.data.sound_rows import sound_rows
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 
 UNKNOWN = 255  # a pixel that counts neither in the loss nor in a score
 
@@ -69,7 +70,7 @@ def mask_folder(
     root = Path(path).expanduser()
     for folder in (root / pictures, root / masks):
         if not folder.is_dir():
-            raise InputError(f"data.path={path}: there is no folder {folder}")
+            raise InputError(f"data.path={path}: {not_found(folder)}")
 
     def read(picture: Path) -> tuple[Path, Path, int]:
         size = check_picture(picture, f"data.path={path}")

@@ -16,6 +16,7 @@ from lightning_unitscale.cookbook.data.sound import RATE, check_sound, read_soun
 from lightning_unitscale.cookbook.data.sound_rows import sound_rows
 from lightning_unitscale.cookbook.data.speech import VOICES, read_sentences
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 
 DIFFERENCE = 0.01  # seconds by which two files of one sound may differ in length
 
@@ -127,7 +128,7 @@ def sound_folder(
     """
     root, rates = Path(path).expanduser(), set()
     if not root.is_dir():
-        raise InputError(f"data.path={path}: there is no folder {root} (looked in {Path.cwd()})")
+        raise InputError(f"data.path={path}: {not_found(root)}")
     paired = (root / clean).is_dir()
     if paired and not (root / mixed).is_dir():
         raise InputError(f"data.path={path}: it has the folder {clean}, but not {mixed}")

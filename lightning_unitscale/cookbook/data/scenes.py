@@ -21,6 +21,7 @@ from lightning_unitscale.cookbook.data.digits import digits
 from lightning_unitscale.cookbook.data.pictures import check_picture
 from lightning_unitscale.cookbook.data.sound_rows import sound_rows
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 
 POOLS = 10
 TRIES = 50  # to place a digit where it covers none
@@ -108,7 +109,7 @@ def coco_file(path: str, folder: str | None = None, skip_broken: bool = False) -
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise InputError(f"data.path={path}: no such file (looked in {Path.cwd()})")
+        raise InputError(f"data.path={path}: {not_found(file)}")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         names = {category["id"]: str(category["name"]) for category in found["categories"]}

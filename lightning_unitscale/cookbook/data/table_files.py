@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_unitscale.cookbook.data.utf16 import without_utf16
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 
@@ -60,7 +62,7 @@ def table_rows(path: str) -> list[TableRow]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise InputError(f"data.path={path}: no such file (looked in {Path.cwd()})")
+        raise InputError(f"data.path={path}: {not_found(file)}")
     readers = dict(zip(ENDINGS, (_csv, _json_lines, _parquet), strict=True))
     if file.suffix not in readers:
         raise InputError(f"data.path={path}: give a file that ends in {' or '.join(readers)}")
@@ -72,7 +74,7 @@ def table_rows(path: str) -> list[TableRow]:
 
 def _csv(file: Path, path: str) -> Iterator[TableRow]:
     """What is no UTF-8 is kept in surrogates, so that it is found in its row."""
-    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    text = without_utf16(file.read_bytes()).decode("utf-8-sig", errors="surrogateescape")
     lines = csv.DictReader(io.StringIO(text, newline=""))
     for number, values in enumerate(lines, start=1):
         foreign = any("\udc80" <= letter <= "\udcff" for letter in "".join(map(str, values.values())))
@@ -82,7 +84,9 @@ def _csv(file: Path, path: str) -> Iterator[TableRow]:
 
 def _json_lines(file: Path, path: str) -> Iterator[TableRow]:
     number = 0
-    for line, content in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for line, content in enumerate(
+        without_utf16(file.read_bytes()).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1
+    ):
         if not content.strip():
             continue
         number += 1

@@ -133,7 +133,7 @@ class TokenText(pl.LightningDataModule):
         """How many tokens each part has, without those that begin documents."""
         parts = {"training": self.training.tokens, "validation": self.validation.tokens, "test": self.test.tokens}
         if self.test is self.validation:
-            parts = {"training": self.training.tokens, "validation and test, the same,": self.validation.tokens}
+            parts = {"training": self.training.tokens, "validation (also test)": self.validation.tokens}
         return {f"{part} tokens": int((tokens != self.boundary).sum()) for part, tokens in parts.items()}
 
     def train_dataloader(self) -> ContinuingLoader:

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from omegaconf import DictConfig
-from transformers import GenerationConfig
 
 from lightning_unitscale.cookbook.chat_template import prompt_of
 from lightning_unitscale.cookbook.data.conversations import Message
-from lightning_unitscale.cookbook.generation import check_prompts, generate, generation_config
+from lightning_unitscale.cookbook.generation import NEW_TOKENS, generate, generation_config, number_of_new_tokens
 from lightning_unitscale.cookbook.inference.loading import load_with_tokenizer
-from lightning_unitscale.cookbook.pretrained import Pretrained
+from lightning_unitscale.cookbook.pretrained import Pretrained, context_length
 from lightning_unitscale.cookbook.runs import plain
 from lightning_unitscale.errors import InputError
 
@@ -39,12 +38,13 @@ def chat(cfg: DictConfig, path: str) -> list[str]:
     torch.manual_seed(cfg.seed)
     said: list[Message] = []
     answers = []
+    asked = config.max_new_tokens
     for text in _messages():
         if text == ANEW:
             said = []
             continue
         try:
-            said = _fitting(found, [*said, Message("user", text)], config)
+            said, config.max_new_tokens = _fitting(found, [*said, Message("user", text)], asked)
         except InputError as error:
             print(f"({error})")
             continue
@@ -70,18 +70,23 @@ def _messages() -> Iterator[str]:
             yield text
 
 
-def _fitting(found: Pretrained, said: Sequence[Message], config: GenerationConfig) -> list[Message]:
-    """The messages, without as many exchanges at the beginning as the model's context has no room for.
+def _fitting(found: Pretrained, said: Sequence[Message], asked: int | None) -> tuple[list[Message], int]:
+    """The messages without the first exchanges that the model's context has no room for, and the answer's tokens.
+
+    Where nobody asks for a number of tokens, the answer is left half of the context if it is short.
 
     Raises:
         InputError: the last message alone is too long.
     """
-    tokenizer = found.text_tokenizer()
+    tokenizer, context = found.text_tokenizer(), context_length(found.model)
+    wanted = asked or min(NEW_TOKENS, (context or 2 * NEW_TOKENS) // 2)
     kept = list(said)
     while True:
-        prompt = prompt_of(tokenizer, kept)
+        prompts = [prompt_of(tokenizer, kept)]
         try:
-            check_prompts(found.model, tokenizer, [prompt], config.max_new_tokens, special_tokens=False)
+            new_tokens = number_of_new_tokens(
+                *(found.model, tokenizer, prompts, asked if len(kept) == 1 else wanted), special_tokens=False
+            )
         except InputError:
             if len(kept) == 1:
                 raise
@@ -91,4 +96,4 @@ def _fitting(found: Pretrained, said: Sequence[Message], config: GenerationConfi
     if len(kept) < len(said):
         left_out = len(said) - len(kept)
         print(f"(the model's context has no room for what was said first: {left_out} messages are left out)")
-    return kept
+    return kept, new_tokens

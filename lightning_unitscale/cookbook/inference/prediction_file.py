@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 
 KINDS = (".jsonl", ".parquet")
 
@@ -33,7 +34,7 @@ def read_rows(path: str, column: str) -> list[str]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise InputError(f"rows={path}: no such file (looked in {Path.cwd()})")
+        raise InputError(f"rows={path}: {not_found(file)}")
     try:
         if file.suffix == ".jsonl":
             rows: Sequence[Any] = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]

@@ -80,8 +80,13 @@ def run_to_measure(found: Pretrained, task: DictConfig | None, data: DictConfig 
     run.task = run.task if task is None else task
     run.data = run.data if data is None else data
     run.data.batch_size = sizes["batch_size"]
-    if sizes["sequence_length"] is not None:
-        run.task.sequence_length = sizes["sequence_length"]
+    context, asked = context_length(found.model), sizes["sequence_length"]
+    if asked is not None:
+        run.task.sequence_length = asked
+    if context is not None and run.task.get("sequence_length", 0) > context:
+        if asked is not None:
+            raise InputError(f"sequence_length={asked} is longer than the model's context, {context}")
+        run.task.sequence_length = context
     _check(run, found)
     return run
 
@@ -102,25 +107,17 @@ def _check(run: DictConfig, found: Pretrained) -> None:
                 f"the run of model.path={found.path} had {choice}, whose {node._target_} can't be imported any more; "
                 f"choose it again, with its settings: {choice}"
             )
-    context = context_length(found.model)
-    if context is not None and run.task.get("sequence_length", 0) > context:
-        raise InputError(f"sequence_length={run.task.sequence_length} is longer than the model's context, {context}")
 
 
 def _default_run(found: Pretrained, task: DictConfig | None) -> DictConfig:
     """For a model without a record: of bytes, what `unitscale pretrain` holds out; else documentation in windows."""
     of_bytes = found.tokenizer is not None and is_of_bytes(found.tokenizer)
     if found.head == CAUSAL_LM and of_bytes:
-        run = hydra.compose("pretrain")
-    elif found.head in TASK_HEADS or task is not None:
+        return hydra.compose("pretrain")
+    if found.head in TASK_HEADS or task is not None:
         option = TASK_HEADS.get(found.head, "any_head")
-        run = hydra.compose("finetune", [f"task={option}", "data=topics"])
-    else:
-        raise InputError(f"mode=evaluate knows no task for {found.head}; it knows {', '.join(TASK_HEADS)}")
-    context = context_length(found.model)
-    if context is not None and "sequence_length" in run.task:
-        run.task.sequence_length = min(run.task.sequence_length, context)
-    return run
+        return hydra.compose("finetune", [f"task={option}", "data=topics"])
+    raise InputError(f"mode=evaluate knows no task for {found.head}; it knows {', '.join(TASK_HEADS)}")
 
 
 def _choice(path: str, group: str) -> str:

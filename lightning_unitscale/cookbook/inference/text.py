@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from lightning_unitscale.cookbook.generation import check_prompts, generate, generation_config
+from lightning_unitscale.cookbook.generation import generate, generation_config, number_of_new_tokens
 from lightning_unitscale.cookbook.inference.loading import load_with_tokenizer
 from lightning_unitscale.cookbook.inference.numbers import print_numbers
 from lightning_unitscale.cookbook.runs import plain
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.near_names import not_found
 
 
 def generate_texts(cfg: DictConfig, path: str) -> list[str]:
@@ -22,7 +23,7 @@ def generate_texts(cfg: DictConfig, path: str) -> list[str]:
     if not model.can_generate():
         raise InputError(f"{type(model).__name__} does not write text; mode=predict and mode=evaluate are for it")
     config = generation_config(model, tokenizer, plain(cfg.generation))
-    check_prompts(model, tokenizer, prompts, config.max_new_tokens)
+    config.max_new_tokens = number_of_new_tokens(model, tokenizer, prompts, config.max_new_tokens)
     stream = len(prompts) == 1 and config.num_beams in (None, 1)
     torch.manual_seed(cfg.seed)
     done = []
@@ -45,5 +46,5 @@ def read_prompts(cfg: DictConfig) -> list[str]:
         return [str(cfg.prompt)]
     file = Path(cfg.prompt_file).expanduser()
     if not file.is_file():
-        raise InputError(f"prompt_file={cfg.prompt_file}: no such file (looked in {Path.cwd()})")
+        raise InputError(f"prompt_file={cfg.prompt_file}: {not_found(file)}")
     return [line for line in file.read_text().splitlines() if line.strip()]

@@ -17,11 +17,10 @@ from lightning_unitscale.cookbook.chat_template import ASSISTANT, make_able_to_c
 from lightning_unitscale.cookbook.data.continuing_loader import loading
 from lightning_unitscale.cookbook.data.conversations import Conversation, Message
 from lightning_unitscale.cookbook.data.examples import IGNORED, Batch, Examples, split_by
-from lightning_unitscale.cookbook.generation import check_prompts, generate, generation_config
+from lightning_unitscale.cookbook.generation import generate, generation_config, number_of_new_tokens
 from lightning_unitscale.cookbook.pretrained import Pretrained, context_length
 from lightning_unitscale.cookbook.tasks.kept_texts import KeptTexts
 from lightning_unitscale.cookbook.tasks.language_modeling import LanguageModeling
-from lightning_unitscale.cookbook.tasks.text_generation import tokenizer_of
 from lightning_unitscale.cookbook.tokenizers import make_able_to_pad
 from lightning_unitscale.errors import InputError
 
@@ -71,7 +70,7 @@ class Dialogue(LanguageModeling):
         Raises:
             InputError: no conversation of a part has an answer within `task.sequence_length`.
         """
-        tokenizer = tokenizer_of(found, cfg)
+        tokenizer = found.text_tokenizer()
         cls.complete(tokenizer, found.model)
         make_able_to_pad(tokenizer, found.model)
         length, long, empty, parts = cfg.task.sequence_length, 0, 0, []
@@ -118,8 +117,9 @@ class Dialogue(LanguageModeling):
         """Each text is what a user says first."""
         self.generation = generation_config(self.model, self.tokenizer, generation)
         prompts = {text: prompt_of(self.tokenizer, [Message("user", text)]) for text in texts}
-        new_tokens = self.generation.max_new_tokens
-        check_prompts(self.model, self.tokenizer, list(prompts.values()), new_tokens, special_tokens=False)
+        self.generation.max_new_tokens = number_of_new_tokens(
+            *(self.model, self.tokenizer, list(prompts.values()), self.generation.max_new_tokens), special_tokens=False
+        )
         return lambda batch: [prompts[text] for text in batch]
 
     def predict_step(self, batch: Batch | list[str], batch_idx: int) -> dict[str, list[str]]:

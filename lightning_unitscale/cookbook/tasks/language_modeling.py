@@ -19,7 +19,7 @@ from lightning_unitscale.cookbook.data.examples import IGNORED, Batch
 from lightning_unitscale.cookbook.data.token_text import TokenText
 from lightning_unitscale.cookbook.generation import generate, generation_config
 from lightning_unitscale.cookbook.pretrained import Pretrained
-from lightning_unitscale.cookbook.tasks.text_generation import TextGeneration, tokenizer_of
+from lightning_unitscale.cookbook.tasks.text_generation import TextGeneration
 from lightning_unitscale.cookbook.tokenizers import is_of_bytes
 from lightning_unitscale.errors import InputError
 
@@ -39,7 +39,7 @@ class LanguageModeling(TextGeneration):
         """Crops and windows of documents (name -> text)."""
         return TokenText(
             examples,
-            tokenizer_of(found, cfg),
+            found.text_tokenizer(),
             sequence_length=cfg.task.sequence_length,
             held_out=cfg.data.held_out,
             test_part=cfg.task.get("test_part", True),

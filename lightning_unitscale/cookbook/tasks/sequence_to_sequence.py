@@ -16,7 +16,7 @@ from torchmetrics.text import CharErrorRate
 from lightning_unitscale.cookbook.data.continuing_loader import loading
 from lightning_unitscale.cookbook.data.examples import IGNORED, Batch, Examples, Pair, split_by
 from lightning_unitscale.cookbook.pretrained import Pretrained
-from lightning_unitscale.cookbook.tasks.text_generation import TextGeneration, tokenizer_of
+from lightning_unitscale.cookbook.tasks.text_generation import TextGeneration
 from lightning_unitscale.cookbook.tokenizers import make_able_to_pad
 from lightning_unitscale.errors import InputError
 
@@ -75,7 +75,7 @@ class SequenceToSequence(TextGeneration):
     @classmethod
     def data_module(cls, examples: Sequence[Pair], found: Pretrained, cfg: DictConfig) -> Examples:
         """Batches of pairs; those of one group, and equal sources, stay on one side of the split."""
-        tokenizer = tokenizer_of(found, cfg)
+        tokenizer = found.text_tokenizer()
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no eos token, so a generated text would never end; give another one")
         make_able_to_pad(tokenizer, found.model)

@@ -6,7 +6,6 @@ It knows nothing of unit scaling, and all its arguments are plain containers, so
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -29,6 +28,7 @@ from lightning_unitscale.cookbook.spreading import spread
 from lightning_unitscale.cookbook.tokenizers import load_tokenizer
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import example_inputs
+from lightning_unitscale.near_names import matches, near_glob
 
 
 class Task(pl.LightningModule):
@@ -274,19 +274,12 @@ def freeze_parameters(model: nn.Module, globs: Sequence[str]) -> None:
     Raises:
         InputError: a glob matches nothing, or nothing is left to train.
     """
-    unmatched = set(globs)
+    names = [name for name, _ in model.named_parameters()]
+    for glob in globs:
+        if not any(matches(name, (glob,)) for name in names):
+            raise InputError(f"model.freeze: {glob!r} matches no parameter and no module. {near_glob(glob, names)}")
     for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        owners = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        matching = {glob for glob in globs if any(fnmatchcase(owner, glob) for owner in owners)}
-        unmatched -= matching
-        if matching:
+        if matches(name, globs):
             parameter.requires_grad_(False)
-    if unmatched:
-        names = [name for name, _ in model.named_children()]
-        raise InputError(
-            f"model.freeze: {', '.join(sorted(unmatched))} matches no parameter and no module; the outermost "
-            f"modules are {', '.join(names)}"
-        )
     if globs and not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("model.freeze leaves nothing to train; leave out the head, or a layer")

@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 from lightning_unitscale.cookbook.data.examples import Batch, Labelled
 from lightning_unitscale.cookbook.pretrained import Pretrained, context_length
 from lightning_unitscale.cookbook.tasks.classification import Classification, Collate
-from lightning_unitscale.cookbook.tasks.text_generation import tokenizer_of
 from lightning_unitscale.cookbook.tokenizers import make_able_to_pad
 
 
@@ -48,7 +47,7 @@ class TextClassification(Classification):
     @classmethod
     def collate(cls, numbers: dict[str, int], found: Pretrained, cfg: DictConfig) -> Collate:
         """Tokens, cut to `task.sequence_length`."""
-        tokenizer = tokenizer_of(found, cfg)
+        tokenizer = found.text_tokenizer()
         make_able_to_pad(tokenizer, found.model)
         return TextBatch(tokenizer, numbers, cfg.task.sequence_length)
 

@@ -211,6 +211,9 @@ def test_skip(options: dict[str, Any], storage: str) -> None:
     [
         ({"skip": ("decoder.*",)}, r"skip: the glob 'decoder\.\*' matches no parameter or module of Sequential"),
         ({"overrides": {"1.weight": {"skip": True}}}, r"overrides: the glob '1\.weight' matches no .*0\.weight"),
+        ({"skip": ("1.wieght", "2.wieght")}, r"skip: the glob '1\.wieght' matches no .*It has 0\.weight"),
+        ({"skip": ("*.0.weight",)}, r"skip: the glob '\*\.0\.weight' matches no .*Did you mean '0\.weight'\?"),
+        ({"skip": ("*.waight",)}, r"skip: the glob '\*\.waight' matches no .*Did you mean '\*\.weight'\?"),
         ({"overrides": {"0": {"multiplyer": 2}}}, "Did you mean 'multiplier'"),
         ({"skip": ("*",)}, "nothing in Sequential can be scaled"),
         ({"scheme": "mup"}, "Did you mean 'umup'"),

@@ -1,0 +1,82 @@
+"""What someone may have meant who named a thing that is not there: a word, a glob of names, a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+SHOWN = 5  # names of a folder, or of a model
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """A question that names what is near; empty where nothing is.
+
+    Args:
+        word: what was given.
+        known: what there is.
+        prefix: stands before each of the names in the question.
+    """
+    near = [f"{prefix}{match}" for match in get_close_matches(word, list(known), n=3)]
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def matches(name: str, globs: Iterable[str]) -> bool:
+    """Whether a parameter's name, or the name of a module it belongs to, matches a glob."""
+    parts = name.split(".")
+    prefixes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatchcase(prefix, glob) for prefix in prefixes for glob in globs)
+
+
+def near_glob(glob: str, names: Collection[str]) -> str:
+    """A question that names a glob which does match: parts corrected, other parts of the model before it or none.
+
+    Where there is none, some of the names.
+
+    Args:
+        glob: what matches nothing.
+        names: of parameters and modules.
+    """
+    parts = dict.fromkeys(part for name in names for part in name.split("."))
+
+    def nearest(part: str) -> str:
+        known = any(fnmatchcase(name, part) for name in parts)
+        return part if known else next(iter(get_close_matches(part, parts, 1)), part)
+
+    corrected = ".".join(nearest(part) for part in glob.split("."))
+    for candidate in (corrected, f"*.{corrected}", corrected.removeprefix("*.")):
+        if any(matches(name, (candidate,)) for name in names):
+            return f"Did you mean {candidate!r}?"
+    shown = list(names)[:SHOWN]
+    return f"It has {', '.join(shown)}{' …' if len(names) > len(shown) else ''}"
+
+
+def not_found(path: str | Path) -> str:
+    """That there is no such file or folder; with the nearest path that there is, or what lies where it should be."""
+    where = Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for users who are not there)
+    if where.exists():
+        return "it is a folder, and a file is needed" if where.is_dir() else "it is a file, and a folder is needed"
+    message = f"no such file or folder (looked in {Path.cwd()})"
+    there = next(parent for parent in where.absolute().parents if parent.exists())
+    missing, *below = where.absolute().relative_to(there).parts
+    names = sorted(entry.name for entry in there.iterdir()) if there.is_dir() else []
+    shown = where
+    for _ in (missing, *below):
+        shown = shown.parent
+    near = [shown / name for name in get_close_matches(missing, names, 3)]
+    near = [path.joinpath(*below) for path in near if path.joinpath(*below).exists()] or near
+    if near:
+        return f"{message}. Did you mean {' or '.join(map(str, near))}?"
+    if there == Path.cwd() or not names:
+        return message
+    return f"{message}; {shown} has {', '.join(names[:SHOWN])}{' …' if len(names) > SHOWN else ''}"
+
+
+def may_be_hub_name(path: str) -> bool:
+    """Whether what is no path here may be the name of a model on the Hugging Face hub: `name` or `owner/name`."""
+    if Path(path).exists() or Path(path).suffix == ".ckpt" or path[0] in "./~":
+        return False
+    owner, slash, _ = path.rpartition("/")
+    return "/" not in owner and not (slash and Path(owner).is_dir())  # else its beginning is here, its end misspelt
