@@ -95,6 +95,12 @@ TASKS = {
         ("label", "score", "target"),
         ("confusion.png", "answers.png"),
     ),
+    "digits": Case(
+        ("data.batch_size=4", "model.config.hidden_size=16", "model.config.num_hidden_layers=1"),
+        ("accuracy", "f1"),
+        ("label", "score", "target"),
+        ("confusion.png", "answers.png"),
+    ),
     "music": Case(
         (
             "data.documents.count=9",
@@ -118,9 +124,7 @@ TASKS = {
             "data.max_length=9",
             "data.batch_size=4",
             "task.sequence_length=12",
-            "model.config.d_model=32",
-            "model.config.num_layers=1",
-            "model.config.num_decoder_layers=1",
+            *SMALL_T5,
         ),
         ("loss",),
         ("source", "text", "target"),
@@ -131,14 +135,13 @@ TASKS = {
             "+data.pairs.max_bytes=200000",
             "data.batch_size=4",
             "task.sequence_length=16",
-            "model.config.d_model=32",
-            "model.config.num_layers=1",
-            "model.config.num_decoder_layers=1",
+            *SMALL_T5,
         ),
         ("loss",),
         ("source", "text", "target"),
         (),
     ),
+    "seq2seq": Case(("data.batch_size=4", *SMALL_T5), ("loss",), ("source", "text", "target"), ()),
 }
 QUICK = [
     "trainer.val_check_interval=4",
@@ -204,6 +207,18 @@ def test_a_task_predicts_what_was_held_out(run: tuple[str, Path]) -> None:
     assert set(TASKS[name].columns) <= rows[0].keys()
     for file in TASKS[name].files:
         assert (folder / "answers" / "shown" / file).is_file()
+
+
+def test_a_task_is_fine_tuned_from_what_it_was(run: tuple[str, Path]) -> None:
+    name, folder = run
+    run_recipe("export", folder, f"model.path={folder}/run/checkpoints/last.ckpt", "format=hf", "output=plain")
+    of_pretraining = ("checkpoint_every", "+callbacks.checkpoints", "model.")
+    settings = [one for one in settings_of(name) if not one.startswith(of_pretraining)]
+    settings += [f"model.path={folder}/plain", "unitscale=preserve", "optimizer.lr=1e-4", "hydra.run.dir=tuned"]
+    run_recipe("finetune", folder, *settings)
+    trained, tuned = (json.loads((folder / made / "report" / "metrics.json").read_text()) for made in ("run", "tuned"))
+    assert tuned["test/loss, before"] == pytest.approx(trained["test/loss"], rel=1e-5)
+    assert tuned["test/loss"] != tuned["test/loss, before"]
 
 
 def test_a_task_is_exported(run: tuple[str, Path]) -> None:

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy
@@ -32,6 +33,7 @@ GRAMMAR = (
     ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
     ("again", "now", "please", "soon"),
 )
+LONGEST_SHOWN = 60  # letters of a text in messages
 VOICES = ("en-us", "en-gb-scotland", "en-us+f1", "en-029+m3", "en-gb-x-rp+m7")  # the last is held out
 
 
@@ -53,7 +55,7 @@ class Utterance:
 
     def __str__(self) -> str:
         """Where it is from and what it says, for messages."""
-        return f"{self.place}{': ' if self.place else ''}{self.text!r}"
+        return f"{self.place}{': ' if self.place else ''}{shorten(self.text, LONGEST_SHOWN)!r}"
 
 
 def sound_of(utterance: Utterance) -> Tensor:
