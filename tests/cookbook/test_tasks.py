@@ -211,7 +211,8 @@ def test_a_task_predicts_what_was_held_out(run: tuple[str, Path]) -> None:
 
 def test_a_task_is_fine_tuned_from_what_it_was(run: tuple[str, Path]) -> None:
     name, folder = run
-    run_recipe("export", folder, f"model.path={folder}/run/checkpoints/last.ckpt", "format=hf", "output=plain")
+    trained_model = f"model.path={folder}/run/checkpoints/last.ckpt"
+    run_recipe("export", folder, trained_model, "format=hf", "output=plain", "hydra.run.dir=exported_plain")
     of_pretraining = ("checkpoint_every", "+callbacks.checkpoints", "model.")
     settings = [one for one in settings_of(name) if not one.startswith(of_pretraining)]
     settings += [f"model.path={folder}/plain", "unitscale=preserve", "optimizer.lr=1e-4", "hydra.run.dir=tuned"]
