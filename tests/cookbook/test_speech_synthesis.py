@@ -97,12 +97,13 @@ def test_a_batch_leads_back_to_the_frames() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds", "message"),
-    [("123", 1.0, "row 2 of the data says '123', 0 letters"), ("see it", 0.03, "6 letters .* in 4 frames")],
+    [("123", 1.0, "^row 2: '123': 0 letters"), ("see it", 0.03, "6 letters .* in 4 frames")],
 )
 def test_a_text_that_its_sound_can_not_say_is_named(text: str, seconds: float, message: str) -> None:
     module = SpeechSynthesis(TINY, tokenizer="letters")
     found = SimpleNamespace(model=module.model, text_tokenizer=letter_tokenizer)
-    said = [Utterance(torch.zeros(RATE), "yes", "a"), Utterance(torch.zeros(int(seconds * RATE)), text, "b")]
+    wrong = Utterance(torch.zeros(int(seconds * RATE)), text, "b", "row 2")
+    said = [Utterance(torch.zeros(RATE), "yes", "a"), wrong]
     with pytest.raises(InputError, match=message):
         SpeechSynthesis.data_module(said, found, OmegaConf.create({"data": {"held_out": 0.2}}))
 

@@ -23,7 +23,7 @@ from lightning_unitscale.cookbook.data.masks import mask_folder
 from lightning_unitscale.cookbook.data.music import Note, chorales, events_of, music_folder, notes_of, write_midi
 from lightning_unitscale.cookbook.data.scenes import coco_file, digit_scenes
 from lightning_unitscale.cookbook.data.sound import RATE, from_log_mel, log_mel, read_sound, resampled, write_wav
-from lightning_unitscale.cookbook.data.speech import VOICES, manifest, read_sentences
+from lightning_unitscale.cookbook.data.speech import VOICES, Utterance, manifest, read_sentences
 from lightning_unitscale.cookbook.data.standard_library import docstrings
 from lightning_unitscale.cookbook.tasks.average_precision import CocoAveragePrecision
 from lightning_unitscale.cookbook.tasks.detection import Detection, SceneBatch, in_pixels
@@ -95,6 +95,12 @@ TASKS = {
         ("label", "score", "target"),
         ("confusion.png", "answers.png"),
     ),
+    "digits": Case(
+        ("data.batch_size=4", "model.config.hidden_size=16", "model.config.num_hidden_layers=1"),
+        ("accuracy", "f1"),
+        ("label", "score", "target"),
+        ("confusion.png", "answers.png"),
+    ),
     "music": Case(
         (
             "data.documents.count=9",
@@ -118,9 +124,7 @@ TASKS = {
             "data.max_length=9",
             "data.batch_size=4",
             "task.sequence_length=12",
-            "model.config.d_model=32",
-            "model.config.num_layers=1",
-            "model.config.num_decoder_layers=1",
+            *SMALL_T5,
         ),
         ("loss",),
         ("source", "text", "target"),
@@ -131,14 +135,13 @@ TASKS = {
             "+data.pairs.max_bytes=200000",
             "data.batch_size=4",
             "task.sequence_length=16",
-            "model.config.d_model=32",
-            "model.config.num_layers=1",
-            "model.config.num_decoder_layers=1",
+            *SMALL_T5,
         ),
         ("loss",),
         ("source", "text", "target"),
         (),
     ),
+    "seq2seq": Case(("data.batch_size=4", *SMALL_T5), ("loss",), ("source", "text", "target"), ()),
 }
 QUICK = [
     "trainer.val_check_interval=4",
@@ -204,6 +207,19 @@ def test_a_task_predicts_what_was_held_out(run: tuple[str, Path]) -> None:
     assert set(TASKS[name].columns) <= rows[0].keys()
     for file in TASKS[name].files:
         assert (folder / "answers" / "shown" / file).is_file()
+
+
+def test_a_task_is_fine_tuned_from_what_it_was(run: tuple[str, Path]) -> None:
+    name, folder = run
+    trained_model = f"model.path={folder}/run/checkpoints/last.ckpt"
+    run_recipe("export", folder, trained_model, "format=hf", "output=plain", "hydra.run.dir=exported_plain")
+    of_pretraining = ("checkpoint_every", "+callbacks.checkpoints", "model.")
+    settings = [one for one in settings_of(name) if not one.startswith(of_pretraining)]
+    settings += [f"model.path={folder}/plain", "unitscale=preserve", "optimizer.lr=1e-4", "hydra.run.dir=tuned"]
+    run_recipe("finetune", folder, *settings)
+    trained, tuned = (json.loads((folder / made / "report" / "metrics.json").read_text()) for made in ("run", "tuned"))
+    assert tuned["test/loss, before"] == pytest.approx(trained["test/loss"], rel=1e-5)
+    assert tuned["test/loss"] != tuned["test/loss, before"]
 
 
 def test_a_task_is_exported(run: tuple[str, Path]) -> None:
@@ -285,9 +301,22 @@ def test_the_users_own_boxes_are_read_and_wrong_ones_named(tmp_path: Path, capsy
     for wrong, message in (
         ({"bbox": [15, 2, 10, 4]}, r"annotation 2 of 1\.jpg: the box .* is not inside the picture of 20×10"),
         ({"category_id": 8}, "category 8 is not among"),
+        ({"category_id": None}, "category None is not among"),
         ({"image_id": 9}, "annotation 2 is of image 9"),
     ):
         file.write_text(json.dumps({**coco, "annotations": [annotations[0], {**annotations[1], **wrong}]}))
+        with pytest.raises(InputError, match=message):
+            coco_file(str(file))
+    capsys.readouterr()
+    scenes = coco_file(str(file), skip_broken=True)  # a box of no picture, and picture 2, which is cut short
+    assert [len(scene.labels) for scene in scenes] == [1, 0]
+    assert capsys.readouterr().out.count("left out 1 of") == 2
+    for wrong_file, message in (
+        ({"annotations": []}, "no annotation of a box"),
+        ({"images": coco["images"] * 2}, "several images have the id 0"),
+        ({"annotations": ["cat"]}, "not COCO's JSON"),
+    ):
+        file.write_text(json.dumps({**coco, **wrong_file}))
         with pytest.raises(InputError, match=message):
             coco_file(str(file))
 
@@ -306,6 +335,9 @@ def test_the_users_own_masks_are_read_and_wrong_ones_named(tmp_path: Path) -> No
         mask_folder(str(tmp_path), names=["ground", "tree"])
     Pillow.new("L", (5, 4)).save(tmp_path / "masks" / "a.png")
     with pytest.raises(InputError, match="another size than"):
+        mask_folder(str(tmp_path))
+    (tmp_path / "images" / "a.png").unlink()
+    with pytest.raises(InputError, match=r"no file in .*images"):
         mask_folder(str(tmp_path))
 
 
@@ -392,6 +424,34 @@ def test_the_users_own_recordings_are_resampled_and_broken_ones_named(
     (tmp_path / "list.csv").write_bytes("file,text\na.wav,gr\xfcn\n".encode("latin-1"))
     with pytest.raises(InputError, match="line 2 is not UTF-8"):
         manifest(str(tmp_path / "list.csv"))
+    (tmp_path / "list.csv").write_text("file,text\na.wav,\na.wav,yes\n")
+    (utterance,) = manifest(str(tmp_path / "list.csv"), skip_broken=True)
+    assert str(utterance).endswith("list.csv, row 2: 'yes'")
+
+
+@pytest.mark.parametrize(("frames", "wrong"), [(7, "too"), (7, "two"), (20, "7")])
+def test_a_text_that_its_sound_has_no_time_for_is_named_or_left_out(
+    frames: int, wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two frames are one moment; "too" takes four, a blank between its o's, and "two" three."""
+    short = torch.zeros((frames - 1) * 160)
+    said = [Utterance(torch.zeros(RATE), text, "a", "row 1") for text in ("at", "by", "in", "on", "up")]
+    said.append(Utterance(short, wrong, "a", "list.csv, row 6"))
+    config = {"model_type": "wav2vec2-bert", "vocab_size": 29, "hidden_size": 16, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": 2, "intermediate_size": 16}
+    module = SpeechRecognition(config, tokenizer="letters")
+    found = SimpleNamespace(model=module.model, text_tokenizer=letter_tokenizer)
+    settings = {"held_out": 0.2, "held_out_speaker": None, "batch_size": 2, "workers": 0, "skip_broken": False}
+    trainer = {"max_steps": 1, "accumulate_grad_batches": 1}
+    cfg = OmegaConf.create({"data": settings, "trainer": trainer, "seed": 1})
+    if wrong == "two":
+        SpeechRecognition.data_module(said, found, cfg)  # three letters, three moments
+        return
+    with pytest.raises(InputError, match=rf"list\.csv, row 6: '{wrong}'.*; data\.skip_broken=true"):
+        SpeechRecognition.data_module(said, found, cfg)
+    cfg.data.skip_broken = True
+    SpeechRecognition.data_module(said, found, cfg)
+    assert "left out 1 of 6 rows" in capsys.readouterr().out
 
 
 # --- music ------------------------------------------------------------------------------------------------------------

@@ -81,19 +81,19 @@ def test_it_writes_no_more_than_the_longest_text(module: SpeechRecognition) -> N
 @pytest.mark.parametrize(
     ("seconds", "text", "message"),
     [
-        (1.5, "yes", r"row 2 of the data takes 1\.50 s, and the model hears 1\.00 s"),
-        (0.5, "nobody says this", "row 2 of the data has 17 tokens, and the model writes 12"),
+        (1.5, "yes", r"row 2: 'yes' takes 1\.50 s, and the model hears 1\.00 s"),
+        (0.5, "nobody says this", "row 2: .* has 17 tokens, and the model writes 12"),
     ],
 )
 def test_what_does_not_fit_is_named(module: SpeechRecognition, seconds: float, text: str, message: str) -> None:
-    said = [Utterance(torch.zeros(RATE), "yes", "a"), Utterance(torch.zeros(int(seconds * RATE)), text, "a")]
+    module.reader.check(Utterance(torch.zeros(RATE), "yes", "a"))
     with pytest.raises(InputError, match=message):
-        module.reader.collate(said)
+        module.reader.check(Utterance(torch.zeros(int(seconds * RATE)), text, "a", "row 2"))
 
 
 def test_a_tokenizer_without_an_end_and_another_kind_of_model_are_refused(module: SpeechRecognition) -> None:
     with pytest.raises(InputError, match="has no eos token"):
-        Transcription(module.model, letter_tokenizer()).collate([])
+        Transcription(module.model, letter_tokenizer()).collate()
     other = SimpleNamespace(main_input_name="input_features", config=SimpleNamespace())
     with pytest.raises(InputError, match=r"not of Whisper's kind"):
-        Transcription(other, character_tokenizer()).collate([])
+        Transcription(other, character_tokenizer()).collate()

@@ -83,7 +83,10 @@ def mask_folder(
             raise InputError(f"{mask}: class {largest} is out of range, there are {len(names)} names")
         return picture, mask, largest
 
-    rows = sound_rows(sorted(file for file in (root / pictures).iterdir() if file.is_file()), read, skip_broken)
+    files = sorted(file for file in (root / pictures).iterdir() if file.is_file())
+    if not files:
+        raise InputError(f"data.path={path}: no file in {root / pictures}")
+    rows = sound_rows(files, read, skip_broken)
     known = tuple(names or map(str, range(max(largest for *_, largest in rows) + 1)))
     return [Masked(picture, mask, known, picture.name) for picture, mask, _ in rows]
 

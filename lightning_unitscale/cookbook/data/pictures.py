@@ -31,7 +31,7 @@ def check_picture(file: Path, where: str) -> tuple[int, int]:
             return picture.height, picture.width
     except FileNotFoundError as error:
         raise InputError(f"{where}: there is no file {file}") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, UnidentifiedImageError, Pillow.DecompressionBombError, SyntaxError, ValueError) as error:
         raise InputError(f"{where}: {file} is no picture that can be read ({error})") from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +103,11 @@ def coco_file(path: str, folder: str | None = None, skip_broken: bool = False) -
         path: JSON as COCO has it: `images` (id, file_name), `annotations` (image_id, category_id, bbox), `categories`
             (id, name). Crowds (`iscrowd`) are left out.
         folder: where the pictures lie; default: beside the file.
-        skip_broken: leave out pictures that can't be read or have wrong boxes, and say how many they were.
+        skip_broken: leave out pictures that can't be read or have wrong boxes, and boxes of no picture, and say how
+            many they were.
 
     Raises:
-        InputError: there is no such file, it is not of this kind, or a picture or a box in it is wrong.
+        InputError: there is no such file, it is not of this kind, it has no box, or a picture or a box in it is wrong.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -113,18 +115,28 @@ def coco_file(path: str, folder: str | None = None, skip_broken: bool = False) -
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         names = {category["id"]: str(category["name"]) for category in found["categories"]}
-        of_image: dict[Any, list[Any]] = {image["id"]: [] for image in found["images"]}
         rows = [(image["id"], str(image["file_name"])) for image in found["images"]]
-        for number, row in enumerate(found["annotations"], start=1):
-            if row["image_id"] not in of_image:
-                raise InputError(
-                    f"data.path={path}: annotation {number} is of image {row['image_id']}, which is not there"
-                )
-            if not row.get("iscrowd"):
-                of_image[row["image_id"]].append((number, row))
-    except (ValueError, KeyError, TypeError) as error:
+        annotations = [
+            (number, row["image_id"], row)
+            for number, row in enumerate(found["annotations"], start=1)
+            if not row.get("iscrowd")
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"data.path={path}: not COCO's JSON ({type(error).__name__}: {error})") from error
     root = Path(folder).expanduser() if folder else file.parent
+    if not annotations:
+        raise InputError(f"data.path={path}: it has no annotation of a box, so there is nothing to learn")
+    if twice := [identity for identity, count in Counter(identity for identity, _ in rows).items() if count > 1]:
+        raise InputError(f"data.path={path}: several images have the id {twice[0]}")
+    of_image: dict[Any, list[Any]] = {identity: [] for identity, _ in rows}
+
+    def placed(annotation: tuple[int, Any, Any]) -> None:
+        number, identity, row = annotation
+        if identity not in of_image:
+            raise InputError(f"data.path={path}: annotation {number} is of image {identity}, which is not there")
+        of_image[identity].append((number, row))
+
+    sound_rows(annotations, placed, skip_broken)
 
     def read(row: tuple[Any, str]) -> Scene:
         identity, name = row
@@ -141,9 +153,10 @@ def coco_file(path: str, folder: str | None = None, skip_broken: bool = False) -
 
 
 def _name_of(annotation: Mapping[str, Any], names: Mapping[Any, str], where: str) -> str:
-    if annotation["category_id"] not in names:
-        raise InputError(f"{where}: category {annotation['category_id']} is not among the categories")
-    return names[annotation["category_id"]]
+    category = annotation.get("category_id")
+    if category not in names:
+        raise InputError(f"{where}: category {category} is not among the categories")
+    return names[category]
 
 
 def _box_in(annotation: Mapping[str, Any], size: tuple[int, int], where: str) -> list[float]:

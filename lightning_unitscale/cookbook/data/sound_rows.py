@@ -11,13 +11,14 @@ Row = TypeVar("Row")
 Example = TypeVar("Example")
 
 
-def sound_rows(rows: Iterable[Row], read: Callable[[Row], Example], skip_broken: bool) -> list[Example]:
+def sound_rows(rows: Iterable[Row], read: Callable[[Row], Example], skip_broken: bool | None) -> list[Example]:
     """The examples that rows make.
 
     Args:
         rows: of any kind.
         read: makes an example of a row; raises InputError, naming file and row, where it can't.
-        skip_broken: leave such rows out and print how many they were, with the first one's reason.
+        skip_broken: leave such rows out and print how many they were, with the first one's reason; None for data that
+            has no such setting.
 
     Raises:
         InputError: a row is broken and `skip_broken` is off, or none is sound.
@@ -27,6 +28,8 @@ def sound_rows(rows: Iterable[Row], read: Callable[[Row], Example], skip_broken:
         try:
             examples.append(read(row))
         except InputError as error:
+            if skip_broken is None:
+                raise
             if not skip_broken:
                 raise InputError(f"{error}; data.skip_broken=true leaves such rows out") from error
             reasons.append(str(error))

@@ -14,15 +14,16 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
-from lightning_unitscale.cookbook.data.labelled_files import read_table
 from lightning_unitscale.cookbook.data.sound import RATE, check_sound, read_sound, resampled
 from lightning_unitscale.cookbook.data.sound_rows import sound_rows
+from lightning_unitscale.cookbook.data.table_files import TableRow, table_rows
 from lightning_unitscale.errors import InputError
 
 GRAMMAR = (
@@ -32,6 +33,7 @@ GRAMMAR = (
     ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
     ("again", "now", "please", "soon"),
 )
+LONGEST_SHOWN = 60  # letters of a text in messages
 VOICES = ("en-us", "en-gb-scotland", "en-us+f1", "en-029+m3", "en-gb-x-rp+m7")  # the last is held out
 
 
@@ -43,11 +45,17 @@ class Utterance:
         sound: samples at RATE in -1 … 1, or a file.
         text: what is said.
         speaker: who says it.
+        place: the manifest and row that it is of, for messages; what is read by a voice has none.
     """
 
     sound: Tensor | Path
     text: str
     speaker: str
+    place: str = ""
+
+    def __str__(self) -> str:
+        """Where it is from and what it says, for messages."""
+        return f"{self.place}{': ' if self.place else ''}{shorten(self.text, LONGEST_SHOWN)!r}"
 
 
 def sound_of(utterance: Utterance) -> Tensor:
@@ -80,7 +88,7 @@ def manifest(
         file: name of the column, or key, with the recording.
         text: the same for what is said.
         speaker: the same for who says it; None where nobody knows.
-        skip_broken: leave out recordings that can't be read, and say how many they were.
+        skip_broken: leave out rows and recordings that can't be read, and say how many they were.
 
     Raises:
         InputError: there is no such manifest, or a row or recording of it is broken.
@@ -88,13 +96,14 @@ def manifest(
     columns = {"data.file": file, "data.text": text, **({"data.speaker": speaker} if speaker else {})}
     folder, rates = Path(path).expanduser().parent, set()
 
-    def read(row: tuple[int, tuple[str, ...]]) -> Utterance:
-        number, (name, said, *who) = row
-        _, rate = check_sound(folder / name, f"data.path={path}, row {number}")
+    def read(row: TableRow) -> Utterance:
+        name, said, *who = (str(row.value(column, setting)) for setting, column in columns.items())
+        place = f"data.path={path}, {row.place}"
+        _, rate = check_sound(folder / name, place)
         rates.add(rate)
-        return Utterance(folder / name, said, who[0] if who else "")
+        return Utterance(folder / name, said, who[0] if who else "", place)
 
-    utterances = sound_rows(enumerate(read_table(path, columns), start=1), read, skip_broken)
+    utterances = sound_rows(table_rows(path), read, skip_broken)
     if others := sorted(rates - {RATE}):
         print(f"data.path={path}: recordings at {', '.join(map(str, others))} samples a second are resampled to {RATE}")
     return utterances

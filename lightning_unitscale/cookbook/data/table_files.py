@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,16 @@ def _csv(file: Path, path: str) -> Iterator[TableRow]:
     """What is no UTF-8 is kept in surrogates, so that it is found in its row."""
     text = without_utf16(file.read_bytes()).decode("utf-8-sig", errors="surrogateescape")
     lines = csv.DictReader(io.StringIO(text, newline=""))
+    if _is_foreign(lines.fieldnames or ()):
+        raise InputError(f"data.path={path}: line 1 is not UTF-8; save the file as UTF-8")
     for number, values in enumerate(lines, start=1):
-        foreign = any("\udc80" <= letter <= "\udcff" for letter in "".join(map(str, values.values())))
+        foreign = _is_foreign(values.values())
         flaw = f"line {lines.line_num} is not UTF-8; save the file as UTF-8" if foreign else ""
         yield TableRow(path, f"row {number}", {} if foreign else values, flaw)
+
+
+def _is_foreign(cells: Iterable[object]) -> bool:
+    return any("\udc80" <= letter <= "\udcff" for letter in "".join(map(str, cells)))
 
 
 def _json_lines(file: Path, path: str) -> Iterator[TableRow]:

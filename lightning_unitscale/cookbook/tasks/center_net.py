@@ -9,6 +9,7 @@ Everything is a mean over objects. No matching: an object's cell is known from t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ class CenterNet(PreTrainedModel):
         self.class_inner, self.box_inner = convolution(quarter, quarter), convolution(quarter, quarter)
         self.classes = nn.Conv2d(quarter, config.num_labels or 1, 1)
         self.boxes = nn.Conv2d(quarter, 4, 1)
-        nn.init.constant_(self.classes.bias, float(torch.logit(torch.tensor(RARE))))  # type: ignore[arg-type]  # the bias is there
+        nn.init.constant_(self.classes.bias, math.log(RARE / (1 - RARE)))  # type: ignore[arg-type]  # the bias is there
         self.post_init()  # type: ignore[no-untyped-call]  # transformers has no types here
 
     def _init_weights(self, module: nn.Module) -> None:

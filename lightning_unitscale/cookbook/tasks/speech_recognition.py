@@ -15,6 +15,7 @@ from torchmetrics.text import CharErrorRate, WordErrorRate
 from lightning_unitscale.cookbook.data.continuing_loader import loading
 from lightning_unitscale.cookbook.data.examples import Batch, Examples, split_by
 from lightning_unitscale.cookbook.data.sound import write_wav
+from lightning_unitscale.cookbook.data.sound_rows import sound_rows
 from lightning_unitscale.cookbook.data.speech import Utterance, sound_of
 from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tasks.task import Task
@@ -56,9 +57,15 @@ class SpeechRecognition(Task):
                 empty.
         """
         tokenizer = found.text_tokenizer()
-        for number, one in enumerate(examples, start=1):
+        reader = reader_of(found.model, tokenizer)
+
+        def checked(one: Utterance) -> Utterance:
             if not tokenizer(one.text, add_special_tokens=False).input_ids:
-                raise InputError(f"row {number} of the data says {one.text!r}, of which the tokenizer knows no letter")
+                raise InputError(f"{one}: the tokenizer knows no letter of it")
+            reader.check(one)
+            return one
+
+        examples = sound_rows(examples, checked, cfg.data.get("skip_broken"))
         training, validation, test = split_by(lambda one: one.text, examples, cfg.data.held_out)
         if (voice := cfg.data.held_out_speaker) is not None:
             training, validation = ([one for one in part if one.speaker != voice] for part in (training, validation))
@@ -67,8 +74,7 @@ class SpeechRecognition(Task):
                 raise InputError(
                     f"data.held_out_speaker={voice}: without this speaker, or with it alone, a part is empty"
                 )
-        collate = reader_of(found.model, tokenizer).collate(examples)
-        return Examples([training, validation, test], collate, **loading(cfg))
+        return Examples([training, validation, test], reader.collate(), **loading(cfg))
 
     def count(self, batch: Batch) -> int:
         """What the loss is a mean over."""

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_unitscale.cookbook.data.continuing_loader import loading
 from lightning_unitscale.cookbook.data.examples import IGNORED, Batch, Examples, split_by
 from lightning_unitscale.cookbook.data.sound import HOP, RATE, from_log_mel, log_mel, seconds_of, write_wav
+from lightning_unitscale.cookbook.data.sound_rows import sound_rows
 from lightning_unitscale.cookbook.data.speech import Utterance, sound_of
 from lightning_unitscale.cookbook.figures import spectrograms
 from lightning_unitscale.cookbook.pretrained import Pretrained
@@ -97,14 +98,18 @@ class SpeechSynthesis(Task):
         """
         tokenizer, voices = found.text_tokenizer(), numbers_of(found.model.config)
         check_classes(cls.classes(examples), voices)
-        for number, one in enumerate(examples, start=1):
+
+        def checked(one: Utterance) -> Utterance:
             letters = len(tokenizer(one.text, add_special_tokens=False).input_ids)
-            frames = int(seconds_of(one.sound, f"row {number} of the data") * RATE) // HOP + 1
+            frames = round(seconds_of(one.sound, str(one)) * RATE) // HOP + 1
             if not 0 < letters <= frames:
                 raise InputError(
-                    f"row {number} of the data says {one.text!r}, {letters} letters that the tokenizer knows, in "
-                    f"{frames} frames of 10 ms: every letter needs one at least, and there must be one"
+                    f"{one}: {letters} letters that the tokenizer knows, in {frames} frames of 10 ms: every letter "
+                    "needs one at least, and there must be one"
                 )
+            return one
+
+        examples = sound_rows(examples, checked, cfg.data.get("skip_broken"))
         parts = split_by(lambda one: one.text, examples, cfg.data.held_out)
         return Examples(parts, SpokenBatch(tokenizer, voices, found.model.config.num_mel_bins), **loading(cfg))
 

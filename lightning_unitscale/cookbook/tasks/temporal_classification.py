@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_unitscale.cookbook.data.examples import IGNORED, Batch
-from lightning_unitscale.cookbook.data.sound import log_mel, normalised
+from lightning_unitscale.cookbook.data.sound import HOP, RATE, log_mel, normalised, seconds_of
 from lightning_unitscale.cookbook.data.speech import Utterance, sound_of
+from lightning_unitscale.errors import InputError
 
 
 class UtteranceBatch:
@@ -45,8 +47,14 @@ class UtteranceBatch:
     def _input(self, sound: Tensor) -> Tensor:
         if self.model_input == "input_values":
             return normalised(sound)
-        frames, together = normalised(log_mel(sound, self.bins)), self.features // self.bins
-        return frames[: len(frames) // together * together].reshape(-1, self.features)
+        frames = normalised(log_mel(sound, self.bins))
+        return frames[: self.rows(len(sound)) * (self.features // self.bins)].reshape(-1, self.features)
+
+    def rows(self, samples: int) -> int:
+        """The length of the input that so many samples make."""
+        if self.model_input == "input_values":
+            return samples
+        return (samples // HOP + 1) // (self.features // self.bins)
 
 
 class TemporalClassification:
@@ -60,8 +68,22 @@ class TemporalClassification:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
 
-    def collate(self, utterances: Sequence[Utterance]) -> UtteranceBatch:
-        """What makes a batch of some."""
+    def check(self, one: Utterance) -> None:
+        """
+        Raises:
+            InputError: the text has more letters than the model hears moments, so that it can't be read off them.
+        """
+        letters = self.tokenizer(one.text, add_special_tokens=False).input_ids
+        needed = len(letters) + sum(a == b for a, b in pairwise(letters))  # a blank between equal ones
+        samples = round(seconds_of(one.sound, str(one)) * RATE)
+        moments = self.collate().rows(samples)
+        if hasattr(self.model, "_get_feat_extract_output_lengths"):
+            moments = int(self.model._get_feat_extract_output_lengths(torch.tensor(moments)))
+        if needed > moments:
+            raise InputError(f"{one} takes {needed} moments at least, and its sound has {max(0, moments)}")
+
+    def collate(self) -> UtteranceBatch:
+        """What makes a batch of utterances."""
         features = getattr(self.model.config, "feature_projection_input_dim", 80)
         return UtteranceBatch(self.tokenizer, self.model.main_input_name, features)
 

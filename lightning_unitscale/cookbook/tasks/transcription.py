@@ -34,13 +34,13 @@ class TranscriptBatch:
         """One batch."""
         sounds = [sound_of(one).numpy() for one in utterances]
         features: Tensor = self.features(sounds, sampling_rate=RATE, return_tensors="pt").input_features
-        labels = [self._labels(one.text) for one in utterances]
+        labels = [self.labels_of(one.text) for one in utterances]
         return {
             "input_features": features,
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         }
 
-    def _labels(self, text: str) -> Tensor:
+    def labels_of(self, text: str) -> Tensor:
         """Tokens and eos; the model itself puts its first decoder token in front."""
         ids, eos = self.tokenizer(text).input_ids, self.tokenizer.eos_token_id
         ids = ids[1:] if ids[:1] == [self.start] else ids
@@ -58,30 +58,33 @@ class Transcription:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
 
-    def collate(self, utterances: Sequence[Utterance]) -> TranscriptBatch:
-        """What makes a batch of some.
+    def check(self, one: Utterance) -> None:
+        """
+        Raises:
+            InputError: the utterance or its text is longer than the model takes.
+        """
+        batch, config = self.collate(), self.model.config
+        seconds, longest = seconds_of(one.sound, str(one)), frames_heard(config) * HOP / RATE
+        if seconds > longest:
+            raise InputError(
+                f"{one} takes {seconds:.2f} s, and the model hears {longest:.2f} s: "
+                "model.config.max_source_positions, 50 a second"
+            )
+        if (tokens := len(batch.labels_of(one.text))) > config.max_target_positions:
+            raise InputError(f"{one} has {tokens} tokens, and the model writes {config.max_target_positions}")
+
+    def collate(self) -> TranscriptBatch:
+        """What makes a batch of utterances.
 
         Raises:
-            InputError: the model takes another input than Whisper's, the tokenizer has no eos token, or an utterance or
-                text is longer than the model takes.
+            InputError: the model takes another input than Whisper's, or the tokenizer has no eos token.
         """
         config = self.model.config
         if self.model.main_input_name != "input_features" or not hasattr(config, "num_mel_bins"):
             raise InputError(f"{type(self.model).__name__} is not of Whisper's kind; nobody knows what it is to hear")
         if self.tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no eos token, so a text would never end: model.tokenizer=characters")
-        batch, longest = TranscriptBatch(self.tokenizer, config), frames_heard(config) * HOP / RATE
-        for number, one in enumerate(utterances, start=1):
-            if (seconds := seconds_of(one.sound, f"row {number} of the data")) > longest:
-                raise InputError(
-                    f"row {number} of the data takes {seconds:.2f} s, and the model hears {longest:.2f} s: "
-                    "model.config.max_source_positions, 50 a second"
-                )
-            if (tokens := len(batch._labels(one.text))) > config.max_target_positions:
-                raise InputError(
-                    f"row {number} of the data has {tokens} tokens, and the model writes {config.max_target_positions}"
-                )
-        return batch
+        return TranscriptBatch(self.tokenizer, config)
 
     def count(self, batch: Batch) -> int:
         """The tokens: the loss is a mean over them."""
