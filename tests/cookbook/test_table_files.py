@@ -47,9 +47,7 @@ def test_a_byte_order_mark_belongs_to_no_column(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.csv", "source,target\na,b\ngr\xfcn,green\n".encode("latin-1"), r"a\.csv: line 3 is not UTF-8"),
-        ("a.csv", "source,target
-a,b
-".encode("utf-16")[:-1], r"a\.csv: line 1 is not UTF-8"),
+        ("a.csv", "source,target\na,b\n".encode("utf-16")[:-1], r"a\.csv: line 1 is not UTF-8"),
         ("a.csv", b"source,target\na,b\nc\n", r"a\.csv: row 2 has no 'target' \(data\.target\); it has source, target"),
         ("a.csv", b"source,target\na,b\n,c\n", r"row 2 has no 'source'"),
         ("a.csv", b"", "the file has no rows"),
