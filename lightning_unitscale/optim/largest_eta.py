@@ -9,12 +9,12 @@ and in u-μP a step of η = 1 changes what a layer makes of an input that it is 
 is. Untouched models bear rates that are far beyond that. Drawn small (std 0.02 in a narrow layer), their weights first
 grow by such steps, until the steps are small beside them; scaled ones need not grow, and are thrown about instead. So
 
-    if mean η > largest_eta       all rates × largest_eta / mean η
+    if mean η > largest_eta       rates of weights × largest_eta / mean η
 
-with the geometric mean over the model's hidden weights, at the largest rate of its schedule that its groups
-tell. The whole schedule is multiplied, its warm-up and its decay too, and so is weight decay beside the gradient (lr ·
-weight_decay), as if the user's rate were that much lower. Higher rates thus all train alike, at the largest useful one;
-`hyperparameters={"eta_most": …}` moves it, and with lr_units="umup" there is none.
+with the geometric mean over the model's hidden weights, at the largest rate of its schedule that its groups tell. Gains
+and biases keep the user's. The whole schedule is multiplied, its warm-up and its decay too, and so is weight decay
+beside the gradient (lr · weight_decay), as if the user's rate were that much lower. Higher rates thus all train weights
+alike, at the largest useful one; `hyperparameters={"eta_most": …}` moves it, and with lr_units="umup" there is none.
 
 An optimizer that has taken steps goes on with what the plan says: its rate may have been reduced since they began.
 """

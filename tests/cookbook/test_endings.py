@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,10 +42,11 @@ def press_ctrl_c_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_diverged_run_says_so_at_that_step_and_leaves_its_report(tmp_path: Path) -> None:
     folder, printed = run_recipe("pretrain", tmp_path, *TINY, "optimizer.lr=1e9", "trainer.max_steps=20")
-    assert "training diverged: the loss of step 1 is nan" in printed
+    diverged = re.search(r"training diverged: the loss of step (\d+) is nan", printed)
+    assert diverged is not None
     assert "optimizer.lr=0.001" in printed  # not a tenth of 1e9
     assert "--- sample 1" in printed
-    assert json.loads((folder / "report" / "metrics.json").read_text())["steps"] == 1
+    assert json.loads((folder / "report" / "metrics.json").read_text())["steps"] == int(diverged[1]) < 20
     assert "training diverged" in (folder / "report" / "index.html").read_text()
     assert "train/loss" in (folder / "csv" / "metrics.csv").read_text()
 
