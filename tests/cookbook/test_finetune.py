@@ -157,7 +157,9 @@ def test_freezing_by_parameter_or_module() -> None:
     freeze_parameters(model, ["model.embed_tokens", "model.layers.0", "*.norm.weight"])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if name.startswith(("model.layers.1", "lm_head"))}
-    with pytest.raises(InputError, match=r"'model\.layer\.1' matches no parameter and no module\. Did you mean 'model\.layers\.1'"):
+    with pytest.raises(
+        InputError, match=r"'model\.layer\.1' matches no parameter and no module\. Did you mean 'model\.layers\.1'"
+    ):
         freeze_parameters(model, ["model.layer.1"])
     with pytest.raises(InputError, match="leaves nothing to train"):
         freeze_parameters(model, ["*"])
