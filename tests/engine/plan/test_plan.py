@@ -444,7 +444,8 @@ def test_summary_shows_every_site_and_reason(name: str) -> None:
     squeezed = "".join(text.split())
     assert all("".join(site.reason.split())[:20] in squeezed for site in plan.sites)
     assert all(note.split()[0] in text for note in plan.notes)
-    assert f"{len(plan.explicit_sites)} sites stay" in text or plan.is_plain
+    count = len(plan.explicit_sites)
+    assert f"{count} {'site stays' if count == 1 else 'sites stay'}" in text or plan.is_plain
 
 
 def count_scaled(plan: Plan) -> int:
