@@ -42,7 +42,7 @@ class Cyclic(Matmul):
         return int(self.operands(call)["weight"].shape[-1])
 
 
-CYCLIC = Cyclic("cyclic.default", torch.ops.toy.cyclic.default, x="x", weight="weight")
+CYCLIC = Cyclic("toy.cyclic.default", torch.ops.toy.cyclic.default, x="x", weight="weight")
 
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ def test_one_line_makes_it_known(op: Matmul, function: Any, monkeypatch: pytest.
     (site,) = (site for site in plan.sites if "weight" in site.params)
     assert (plan.roles["weight"], site.op, site.reason) == ("hidden", op.name, "")
     assert site.multipliers["weight"] == WIDTH**-0.5
-    assert site.format_reason in ("one operand is a vector", "cyclic.default has no product with cast operands")
+    assert site.format_reason in ("one operand is a vector", "toy.cyclic.default has no product with cast operands")
 
 
 @each_op

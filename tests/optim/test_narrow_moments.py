@@ -59,7 +59,8 @@ def test_steps_are_those_of_groups_split_by_hand(name: str) -> None:
         }
         for key, p in by_hand.named_parameters()
     ]
-    assert losses == train(by_hand, new(groups, lr=1e-2), x)
+    # a last bit of a rate, by the order of its factors, can move a moment by a step of 8 bits
+    assert losses == pytest.approx(train(by_hand, new(groups, lr=1e-2), x), rel=1e-4)
     assert losses[-1] < losses[0]
     moments = optimizer.state[model[0].weight]["exp_avg"]
     assert type(moments).__name__ in ("OptimStateFp8", "OptimState8bit")
