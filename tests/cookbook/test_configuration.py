@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from support.by_day import by_day
 from support.recipe_runs import run_recipe
 
 from lightning_unitscale.cookbook import config
@@ -93,7 +94,7 @@ def test_callbacks_are_chosen_left_out_and_added() -> None:
     assert set(mine) == names - {"early_stopping"} | {"mine"}
 
 
-@pytest.mark.parametrize("recipe", ["pretrain", "finetune", "distill"])
+@pytest.mark.parametrize("recipe", by_day(["pretrain", "finetune", "distill"], ["pretrain"]))
 def test_debug_is_a_run_of_two_steps_without_logs(recipe: str, tmp_path: Path) -> None:
     smaller = {
         "pretrain": ["model.width=64", "model.depth=1"],

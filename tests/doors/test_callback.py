@@ -20,6 +20,7 @@ from pytorch_lightning.callbacks import (
 from pytorch_lightning.callbacks.weight_averaging import EMAWeightAveraging
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.tuner import Tuner
+from support.by_day import by_day
 from support.training import STEPS, Language, assert_same_state, batches, build, fit, trainer
 from support.zoo import LIGHTNING_CASES, Batch, loader, next_token_batch
 from torch import Tensor, nn
@@ -266,7 +267,7 @@ AVERAGING: dict[str, Callable[[], pl.Callback]] = {
 
 
 @pytest.mark.parametrize("order", [0, 1])
-@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize("name", by_day(AVERAGING, ["late"]))
 def test_weight_averaging(tmp_path: Path, name: str, order: int) -> None:
     def run(*callbacks: pl.Callback) -> tuple[Language, Seen]:
         module, seen = build(batch_norm=name != "swa"), Seen()

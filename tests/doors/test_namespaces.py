@@ -215,7 +215,11 @@ print(callback.plan.roles["layer.weight"])
 
 
 @pytest.mark.parametrize(
-    "present, missing", [("pytorch_lightning", ["lightning"]), ("lightning.pytorch", ["pytorch_lightning"])]
+    "present, missing",
+    [
+        pytest.param("pytorch_lightning", ["lightning"], marks=pytest.mark.slow),
+        ("lightning.pytorch", ["pytorch_lightning"]),
+    ],
 )
 def test_either_works_where_the_other_is_missing(present: str, missing: list[str], tmp_path: Path) -> None:
     script = ALONE.format(present=present, missing=missing)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import roles, zoo
+from support.by_day import by_day
 from support.prepared import adamw, build, gradients, prepared, train
 from torch import Tensor, nn
 
@@ -25,11 +26,15 @@ from lightning_unitscale.record_step import record
 
 EVERY_CASE = zoo.CASES | zoo.UNSEEN
 STORAGES = ("folded", "unit")
+BY_DAY = {name for name in zoo.TWELVE if name.endswith("-sdpa")} | {
+    "sequential", "resnet", "lstm", "tied-embedding", "lora", "einsum-attention", "shared-layer", "weight-norm",
+    "frozen-layers", "class-token", "layer-scale", "parallel-residual", "mixtral-grouped", "multihead-attention",
+}  # fmt: skip
 
 
 def case_names(names: Iterable[str]) -> list[Any]:
-    """The unseen architectures are larger than the rest."""
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in zoo.UNSEEN else []) for name in names]
+    """By day one attention of each architecture and some habits; the unseen architectures are large."""
+    return by_day(names, BY_DAY)
 
 
 each_case = pytest.mark.parametrize("name", case_names(EVERY_CASE))

@@ -12,6 +12,7 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
+from support.by_day import by_day
 from torch import Tensor, nn
 
 from lightning_unitscale import Plan, scale_learning_rates, unit_scale
@@ -162,7 +163,7 @@ def test_storages_agree_in_training_and_in_evaluation(body: Body, shape: tuple[i
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("body", by_day(BODIES, BODIES[:3]))
 def test_compiled_and_reloaded_it_is_the_same(body: Body) -> None:
     unit, _ = prepared(body, "unit")
     expected = evaluated(unit)
