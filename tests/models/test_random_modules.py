@@ -1,11 +1,13 @@
 """What must hold for any module, on random ones with hand-written Functions, shared weights, checkpoints, penalties.
 
-A hundred of them; `MORE_MODULES=5000 python -m pytest tests/models/test_random_modules.py` tries that many others.
+A hundred of them; `MORE_MODULES=5000 python -m pytest -s -m slow tests/models/test_random_modules.py` tries that many
+others, and says now and then how many have held.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +25,7 @@ from lightning_unitscale import prepare as preparing
 
 COUNT = int(os.environ.get("MORE_MODULES", "0"))
 STORAGES = ("folded", "unit")
+_held = itertools.count(1)
 _leaves = st.builds(Part, st.sampled_from(sorted(LAYERS)), st.booleans())
 _parts = st.recursive(
     _leaves,
@@ -150,6 +153,9 @@ def test_a_few_random_modules_keep_every_property(program: Program) -> None:
 @given(programs)
 def test_random_modules_keep_every_property(program: Program) -> None:
     check(program)
+    held = next(_held)
+    if COUNT and held % 100 == 0:
+        print(f"{held} modules hold", flush=True)
 
 
 def check(program: Program) -> None:
