@@ -53,9 +53,14 @@ def near_glob(glob: str, names: Collection[str]) -> str:
     return f"It has {', '.join(shown)}{' …' if len(names) > len(shown) else ''}"
 
 
+def typed_path(value: str | Path) -> Path:
+    """A path as it was typed, with the home folder in place of `~`; of users who are not there, as it stands."""
+    return Path(os.path.expanduser(value))  # noqa: PTH111 (Path.expanduser raises for those)
+
+
 def not_found(path: str | Path) -> str:
     """That there is no such file or folder; with the nearest path that there is, or what lies where it should be."""
-    where = Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for users who are not there)
+    where = typed_path(path)
     if where.exists():
         return "it is a folder, and a file is needed" if where.is_dir() else "it is a file, and a folder is needed"
     message = f"no such file or folder (looked in {Path.cwd()})"

@@ -14,7 +14,6 @@ from lightning_unitscale.engine.analysis.loss_path import used_parameters
 from lightning_unitscale.engine.checks.gradients import differentiable_losses
 from lightning_unitscale.engine.checks.gradients_taken import GradientsTaken
 from lightning_unitscale.engine.plan.siblings import differ_in_a_number
-from lightning_unitscale.engine.record.autograd_functions import reentrant_checkpoints_opened
 from lightning_unitscale.engine.record.random_draws import draw_anew, random_state
 from lightning_unitscale.engine.record.recorder import Recorder, loss_tensors, recording
 from lightning_unitscale.engine.record.rehearsal import Rehearsal, rehearsal
@@ -111,7 +110,6 @@ def record(
     with (
         rehearsal(module, trainer) as rehearsed,
         torch.enable_grad(),
-        reentrant_checkpoints_opened(),
         taken.watching(),
     ):
         with recording(module) as recorder:

@@ -9,7 +9,6 @@ ckpt_path=outputs/run, model.path=outputs/run         a run's folder stands for 
 from __future__ import annotations
 
 import glob
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from lightning_unitscale.near_names import may_be_hub_name, not_found
+from lightning_unitscale.near_names import may_be_hub_name, not_found, typed_path
 
 HUB = ("model.path", "teacher.path")  # settings whose value is a path, or a name on the Hugging Face hub
 PATHS = (*HUB, "ckpt_path", "data.path", "rows", "prompt_file")
@@ -43,7 +42,7 @@ def with_last_checkpoint(argument: str) -> str:
     key, _, value = argument.partition("=")
     if key not in (*HUB, "ckpt_path") or not value:
         return argument
-    folder = Path(os.path.expanduser(value))  # noqa: PTH111 (Path.expanduser raises for users who are not there)
+    folder = typed_path(value)
     last = folder / "checkpoints" / "last.ckpt"
     return f"{key}={last}" if (folder / ".hydra").is_dir() and last.is_file() else argument
 
@@ -58,7 +57,7 @@ def wrong_path(arguments: Sequence[str]) -> str:
         if key.lstrip("+") not in PATHS or value in ("", "null") or _COMPOUND.match(value) or glob.has_magic(value):
             continue
         several = "," in value and not {"-m", "--multirun"}.isdisjoint(arguments)
-        exists = Path(os.path.expanduser(value)).exists()  # noqa: PTH111 (Path.expanduser raises for users who are not there)
+        exists = typed_path(value).exists()
         if not several and not exists and not (key in HUB and may_be_hub_name(value)):
             return f"{key}={value}: {not_found(value)}"
     return ""

@@ -58,14 +58,15 @@ def test_a_file_gets_ten_lines_with_step_loss_and_time_left(capsys: pytest.Captu
 def test_a_day_has_a_hundred_lines_and_never_an_hour_without(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines, trainer, at = StepLines(), SimpleNamespace(global_step=0, estimated_stepping_batches=864_000), [0.0]
+    trainer: Any = SimpleNamespace(global_step=0, estimated_stepping_batches=864_000)
+    lines, at = StepLines(), [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: at[0])
     monkeypatch.setattr(lines, "get_metrics", lambda *_: {"train/loss": 1.0})
     module: Any = None
-    lines.on_train_start(trainer, module)  # type: ignore[arg-type]
+    lines.on_train_start(trainer, module)
     for step in range(1, 86_401):  # a second each, of ten days
         at[0], trainer.global_step = float(step), step
-        lines.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
+        lines.on_train_batch_end(trainer, module)
     shown = [int(step) for step in re.findall(r"step (\d+)/", capsys.readouterr().out)]
     assert 50 < len(shown) < 150
     assert shown[0] == 30

@@ -43,7 +43,7 @@ def watching_functions(run: Runner) -> Iterator[None]:
 
 
 @contextmanager
-def reentrant_checkpoints_opened(met: Callable[[], None] = lambda: None) -> Iterator[None]:
+def reentrant_checkpoints_opened(met: Callable[[], None]) -> Iterator[None]:
     """Run layers that are checkpointed the reentrant way, by a Function, in the other way.
 
     Then autograd sees them, as it sees the model without checkpointing.

@@ -123,9 +123,8 @@ class OperandObserver(TorchFunctionMode):
         if function is F.multi_head_attention_forward:
             with self:
                 return open_multi_head_attention(*args, **kwargs)
-        if (
-            function in _BACKWARD
-        ):  # layers checkpointed the reentrant way run again inside, where frames enter this again
+        # Layers checkpointed the reentrant way run again inside, where frames enter this again.
+        if function in _BACKWARD:
             return function(*args, **kwargs)
         self._inside = True
         try:
