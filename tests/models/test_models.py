@@ -253,8 +253,9 @@ def test_two_storages_one_training(name: str) -> None:
             model, plan = prepared(case, storage=storage)
             losses[storage] = train(case, model, [adamw(model, plan, lr=3e-4)], steps=40)
     # Training amplifies rounding, more at a higher learning rate (mobilevit at 1e-3: from 1e-16 to 1e-2). A model
-    # that runs in float32 alone is compared over its first ten steps.
-    compared = 40 if case.has_float64 else 10
+    # that runs in float32 alone, one with a router, is compared over its first five steps: beside a tie a rounding
+    # sends a token to another expert (gpt_oss at step 7, one token of 64).
+    compared = 40 if case.has_float64 else 5
     unit, folded = losses["unit"][:compared], losses["folded"][:compared]
     assert unit == pytest.approx(folded, rel=1e-7 if is_exact(case) else 1e-4)
     assert len(set(folded)) == compared

@@ -177,10 +177,10 @@ class Rehearsal:
             found = torch.autograd.grad(losses, by, gradients, create_graph=True, allow_unused=True)
             for parameter, made in zip(by, found, strict=True):
                 parameter.grad = made
+        if torch._C._current_graph_task_id() != -1:  # inside a backward pass, layers that are run again have factors
+            add_gradients(losses, gradients, leaves_of(losses))
+            return
         with torch._C.DisableTorchFunction():  # a recorder must not see this
-            if torch._C._current_graph_task_id() != -1:  # inside a backward pass
-                add_gradients(losses, gradients, leaves_of(losses))
-                return
             self.losses += losses
             if self._copies is None:
                 return

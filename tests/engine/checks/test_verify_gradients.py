@@ -206,6 +206,20 @@ def reentrant(x: Tensor) -> Tensor:
     return checkpoint(torch.tanh, x, use_reentrant=True)  # type: ignore[no-any-return]
 
 
+class CheckpointedTwice(nn.Module):
+    """A layer with an explicit factor, run again lazily by a backward pass inside another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.hidden, self.last = (nn.Linear(WIDTH, size) for size in (WIDTH, WIDTH, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def inner(x: Tensor) -> Tensor:
+            return checkpoint(self.hidden, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+        return self.last(checkpoint(inner, self.first(x), use_reentrant=True))  # type: ignore[no-any-return]
+
+
 class Frozen(Stack):
     def __init__(self) -> None:
         super().__init__()
@@ -228,6 +242,7 @@ CHECKED: dict[str, Net] = {
     "argmax": lambda: Stack(hard),
     "own backward": OwnLayer,
     "reentrant checkpoints": lambda: Stack(reentrant),
+    "a checkpoint inside a reentrant one": CheckpointedTwice,
     "frozen": Frozen,
     "sparse": Sparse,
 }
