@@ -1,6 +1,7 @@
 """What was seen in one step of a model: a graph of torch calls.
 
-`Value` is a tensor at one moment, `Call` one torch function call; a tensor changed in place becomes a new value.
+`Value` is a tensor at one moment, `Call` one torch function call; a tensor changed in place becomes a new value. Each
+names itself alone: written out with all it leads to, as a dataclass would, a graph has no end.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lightning_unitscale.engine.record.places import HOOK, Frame, Place
 from lightning_unitscale.ops.call import FunctionCall
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Value:
     """A tensor as one call left it.
 
@@ -47,13 +48,16 @@ class Value:
     largest: float | None = None
     consumers: list[Call] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return f"<value {self.index} {list(self.shape)}{' of ' * bool(self.parameters)}{', '.join(self.parameters)}>"
+
     @property
     def key(self) -> ParameterKey:
         """The name by which rules find a parameter or an expression of several parameters."""
         return ParameterKey.of(self.parameters)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Call(FunctionCall):
     """One torch function call; tensors in `args` and `kwargs` are replaced by their values.
 
@@ -79,6 +83,9 @@ class Call(FunctionCall):
     under_function: bool = False
     where: str = ""
 
+    def __repr__(self) -> str:
+        return f"<call {self.index} {self.name} {self.inputs} -> {self.outputs}>"
+
     @property
     def place(self) -> Place:
         """Where in the code it was made; in `HOOK` if in no frame."""
@@ -90,7 +97,7 @@ class Call(FunctionCall):
         return self.outputs[0]
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """The calls of one step, or of a few in a row, in order, and the values that are its losses.
 
@@ -127,6 +134,9 @@ class Trace:
     functions: set[str] = field(default_factory=set)
     reentrant: bool = False
     hooked: bool = False
+
+    def __repr__(self) -> str:
+        return f"<trace of {len(self.calls)} calls, {len(self.losses)} losses>"
 
     def step_of(self, call: Call) -> int:
         """Which of the steps in a row made a call, from 0."""
