@@ -118,6 +118,7 @@ def test_wrong_settings_are_named(override: str, message: str, tmp_path: Path, m
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_compiled_variants_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command(tmp_path, monkeypatch, "modes=[compiled]", "models=[written]")
     (file,) = tmp_path.glob("outputs/benchmark/*/benchmark.json")

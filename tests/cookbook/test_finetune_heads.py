@@ -146,6 +146,7 @@ def test_digits_reach_95_percent(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_text_classification_learns(tmp_path: Path) -> None:
     folder, printed = run_recipe(
         "finetune", tmp_path, "experiment=text_classification", "trainer.enable_progress_bar=false"

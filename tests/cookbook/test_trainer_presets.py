@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import hydra
@@ -14,6 +15,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from support.by_day import by_night
 
 from lightning_unitscale.cookbook.config import register, shipped
 
@@ -100,12 +102,15 @@ def printed_loss(output: str) -> float:
     return float(line.split()[1])
 
 
+KEPT = [("ddp_cpu", "a file"), *product(PRESETS, ["a file", "shards"])]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("shards", [False, True], ids=["a file", "shards"])
-@pytest.mark.parametrize("preset", ["ddp_cpu", *PRESETS])
-def test_a_preset_trains_goes_on_and_its_checkpoint_is_read(tmp_path: Path, preset: str, shards: bool) -> None:
-    if shards and preset == "ddp_cpu":
-        pytest.skip("DDP has no shards")
+@pytest.mark.parametrize(
+    ("preset", "kept"), by_night(KEPT, [("ddp_cpu", "a file"), ("fsdp2", "a file"), ("fsdp2_tp", "shards")])
+)
+def test_a_preset_trains_goes_on_and_its_checkpoint_is_read(tmp_path: Path, preset: str, kept: str) -> None:
+    shards = kept == "shards"
     where = (f"trainer={preset}", *(["trainer.strategy.save_distributed_checkpoint=true"] if shards else []))
     settings = (*where, *SMALL, *BRIEF, "callbacks.learning_rate=null")
     steps = "schedule.decay_steps=6"

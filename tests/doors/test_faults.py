@@ -100,6 +100,7 @@ def test_killed_at_random_moments(tmp_path: Path, scheme: str, format: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_killed_twenty_times(tmp_path: Path) -> None:
     random.seed(20)
     check_killed(tmp_path, sorted(random.choices(range(KILLED_STEPS), k=20)), "umup", "fp8", "unit")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy
+from support.by_day import by_night
 from support.processes import run
 from support.training import Wrapped, trainer
 from support.zoo import Batch, default_dtype, next_token_batch
@@ -266,27 +267,32 @@ EVERYTHING = ",".join([
 ])  # fmt: skip
 
 
+WORLDS = [("fsdp", 2), ("tp", 2), ("both", 4)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "world"), [("fsdp", 2), ("tp", 2), ("both", 4)])
+@pytest.mark.parametrize(("how", "world"), by_night(WORLDS, [("both", 4)]))
 def test_processes_are_one_in_every_way(tmp_path: Path, how: str, world: int) -> None:
     check(tmp_path, how, world, EVERYTHING)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["fsdp", "tp"])
+@pytest.mark.parametrize("how", by_night(["fsdp", "tp"], ["fsdp"]))
 def test_four_processes_are_one(tmp_path: Path, how: str) -> None:
     check(tmp_path, how, 4, "folded/plain,unit/plain,bf16/plain")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prepared", ["", "prepared"])
+@pytest.mark.parametrize("prepared", by_night(["", "prepared"], ["prepared"]))
 def test_torch_takes_no_norm_over_split_and_whole_weights(tmp_path: Path, prepared: str) -> None:
     run(2, "doors.test_model_parallel:clipped_by_torch", tmp_path, prepared)
     assert "mixed torch.Tensor and DTensor" in (tmp_path / "refusal-0").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "first", "then"), [("fsdp", 2, 4), ("both", 4, 2), ("tp", 2, 2)])
+@pytest.mark.parametrize(
+    ("how", "first", "then"), by_night([("fsdp", 2, 4), ("both", 4, 2), ("tp", 2, 2)], [("both", 4, 2)])
+)
 def test_a_run_goes_on_in_other_numbers(tmp_path: Path, how: str, first: int, then: int) -> None:
     for stage, world, way in (("save", first, how), ("resume", then, "fsdp" if then == 2 and how == "both" else how)):
         run(world, "doors.test_model_parallel:save_and_resume", tmp_path, way, world, stage, seconds=600)
@@ -298,7 +304,7 @@ def test_a_run_goes_on_in_other_numbers(tmp_path: Path, how: str, first: int, th
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "world"), [("fsdp", 2), ("tp", 2), ("both", 4)])
+@pytest.mark.parametrize(("how", "world"), by_night(WORLDS, [("both", 4)]))
 def test_the_monitor_sees_all_ranks(tmp_path: Path, how: str, world: int) -> None:
     run(world, "doors.test_model_parallel:monitored", tmp_path, how, world)
     train(tmp_path, "auto", 1, UnitScaling(), ScaleMonitor(2, folder=tmp_path / "one"))

@@ -14,6 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from support import zoo
+from support.by_day import BY_HAND
 from support.float64 import float64_throughout
 from support.prepared import build, gradients, prepared, train
 from support.training import ByStep, assert_same_state, batches, fit, trainer
@@ -35,15 +36,16 @@ NAMES = tuple(SCHEMES)
 EVERY_CASE = zoo.CASES | zoo.UNSEEN
 # Attention that folds and that does not, tied and computed weights, norms before and after, branches that are drawn
 QUICK = ("llama-sdpa", "tied-embedding")
+LONG = ("mobilevit", "swiftformer")  # a minute each over all schemes
 NIGHTLY = ("resnet", "gpt2-eager", "t5-sdpa", "weight-norm", "lstm")
-BY_HAND = tuple(EVERY_CASE) if os.environ.get("EVERY_MODEL") else ()
-MODELS = tuple(dict.fromkeys((*QUICK, *NIGHTLY, *BY_HAND)))
+ASKED_FOR = tuple(EVERY_CASE) if os.environ.get("EVERY_MODEL") else ()
+MODELS = tuple(dict.fromkeys((*QUICK, *NIGHTLY, *ASKED_FOR)))
 
 
 def each(names: Iterable[str]) -> pytest.MarkDecorator:
     """The quick models, and the rest of these in the nightly run."""
-    marked = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in names]
-    return pytest.mark.parametrize("name", marked)
+    marks = {name: () if name in QUICK else BY_HAND if name in LONG else (pytest.mark.slow,) for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in marks.items()])
 
 
 each_model = each(MODELS)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.by_day import by_night
 from support.functions import LinearRelu
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -312,7 +313,7 @@ def test_every_way_to_compile_gives_the_values_of_eager_code(way: Callable[..., 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", by_night(["eager", "aot_eager"], ["aot_eager"]))
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_factor_in_every_way_to_compile(
