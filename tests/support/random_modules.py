@@ -73,6 +73,12 @@ class Program:
         """Whether gradients are the slope of the loss."""
         return not any(part.kind in NO_SLOPES for part in _all(self.parts))
 
+    @property
+    def detaches_in_a_function(self) -> bool:
+        """Whether gradients are cut where autograd is off, which only the backward pass that runs it again shows."""
+        by_hand = [part for part in _all(self.parts) if part.kind == "checkpointed by hand"]
+        return any("detach" in part.kind for part in _all(by_hand))
+
 
 def plain(program: Program) -> Program:
     """The same function of the same weights, with nothing around it."""
