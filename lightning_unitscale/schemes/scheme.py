@@ -35,8 +35,8 @@ class Weight:
         in_branch: it is part of a residual branch.
         largest: max|θ| of its initial value.
         elements: how many it has.
-        classes: of a readout, how many its outputs are logits of: of a softmax over all, of a sigmoid 2, else 0.
-        beside_logits: all readouts of the model make logits, and none is tied.
+        logits: of a readout, a softmax takes its output; of any other, all readouts of the model are such, and none
+            is tied.
     """
 
     role: str
@@ -47,8 +47,7 @@ class Weight:
     in_branch: bool = False
     largest: float = 0.0
     elements: int = 1
-    classes: int = 0
-    beside_logits: bool = False
+    logits: bool = False
 
     @property
     def is_table(self) -> bool:

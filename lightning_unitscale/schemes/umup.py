@@ -24,13 +24,12 @@ branches that are all alike, as training makes those of deep models. The αs are
 
 What differs from the paper, which attn_exponent=1, readout_exponent=1, depth_exponent=½, η_out = η_target = 1 have:
 
-Readouts. Logits are outputs that a softmax takes, or a sigmoid (then V = 2), by linear calls, additions and soft caps.
-In the paper their weight is W/fan_in with the rate η: it begins √fan_in smaller than one drawn by fan-in, and the first
-part of a short run goes by while it grows. Here it begins as large (s: a few classes have a loss that RMS 1 would raise
-by much of it), and a step changes a logit by η η_out ln V at every width: how far the logits of V classes must come
-apart. What hidden weights change through its initial values does grow, as √fan_in, so the paper's rule is the one of
-infinite width. Outputs that are regressed to (squares, energies) start small, as in the paper: they would begin with an
-error.
+Readouts. Logits are outputs that a softmax takes, by linear calls, additions and soft caps. In the paper their weight
+is W/fan_in with the rate η: it begins √fan_in smaller than one drawn by fan-in, and the first part of a short run goes
+by while it grows. Here it begins as large (s: a few classes have a loss that RMS 1 would raise by much of it), and a
+step changes a logit by η η_out ln V at every width: how far the logits of V classes must come apart. What hidden
+weights change through its initial values does grow, as √fan_in, so the paper's rule is the one of infinite width.
+Outputs that are regressed to (squares, energies) start small, as in the paper: they would begin with an error.
 
 A readout that is the embedding too has the embedding's step. A token's row says of itself a logit of α_tied ln V times
 the embedding's share of the stream: with α_tied = 1.5 the loss begins little above that of guessing.
@@ -68,7 +67,7 @@ RESIDUAL = "u-μP, arXiv 2407.17465, appendix G.2.2"
 COMPLETEP = "CompleteP, arXiv 2505.01618, table 1"
 SGD = "μP, arXiv 2203.03466, table 8"
 MEASURED = "measured, see schemes/umup.py"
-TARGET = "eta_target, of outputs that are no logits"
+TARGET = "eta_target, of outputs that no softmax takes"
 
 
 @register
@@ -84,7 +83,7 @@ class UMuP(Scheme):
         alpha_out: on the logits.
         alpha_tied: the same where the readout is the embedding too, of V tokens: a token's own logit beside ln V.
         eta_emb: learning rate of embeddings beside that of the table.
-        eta_out: the same of readouts that make logits of V classes, beside ln V.
+        eta_out: the same of readouts that make logits of V classes for a softmax, beside ln V.
         eta_target: the same of all others.
         base_depth: pairs of branches up to which branches and their rates have L^-½, as in the paper.
         depth_exponent: p of what deeper ones have beyond: branches (L / base_depth)^-p, rates ^(p-1); the paper has ½.
@@ -136,7 +135,7 @@ class UMuP(Scheme):
             return Rates([_power("fan_in", weight.fan_in, -0.5, TABLE), *depth], sgd, depth)
         if weight.role == "readout":
             sgd = [_power("fan_in", weight.fan_in, 2 * p - 1, SGD)]
-            if not weight.classes:
+            if not weight.logits:
                 return Rates([Factor(self.eta_target, TARGET, MEASURED)], sgd)
             adam = [Factor(self.eta_out, "eta_out, of logits", MEASURED)]
             if p != 1.0:
@@ -151,14 +150,13 @@ class UMuP(Scheme):
 
     def _tied(self, weight: Weight) -> list[Factor]:
         """α_tied · ln V on logits over V tokens; its step is the embedding's."""
-        if not weight.classes:
+        if not weight.logits:
             return [Factor(self.eta_target, TARGET, MEASURED)]
         return [_range(weight), Factor(self.alpha_tied, "alpha_tied, of a readout that is the embedding too", MEASURED)]
 
     def _readout(self, weight: Weight) -> tuple[float, str]:
         """p of the readout's fan_in^-p, and its source."""
-        makes_logits = weight.classes if weight.role == "readout" else weight.beside_logits
-        if makes_logits and not weight.is_tied and self.readout_exponent != 1.0:
+        if weight.logits and not weight.is_tied and self.readout_exponent != 1.0:
             return self.readout_exponent, MEASURED
         return 1.0, TABLE
 
@@ -214,7 +212,8 @@ class UMuP(Scheme):
 
 def _range(weight: Weight) -> Factor:
     """How far the logits of V classes must come apart to be sure of one."""
-    return Factor(log(weight.classes), f"ln V, V = {weight.classes}", MEASURED)
+    classes = max(2, weight.elements // weight.fan_in)
+    return Factor(log(classes), f"ln V, V = {classes}", MEASURED)
 
 
 def _few_classes(weight: Weight) -> Factor:

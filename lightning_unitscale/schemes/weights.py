@@ -16,7 +16,6 @@ from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import is_lookup
-from lightning_unitscale.ops.torch_functions import TAKES_LOGITS, TAKES_ODDS
 from lightning_unitscale.schemes.draft import Draft
 from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.placed_factors import MODEL, PlacedFactors
@@ -76,42 +75,29 @@ class Weights:
         is_tied = self._is_tied(use)
         in_branch = any(call.index in self.depths for call in use.calls)
         width, elements = facts.shape[-1] if facts.shape else 1, prod(facts.shape)
-        return Weight(
-            use.role,
-            use.fan_in,
-            width,
-            depth,
-            is_tied,
-            in_branch,
-            facts.largest,
-            elements,
-            self._classes(use) if use.role == "readout" else 0,
-            self._all_are_logits,
-        )
+        logits = self._are_logits(use) if use.role == "readout" else self._all_are_logits
+        return Weight(use.role, use.fan_in, width, depth, is_tied, in_branch, facts.largest, elements, logits)
 
     def _is_tied(self, use: Use) -> bool:
         return any(self.draft.roles[name] != use.role for name in use.parameters)
 
-    def _classes(self, use: Use) -> int:
-        """How many classes a readout's outputs are logits of; one that nothing takes in this step is as the others."""
-        taken = self._taken(use) or [output for other in self._readouts for output in self._taken(other)]
-        reaches = self.draft.structure.reaches
-        if not taken or not all(reaches(output, TAKES_LOGITS | TAKES_ODDS) for output in taken):
-            return 0
-        if all(reaches(output, TAKES_LOGITS) for output in taken):
-            return max(2, prod(self.facts[use.parameters[0]].shape) // use.fan_in)
-        return 2
-
-    def _taken(self, use: Use) -> list[Value]:
-        return [call.output for call in use.calls if self.draft.structure.consumers(call.output)]
+    def _are_logits(self, use: Use) -> bool:
+        """Whether a softmax takes its outputs; a head that nothing takes in this step is as the others are."""
+        structure = self.draft.structure
+        taken = [call.output for call in use.calls if structure.consumers(call.output)]
+        return all(map(structure.are_logits, taken)) if taken else self._taken_are_logits
 
     @cached_property
-    def _readouts(self) -> list[Use]:
-        return [use for use in self.draft.uses.values() if use.role == "readout"]
+    def _taken_are_logits(self) -> bool:
+        structure, uses = self.draft.structure, self.draft.uses.values()
+        outputs = [call.output for use in uses if use.role == "readout" for call in use.calls]
+        taken = [output for output in outputs if structure.consumers(output)]
+        return bool(taken) and all(map(structure.are_logits, taken))
 
     @cached_property
     def _all_are_logits(self) -> bool:
-        return all(self._classes(use) and not self._is_tied(use) for use in self._readouts)
+        readouts = [use for use in self.draft.uses.values() if use.role == "readout"]
+        return all(self._are_logits(use) and not self._is_tied(use) for use in readouts)
 
     def uses_of(self, name: str) -> list[Use]:
         """Every use of a parameter."""
