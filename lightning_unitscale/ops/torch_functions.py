@@ -129,6 +129,8 @@ NORMALIZERS = frozenset({"rsqrt", "sqrt", "norm", "vector_norm", "linalg_vector_
 SOFTMAX = frozenset({"softmax"})
 # What takes logits: a constant that is added to all of a position's changes nothing.
 TAKES_LOGITS = SOFTMAX | {"log_softmax", "cross_entropy", "logsumexp"}
+# What takes each output by itself, as the log of odds.
+TAKES_ODDS = frozenset({"sigmoid", "logsigmoid", "binary_cross_entropy_with_logits"})
 
 # Elementwise functions with a known second moment for unit-normal input. Softmax and sigmoid are not among
 # them: their outputs are probabilities or gates, and a loss such as BCE raises on values above 1.

@@ -15,11 +15,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from math import isfinite
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lightning_unitscale.engine.plan.factors import Factor
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.options import STORAGES
+
+Outputs = Literal["logits", "odds", "targets"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Weight:
         in_branch: it is part of a residual branch.
         largest: max|θ| of its initial value.
         elements: how many it has.
-        logits: of a readout, a softmax takes its output; of any other, all readouts of the model are such, and none
-            is tied.
+        outputs: of a readout, what it makes: "logits", which a softmax takes, "odds", which a sigmoid takes or a softmax
+            of two, or "targets"; of any other, "logits" if all readouts of the model make these, and none is tied.
     """
 
     role: str
@@ -47,7 +49,7 @@ class Weight:
     in_branch: bool = False
     largest: float = 0.0
     elements: int = 1
-    logits: bool = False
+    outputs: Outputs = "targets"
 
     @property
     def is_table(self) -> bool:

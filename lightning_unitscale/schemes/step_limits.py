@@ -31,7 +31,7 @@ from lightning_unitscale.engine.plan.plan import Plan
 LARGEST = 8.0  # r and k: language models, which gain by it, have 7 to 8
 MOST_RAISED = 4.0
 DEFAULT_RATE = 1e-3  # of torch.optim.Adam
-_LEAST_LOST = 0.02  # a share that is smaller is not told from rounding and higher orders
+_LEAST_LOST = 0.1  # of a smaller share it is not known how it grows with the step
 _ROLES = ("hidden", "readout", "embedding")
 LIMITS = {"adam": "step_limit", "sgd": "sgd_step_limit"}
 SOURCE = "the first batch, see schemes/step_limits.py"

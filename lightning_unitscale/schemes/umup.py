@@ -5,7 +5,8 @@ Weights have RMS 1 and explicit multipliers (Table 2 of the paper, but for what 
     hidden weight    W · fan_in^-½              learning rate η · fan_in^-½, × L^-½ inside residual branches
     readout: logits  W · α_out s fan_in^-½ *    η · η_out ln V · fan_in^-½ / s *    s = min(1, 0.45 ln V)
       … tied         W · α_out α_tied ln V / fan_in *     the embedding's
-      … others       W · α_out / fan_in         η · η_target
+      … odds         W · α_out / fan_in         η · η_odds *
+      … others       W · α_out / fan_in         η · η_target *
     embedding        W                          η · η_emb · d_model^-½
     bias, norm gain  1                          η / width *
     attention        softmax(α_attn q·k/√d_head) *, in place of the model's own factor
@@ -22,14 +23,15 @@ B^-½ · (L/B)^(p-1) for rates, p = depth_exponent = 1. With ½ a sum of indepen
 branches that are all alike, as training makes those of deep models. The αs are the paper's hyperparameters (its table
 3), 1 unless set; none changes with size. α_out is its α_loss-softmax.
 
-What differs from the paper, which attn_exponent=1, readout_exponent=1, depth_exponent=½, η_out = η_target = 1 have:
+What differs from the paper, which exponents of attn 1, readout 1 and depth ½, and η_out = η_odds = η_target = 1 have:
 
 Readouts. Logits are outputs that a softmax takes, by linear calls, additions and soft caps. In the paper their weight
 is W/fan_in with the rate η: it begins √fan_in smaller than one drawn by fan-in, and the first part of a short run goes
 by while it grows. Here it begins as large (s: a few classes have a loss that RMS 1 would raise by much of it), and a
 step changes a logit by η η_out ln V at every width: how far the logits of V classes must come apart. What hidden
 weights change through its initial values does grow, as √fan_in, so the paper's rule is the one of infinite width.
-Outputs that are regressed to (squares, energies) start small, as in the paper: they would begin with an error.
+Outputs that are regressed to (squares, energies) start small, as in the paper: they would begin with an error. So do
+those that a sigmoid takes, or a softmax of two; these must come far from 0 to be sure, so a step is the larger.
 
 A readout that is the embedding too has the embedding's step. A token's row says of itself a logit of α_tied ln V times
 the embedding's share of the stream: with α_tied = 1.5 the loss begins little above that of guessing.
@@ -67,7 +69,6 @@ RESIDUAL = "u-μP, arXiv 2407.17465, appendix G.2.2"
 COMPLETEP = "CompleteP, arXiv 2505.01618, table 1"
 SGD = "μP, arXiv 2203.03466, table 8"
 MEASURED = "measured, see schemes/umup.py"
-TARGET = "eta_target, of outputs that no softmax takes"
 
 
 @register
@@ -84,6 +85,7 @@ class UMuP(Scheme):
         alpha_tied: the same where the readout is the embedding too, of V tokens: a token's own logit beside ln V.
         eta_emb: learning rate of embeddings beside that of the table.
         eta_out: the same of readouts that make logits of V classes for a softmax, beside ln V.
+        eta_odds: the same of readouts whose outputs a sigmoid takes, or a softmax of two.
         eta_target: the same of all others.
         base_depth: pairs of branches up to which branches and their rates have L^-½, as in the paper.
         depth_exponent: p of what deeper ones have beyond: branches (L / base_depth)^-p, rates ^(p-1); the paper has ½.
@@ -93,7 +95,10 @@ class UMuP(Scheme):
     """
 
     name = "umup"
-    of_weights = ("alpha_out", "alpha_tied", "eta_emb", "eta_out", "eta_target", "readout_exponent", "eta_most")
+    of_weights = (
+        *("alpha_out", "alpha_tied", "eta_emb", "eta_out", "eta_odds", "eta_target"),
+        *("readout_exponent", "eta_most"),
+    )
     of_the_whole = ("eta_most",)
     of_activations = ("alpha_attn", "attn_exponent", "alpha_ffn_act", "alpha_res", "alpha_res_attn_ratio")
     least_usual_rate = 0.02  # about 1 is usual (figure 1)
@@ -107,6 +112,7 @@ class UMuP(Scheme):
     alpha_tied: float = 1.5
     eta_emb: float = 1.0
     eta_out: float = 0.6
+    eta_odds: float = 8.0
     eta_target: float = 4.0
     base_depth: float = 4.0
     depth_exponent: float = 1.0
@@ -135,8 +141,8 @@ class UMuP(Scheme):
             return Rates([_power("fan_in", weight.fan_in, -0.5, TABLE), *depth], sgd, depth)
         if weight.role == "readout":
             sgd = [_power("fan_in", weight.fan_in, 2 * p - 1, SGD)]
-            if not weight.logits:
-                return Rates([Factor(self.eta_target, TARGET, MEASURED)], sgd)
+            if weight.outputs != "logits":
+                return Rates([self._no_logits(weight)], sgd)
             adam = [Factor(self.eta_out, "eta_out, of logits", MEASURED)]
             if p != 1.0:
                 few = inverse(_few_classes(weight).value, "its multiplier for so few classes", MEASURED)
@@ -150,13 +156,19 @@ class UMuP(Scheme):
 
     def _tied(self, weight: Weight) -> list[Factor]:
         """α_tied · ln V on logits over V tokens; its step is the embedding's."""
-        if not weight.logits:
-            return [Factor(self.eta_target, TARGET, MEASURED)]
+        if weight.outputs != "logits":
+            return [self._no_logits(weight)]
         return [_range(weight), Factor(self.alpha_tied, "alpha_tied, of a readout that is the embedding too", MEASURED)]
+
+    def _no_logits(self, weight: Weight) -> Factor:
+        """η_odds or η_target."""
+        if weight.outputs == "odds":
+            return Factor(self.eta_odds, "eta_odds, of outputs that a sigmoid takes, or a softmax of two", MEASURED)
+        return Factor(self.eta_target, "eta_target, of outputs that neither softmax nor sigmoid takes", MEASURED)
 
     def _readout(self, weight: Weight) -> tuple[float, str]:
         """p of the readout's fan_in^-p, and its source."""
-        if weight.logits and not weight.is_tied and self.readout_exponent != 1.0:
+        if weight.outputs == "logits" and not weight.is_tied and self.readout_exponent != 1.0:
             return self.readout_exponent, MEASURED
         return 1.0, TABLE
 
@@ -212,7 +224,7 @@ class UMuP(Scheme):
 
 def _range(weight: Weight) -> Factor:
     """How far the logits of V classes must come apart to be sure of one."""
-    classes = max(2, weight.elements // weight.fan_in)
+    classes = weight.elements // weight.fan_in
     return Factor(log(classes), f"ln V, V = {classes}", MEASURED)
 
 

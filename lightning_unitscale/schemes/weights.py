@@ -16,11 +16,12 @@ from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import is_lookup
+from lightning_unitscale.ops.torch_functions import TAKES_LOGITS, TAKES_ODDS
 from lightning_unitscale.schemes.draft import Draft
 from lightning_unitscale.schemes.local import LocalSchemes
 from lightning_unitscale.schemes.placed_factors import MODEL, PlacedFactors
 from lightning_unitscale.schemes.pushing import takers
-from lightning_unitscale.schemes.scheme import Weight
+from lightning_unitscale.schemes.scheme import Outputs, Weight
 
 NEAR_ZERO = 1e-3  # of the usual size of a weight
 SMALL_GAIN = 1 / 64  # of the same, a matrix drawn with a gain of 0.01 or less: meant to begin at almost nothing
@@ -75,29 +76,33 @@ class Weights:
         is_tied = self._is_tied(use)
         in_branch = any(call.index in self.depths for call in use.calls)
         width, elements = facts.shape[-1] if facts.shape else 1, prod(facts.shape)
-        logits = self._are_logits(use) if use.role == "readout" else self._all_are_logits
-        return Weight(use.role, use.fan_in, width, depth, is_tied, in_branch, facts.largest, elements, logits)
+        outputs = self._outputs(use) if use.role == "readout" else self._outputs_of_all
+        return Weight(use.role, use.fan_in, width, depth, is_tied, in_branch, facts.largest, elements, outputs)
 
     def _is_tied(self, use: Use) -> bool:
         return any(self.draft.roles[name] != use.role for name in use.parameters)
 
-    def _are_logits(self, use: Use) -> bool:
-        """Whether a softmax takes its outputs; a head that nothing takes in this step is as the others are."""
-        structure = self.draft.structure
-        taken = [call.output for call in use.calls if structure.consumers(call.output)]
-        return all(map(structure.are_logits, taken)) if taken else self._taken_are_logits
+    def _outputs(self, use: Use) -> Outputs:
+        """By what takes a readout's outputs; one that nothing takes in this step is as the others."""
+        taken = self._taken(use) or [output for other in self._readouts for output in self._taken(other)]
+        reaches = self.draft.structure.reaches
+        if not taken or not all(reaches(output, TAKES_LOGITS | TAKES_ODDS) for output in taken):
+            return "targets"
+        classes = prod(self.facts[use.parameters[0]].shape) // use.fan_in
+        return "logits" if classes > 2 and all(reaches(output, TAKES_LOGITS) for output in taken) else "odds"
+
+    def _taken(self, use: Use) -> list[Value]:
+        return [call.output for call in use.calls if self.draft.structure.consumers(call.output)]
 
     @cached_property
-    def _taken_are_logits(self) -> bool:
-        structure, uses = self.draft.structure, self.draft.uses.values()
-        outputs = [call.output for use in uses if use.role == "readout" for call in use.calls]
-        taken = [output for output in outputs if structure.consumers(output)]
-        return bool(taken) and all(map(structure.are_logits, taken))
+    def _readouts(self) -> list[Use]:
+        return [use for use in self.draft.uses.values() if use.role == "readout"]
 
     @cached_property
-    def _all_are_logits(self) -> bool:
-        readouts = [use for use in self.draft.uses.values() if use.role == "readout"]
-        return all(self._are_logits(use) and not self._is_tied(use) for use in readouts)
+    def _outputs_of_all(self) -> Outputs:
+        """Logits where all readouts make them as they were drawn, that is, where none is tied."""
+        all_are = all(self._outputs(use) == "logits" and not self._is_tied(use) for use in self._readouts)
+        return "logits" if all_are else "targets"
 
     def uses_of(self, name: str) -> list[Use]:
         """Every use of a parameter."""

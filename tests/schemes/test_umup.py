@@ -124,10 +124,13 @@ def test_up_to_the_base_depth_it_is_the_papers_and_then_completeps() -> None:
 
 
 OUTPUTS: dict[str, Any] = {
-    "cross entropy": (F.cross_entropy, True),
-    "soft cap, shift, probabilities": (lambda y, t: (5 * torch.tanh(y / 5) + 1).log_softmax(-1)[:, 0].sum(), True),
-    "squares": (lambda y, t: y.square().mean(), False),
-    "cosines": (lambda y, t: F.cross_entropy(F.normalize(y) @ F.normalize(y).T, t), False),
+    "cross entropy": (F.cross_entropy, "logits"),
+    "soft cap, shift, probabilities": (lambda y, t: (5 * torch.tanh(y / 5) + 1).log_softmax(-1)[:, 0].sum(), "logits"),
+    "odds": (lambda y, t: F.binary_cross_entropy_with_logits(y, F.one_hot(t).to(y.dtype)), "odds"),
+    "probabilities, each by itself": (lambda y, t: (y - 4).sigmoid().square().mean(), "odds"),
+    "squares": (lambda y, t: y.square().mean(), "targets"),
+    "positive": (lambda y, t: F.softplus(y).square().mean(), "targets"),
+    "cosines": (lambda y, t: F.cross_entropy(F.normalize(y) @ F.normalize(y).T, t), "targets"),
 }
 
 
@@ -135,24 +138,25 @@ OUTPUTS: dict[str, Any] = {
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_a_step_of_the_readout_changes_outputs_alike_at_every_width(kind: str, exponent: float, width: int) -> None:
-    """By fan_in · multiplier · rate, of RMS-1 features; what no softmax takes starts small, as in the paper."""
+    """By fan_in · multiplier · rate, of RMS-1 features; what is no logit starts small, as in the paper."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3)).double()
     x, targets = torch.randn(3, 8, dtype=torch.float64), torch.arange(3)
-    loss, are_logits = OUTPUTS[kind]
+    loss, outputs = OUTPUTS[kind]
     plan = unit_scale(
         model,
         lambda net: loss(net(x), targets),
         storage="unit",
         lr_units="umup",
         activations=False,
-        hyperparameters={"readout_exponent": exponent, "eta_out": 2.0, "eta_target": 3.0},
+        hyperparameters={"readout_exponent": exponent, "eta_out": 2.0, "eta_odds": 5.0, "eta_target": 3.0},
     )
     multiplier = plan.parameters["2.weight"].multiplier
-    start = 0.45 * math.log(3) if are_logits and exponent < 1 else 1.0
-    assert multiplier == pytest.approx(start * width ** -(exponent if are_logits else 1.0))
+    as_drawn = outputs == "logits" and exponent < 1
+    assert multiplier == pytest.approx(0.45 * math.log(3) * width**-exponent if as_drawn else 1 / width)
     step = width * multiplier * plan.lr_multipliers["2.weight"]
-    assert step == pytest.approx(2.0 * (math.log(3) if exponent < 1 else 1) if are_logits else 3.0)
+    of_logits = 2.0 * math.log(3) if as_drawn else 2.0
+    assert step == pytest.approx({"logits": of_logits, "odds": 5.0, "targets": 3.0}[outputs])
 
 
 @pytest.mark.parametrize("tokens", [5, 300])

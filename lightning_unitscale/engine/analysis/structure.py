@@ -6,7 +6,7 @@ upward to where a tensor really comes from, `targets` follows them downward to w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +24,7 @@ from lightning_unitscale.engine.analysis.residuals import (
 )
 from lightning_unitscale.engine.record.trace import Call, Value
 from lightning_unitscale.ops import MATMULS
-from lightning_unitscale.ops.torch_functions import HOMOGENEOUS, PASSTHROUGH, TAKES_LOGITS
+from lightning_unitscale.ops.torch_functions import HOMOGENEOUS, PASSTHROUGH
 
 _SCALAR_CALLS = PASSTHROUGH | {"mul", "div", "neg"}
 
@@ -182,13 +182,13 @@ class Structure(Graph):
             product, value = product * above[0].model_constant, call.output
         return product
 
-    def are_logits(self, value: Value) -> bool:
-        """Whether a softmax, or a loss that has one inside, takes `value`: by linear calls, additions and soft caps."""
+    def reaches(self, value: Value, takers: Set[str]) -> bool:
+        """Whether one of these functions takes `value`: by linear calls, additions and soft caps."""
         pending, seen = [value], {value}
         while pending:
             current = pending.pop()
             for call in self.consumers(current):
-                if call.name in TAKES_LOGITS:
+                if call.name in takers:
                     return True
                 if call.name in ("add", "sub", "tanh") or any(
                     source.value is current for source in self.linear_inputs(call) or ()
