@@ -21,6 +21,7 @@ from lightning_unitscale.engine.plan.plan import Plan, plan_of
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, carried_plans, decode
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.in_force import forget, put_in_force
+from lightning_unitscale.sharded_checkpoint import META, is_in_shards, read_shards
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> Plan | None:
@@ -58,13 +59,16 @@ def prepare_for_loading(module: nn.Module, plan: Plan | None) -> None:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU, read with `weights_only=True`.
+    """What a checkpoint holds, on the CPU, read with `weights_only=True`; of one in shards all but optimizer states.
 
     Raises:
         UnitScalingError: the file is no checkpoint of plain containers and tensors.
     """
+    folder = Path(path) if is_in_shards(Path(path)) else None
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(folder / META if folder else path, map_location="cpu", weights_only=True)
+        if folder:
+            checkpoint["state_dict"] = read_shards(folder)
     except Exception as error:  # whatever the unpickler makes of a file that is none
         first_line = (str(error).splitlines() or [""])[0]
         raise UnitScalingError(f"{path}: not a readable checkpoint ({type(error).__name__}: {first_line})") from error
@@ -78,7 +82,8 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, strict: bool = True)
 
     Args:
         module: the model as its constructor builds it.
-        path: a Lightning checkpoint, or a file with a state dict; read with `weights_only=True`.
+        path: a Lightning checkpoint, in one file or in shards, or a file with a state dict; read with
+            `weights_only=True`.
         strict: as in `load_state_dict`.
 
     Returns:
@@ -87,7 +92,7 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, strict: bool = True)
     Raises:
         UnitScalingError: there is no such file, it is no checkpoint, or its plan is of another model.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise UnitScalingError(f"there is no checkpoint at {path}.")
     checkpoint = read_checkpoint(path)
     prepare_for_loading(module, plan_in(checkpoint))

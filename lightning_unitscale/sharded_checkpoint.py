@@ -11,6 +11,7 @@ it; the plan must be in force by then.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.state_dict import PLAN_KEY, encode, loaded_in_pieces
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.strategies import Strategy
 
 META = "meta.pt"  # Lightning's name for what is beside the shards
+_WEIGHTS = ("state_dict.", "model.")  # the names of its part with the weights: ModelParallelStrategy's, FSDPStrategy's
 DEEPSPEED_STATES = "checkpoint/*mp_rank_00_model_states.pt"  # one a process under ZeRO 3, each with all that is beside
 _LOADERS = ("strategies.FSDPStrategy", "strategies.ModelParallelStrategy", "strategies.DeepSpeedStrategy")
 _FABRIC = ("lightning_fabric.strategies.model_parallel", "lightning.fabric.strategies.model_parallel")
@@ -39,15 +44,39 @@ def loads_weights_with_file(strategy: Strategy) -> bool:
     return any(isinstance(strategy, classes(path)) for path in _LOADERS)
 
 
+def is_in_shards(path: Path) -> bool:
+    """Whether there is a folder of torch.distributed.checkpoint."""
+    return (path / META).is_file()
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """The whole weights of a checkpoint in shards, on the CPU; optimizer states stay where they are."""
+    reader = FileSystemReader(folder)
+    entries = reader.read_metadata().state_dict_metadata
+    part = next(name for name in _WEIGHTS if any(key.startswith(name) for key in entries))
+    weights = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in entries.items()
+        if key.startswith(part) and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is not asked for
+        load(weights, storage_reader=reader, no_dist=True)
+    return {key.removeprefix(part): weight for key, weight in weights.items()}
+
+
+def file_beside_weights(folder: Path) -> Path:
+    """Where a checkpoint that is a folder has what is no weight; no file there: it is no checkpoint."""
+    return next(iter(sorted(folder.glob(DEEPSPEED_STATES))), folder / META)
+
+
 def all_but_weights(path: Path) -> Mapping[str, Any]:
     """What a checkpoint holds; of a folder what is beside the shards, of DeepSpeed's what is beside weights.
 
     Raises:
         UnitScalingError: there is no checkpoint there, or it can't be read.
     """
-    file = path
-    if path.is_dir():
-        file = next(iter(sorted(path.glob(DEEPSPEED_STATES))), path / META)
+    file = file_beside_weights(path) if path.is_dir() else path
     try:
         checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     except Exception as error:  # whatever the unpickler makes of a file that is none

@@ -44,7 +44,7 @@ def with_last_checkpoint(argument: str) -> str:
         return argument
     folder = typed_path(value)
     last = folder / "checkpoints" / "last.ckpt"
-    return f"{key}={last}" if (folder / ".hydra").is_dir() and last.is_file() else argument
+    return f"{key}={last}" if (folder / ".hydra").is_dir() and last.exists() else argument
 
 
 def wrong_path(arguments: Sequence[str]) -> str:

@@ -67,7 +67,7 @@ class BestCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over score and path."""
         best = state_dict["best_model_path"]
-        if best and not Path(best).is_file():
+        if best and not Path(best).exists():
             raise InputError(
                 f"ckpt_path: the best checkpoint of this run so far, {best}, is not there. Put it back, or begin a new "
                 "run from the weights: model.path=<the checkpoint>"

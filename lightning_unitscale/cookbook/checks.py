@@ -13,7 +13,7 @@ from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cookbook.pretrained import context_length
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.near_names import not_found
-from lightning_unitscale.sharded_checkpoint import META, all_but_weights
+from lightning_unitscale.sharded_checkpoint import all_but_weights, file_beside_weights
 
 
 def check_known(key: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -78,7 +78,7 @@ def check_checkpoint(cfg: DictConfig) -> None:
     if not cfg.ckpt_path:
         return
     path = Path(cfg.ckpt_path)
-    if (path / META).is_file():  # a part by each process, as trainer.strategy.save_distributed_checkpoint has it
+    if path.is_dir() and file_beside_weights(path).is_file():  # a part by each process
         all_but_weights(path)
         return
     if not path.is_file():

@@ -1,6 +1,6 @@
 """Turn what a user names as `model.path` into a model that is ready: its weights, its scaling, its tokenizer.
 
-run.ckpt          a checkpoint of `unitscale pretrain`, `finetune` or `distill`
+run.ckpt          a checkpoint of `unitscale pretrain`, `finetune` or `distill`: a file, or a folder with shards
 folder/           config.json and weights, as `save_pretrained` of transformers writes them
 folder/           config.json and weights in fp8, as `unitscale export dtype=fp8` writes them
 folder/           adapter_config.json and weights, as peft writes them; merged into the base model that it names
@@ -26,6 +26,7 @@ from lightning_unitscale.cookbook.transformers_weights import from_fp8, from_tra
 from lightning_unitscale.errors import InputError, first_line
 from lightning_unitscale.export.fp8_weights import FP8_FILE
 from lightning_unitscale.near_names import may_be_hub_name, not_found
+from lightning_unitscale.sharded_checkpoint import file_beside_weights, is_in_shards
 
 
 def load_pretrained(
@@ -50,7 +51,7 @@ def load_pretrained(
         raise InputError("model.path is empty; give a checkpoint, a folder of transformers, or a hub name")
     if head is not None:
         check_head_exists(head)
-    if where.is_file():
+    if where.is_file() or is_in_shards(where):
         found = from_checkpoint(where, head, config_changes)
     elif (where / "adapter_config.json").is_file():
         found = _from_adapter(where, head, config_changes)
@@ -98,6 +99,11 @@ def _from_adapter(folder: Path, head: str | None, changes: Mapping[str, Any]) ->
 def _what_is_there(where: Path) -> str:
     if not where.exists():
         return not_found(where)
+    if file_beside_weights(where).is_file():
+        return (
+            "a checkpoint of DeepSpeed; make one file of it first, with convert_zero_checkpoint_to_fp32_state_dict of "
+            "pytorch_lightning.utilities.deepspeed"
+        )
     checkpoints = sorted(where.rglob("*.ckpt"))
     if checkpoints:
         return f"a folder without config.json; did you mean {checkpoints[-1]}?"

@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.utils.data import DataLoader
 
 from lightning_unitscale import ScaleMonitor, UnitScaling, UnitScalingError
+from lightning_unitscale.checkpoint import plan_in, read_checkpoint
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.monitor.snapshot import Snapshot
 from lightning_unitscale.strategy import UnitScalingModelParallelStrategy
@@ -301,6 +302,10 @@ def test_a_run_goes_on_in_other_numbers(tmp_path: Path, how: str, first: int, th
         for kind in ("parts", "whole"):
             resumed = torch.load(tmp_path / f"resumed-{storage}-{kind}-0.pt", weights_only=True)
             assert_same(resumed["weights"], expected["weights"])
+        whole, parts = (read_checkpoint(tmp_path / f"{storage}-{kind}.ckpt") for kind in ("whole", "parts"))
+        assert plan_in(parts) is not None
+        assert parts["state_dict"].keys() == whole["state_dict"].keys()
+        assert all(torch.equal(parts["state_dict"][name], value) for name, value in whole["state_dict"].items())
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from lightning_unitscale.cookbook.pretrained import Pretrained, context_length
 from lightning_unitscale.cookbook.tasks import Task, TextGeneration
 from lightning_unitscale.cookbook.tokenizers import is_of_bytes
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.sharded_checkpoint import is_in_shards
 
 
 def recorded_run(path: str) -> DictConfig | None:
@@ -32,7 +33,7 @@ def recorded_run(path: str) -> DictConfig | None:
 
 def _record(path: str) -> Path:
     where = Path(path).expanduser().resolve()
-    return (where.parents[1] if where.is_file() else where.parent) / ".hydra"
+    return (where.parents[1] if where.is_file() or is_in_shards(where) else where.parent) / ".hydra"
 
 
 def recorded_task(path: str) -> type[Task] | None:
