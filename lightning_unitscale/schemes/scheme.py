@@ -37,8 +37,8 @@ class Weight:
         in_branch: it is part of a residual branch.
         largest: max|θ| of its initial value.
         elements: how many it has.
-        outputs: of a readout, what it makes: "logits", which a softmax takes, "odds", which a sigmoid or a softmax of two
-            takes, or "targets"; of any other, "logits" if all readouts of the model make these, and none is tied.
+        outputs: of a readout, what it makes: "logits", which a softmax takes, "odds", which a sigmoid takes, or a
+            softmax of two, or "targets"; of any other, "logits" if all readouts make these, and none is tied.
     """
 
     role: str

@@ -60,15 +60,6 @@ class DeepSpeedOnCPU(UnitScalingDeepSpeedStrategy):  # type: ignore[misc,valid-t
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
-    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
-        import deepspeed
-
-        engine, made, _, _ = deepspeed.initialize(  # as Lightning does, but for the index of the device
-            config=self.config,
-            model=model,
-            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            dist_init_required=False,
-        )
-        return engine, made
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)  # DeepSpeed is told its index
