@@ -1,4 +1,4 @@
-"""How far a training is: a bar in a terminal; in a file or a pipe, a line now and then."""
+"""How far a training or prediction is: a bar in a terminal; in a file or a pipe, a line now and then."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class StepBar(RichProgressBar):
 
 
 class StepLines(ProgressBar):
-    """Step, scores and time left, each time on a new line, for log files."""
+    """Step, scores and time left, or batches predicted, each time on a new line, for log files."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,18 +117,37 @@ class StepLines(ProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Time is counted from here."""
-        self._begun = self._last = time.monotonic()
-        self._first = self._shown = trainer.global_step
+        self._begin(trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """A line, if one is due."""
-        step, steps, now = trainer.global_step, trainer.estimated_stepping_batches, time.monotonic()
-        if step == self._shown or not self.is_enabled:
-            return
-        tenth = step * LINES // steps > self._shown * LINES // steps
-        if tenth or now - self._last >= max(PAUSE, GROWTH * (now - self._begun)):
-            self._shown, self._last = step, now
-            left = timedelta(seconds=round((steps - step) * (now - self._begun) / (step - self._first)))
+        step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
+        if step != self._shown and (left := self._left_if_due(step, steps)) is not None:
             scores = shown_metrics(self.get_metrics(trainer, pl_module))
             numbers = "".join(f"  {name} {value:.4g}" for name, value in scores.items())
-            print(f"step {step}/{steps:.0f}{numbers}  {left} left", flush=True)
+            print(f"step {step}/{steps}{numbers}  {left} left", flush=True)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Time is counted from here."""
+        self._begin(0)
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        """A line, if one is due."""
+        batches = int(sum(trainer.num_predict_batches))
+        if (left := self._left_if_due(batch_idx + 1, batches)) is not None:
+            print(f"batch {batch_idx + 1}/{batches}  {left} left", flush=True)
+
+    def _begin(self, step: int) -> None:
+        self._begun = self._last = time.monotonic()
+        self._first = self._shown = step
+
+    def _left_if_due(self, step: int, steps: int) -> timedelta | None:
+        """The time left, where it is time for a line."""
+        now = time.monotonic()
+        tenth = step * LINES // steps > self._shown * LINES // steps
+        if not self.is_enabled or not (tenth or now - self._last >= max(PAUSE, GROWTH * (now - self._begun))):
+            return None
+        self._shown, self._last = step, now
+        return timedelta(seconds=round((steps - step) * (now - self._begun) / (step - self._first)))

@@ -36,6 +36,9 @@ class Line(pl.LightningModule):
         self.print("a step")
         return loss
 
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layer(batch)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -53,6 +56,13 @@ def test_a_file_gets_ten_lines_with_step_loss_and_time_left(capsys: pytest.Captu
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [int(re.findall(r"step (\d+)/40", line)[0]) for line in lines] == list(range(4, 41, 4))
     assert all(re.fullmatch(r"step \d+/40  train/loss [\d.e-]+  0:00:0\d left", line) for line in lines)
+
+
+def test_a_file_gets_ten_lines_of_a_prediction_too(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = pl.Trainer(callbacks=[StepLines()], logger=False, accelerator="cpu")
+    trainer.predict(Line(), DataLoader(torch.ones(60, 2), batch_size=2), return_predictions=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("batch")]
+    assert lines == [f"batch {batch}/30  0:00:00 left" for batch in range(3, 31, 3)]
 
 
 def test_a_day_has_a_hundred_lines_and_never_an_hour_without(

@@ -18,6 +18,7 @@ from lightning_unitscale.cookbook.inference.loading import load, load_with_token
 from lightning_unitscale.cookbook.inference.numbers import print_numbers
 from lightning_unitscale.cookbook.inference.prediction_file import PredictionWriter, finish, read_rows, rows_done
 from lightning_unitscale.cookbook.inference.recorded_run import asked_task
+from lightning_unitscale.cookbook.progress import progress
 from lightning_unitscale.cookbook.runs import plain, show
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.errors import InputError
@@ -38,7 +39,7 @@ def predict_rows(cfg: DictConfig, path: str) -> Path:
         accelerator="cpu" if task.device.type == "cpu" else "auto",
         devices=1,
         logger=False,
-        callbacks=[PredictionWriter(output, start=done, inputs=rows)],
+        callbacks=[PredictionWriter(output, start=done, inputs=rows), *([progress()] if cfg.progress_bar else [])],
         enable_model_summary=False,
         enable_progress_bar=cfg.progress_bar,
     )
