@@ -16,7 +16,7 @@ import runpy
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import hydra
@@ -71,7 +71,7 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv[2:]):
         _print(help_of(command))
         return
-    if wrong := wrong_path(sys.argv[2:]):  # before the seconds that importing torch takes
+    if wrong := wrong_path(sys.argv[2:]) or _wrong_setting(command, sys.argv[2:]):  # before the seconds of imports
         sys.exit(f"error: {wrong}")
     script = shipped("recipes") / f"{command}.py"
     sys.argv = [str(script), *sys.argv[2:]]  # what relaunched processes (DDP) run
@@ -90,6 +90,10 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes as it exits
 
 
+def _traceback_wanted() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+
+
 def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
     """Turns `main(cfg)` into a command configured by `conf/<config_name>.yaml`."""
 
@@ -99,7 +103,7 @@ def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
             register()
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning 2.6 on torch 2.13
             warnings.filterwarnings("ignore", message="The dirpath has changed")  # each run has a folder of its own
-            traceback_wanted = os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
+            traceback_wanted = _traceback_wanted()
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes errors on instead of printing them
             sys.argv[1:] = for_hydra(config_name, sys.argv[1:])
             job = _Job(task, config_name, traceback_wanted)
@@ -159,6 +163,20 @@ class _Job:
         sys.exit(f"error: {message}")
 
 
+def _wrong_setting(command: str, arguments: Sequence[str]) -> str | None:
+    """What to say of settings that the command has not; beside flags (a multirun, another file) Hydra says it."""
+    has_flags = any(argument.startswith("-") for argument in arguments)
+    if has_flags or _traceback_wanted() or not (shipped("conf") / f"{command}.yaml").is_file():
+        return None
+    if unequal := [argument for argument in arguments if "=" not in argument and not argument.startswith("~")]:
+        return f"{unequal[0]}: settings are given as key=value; those of this command: unitscale {command} --help"
+    try:
+        composed(command, for_hydra(command, arguments))
+    except (HydraException, OmegaConfBaseException) as error:
+        return _explain(error, command)
+    return None
+
+
 def _explain(error: BaseException, config_name: str) -> str | None:
     """One message for an error in what the user asked for; None for a defect of the program."""
     causes = list(_chain(error))
@@ -193,6 +211,8 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _unknown_option(group: str, name: str) -> str:
     options = sorted(file.stem for file in (shipped("conf") / group).glob("*.yaml"))
+    if not options:
+        return f"{group}={name} is not known. Of a plugin of Hydra? Then it is not installed."
     return f"{group}={name} is not known; choose one of {', '.join(options)}.{did_you_mean(name, options)}"
 
 

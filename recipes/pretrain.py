@@ -27,6 +27,7 @@ from lightning_unitscale.cookbook.data.ngrams import counted_loss
 from lightning_unitscale.cookbook.run_report import report_run
 from lightning_unitscale.cookbook.runs import callback_of, check, fit, module_and_data, new_trainer, plain, show
 from lightning_unitscale.cookbook.tasks import Task
+from lightning_unitscale.engine.record.spread_tensors import number_of_elements
 from lightning_unitscale.monitor import ScaleMonitor, Snapshot, measure
 
 
@@ -53,7 +54,7 @@ def main(cfg: DictConfig) -> float:
         seconds = {"seconds": round(time.perf_counter() - begin, 1)}
         shown = show(module, data.val_dataloader(), Path(cfg.folder) / "report", plain(cfg.task))
         sizes: dict[str, int] = getattr(data, "sizes", dict)()  # a data module of the user's own says none
-        parameters = sum(parameter.numel() for parameter in module.parameters())
+        parameters = sum(map(number_of_elements, module.parameters()))
         report_run(
             *(cfg, trainer, unitscale, stopped),
             title=f"pretrain: {cfg.model.config.model_type}, {parameters:,} parameters",

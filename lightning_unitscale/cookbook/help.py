@@ -74,12 +74,12 @@ def help_of(command: str) -> str:
     return PAGE.format(docstring=text, marks="[…]:", groups="\n".join(lines), settings=settings.rstrip())
 
 
-def composed(command: str) -> DictConfig:
-    """The settings of a command without overrides."""
+def composed(command: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The settings of a command."""
     register()
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(shipped("conf")), version_base="1.3"):
-        return hydra.compose(command)
+        return hydra.compose(command, list(overrides))
 
 
 def groups(command: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from lightning_unitscale.callback import UnitScaling
 from lightning_unitscale.cookbook.callbacks import Stopped
 from lightning_unitscale.cookbook.run_record import in_words, run_before, run_facts, untouched_twin
+from lightning_unitscale.engine.record.spread_tensors import number_of_elements
 from lightning_unitscale.monitor.readable import readable
 from lightning_unitscale.monitor.report import write_report
 
@@ -38,8 +39,8 @@ def report_run(
     parameters = list(trainer.lightning_module.parameters())
     numbers = {
         **metrics,
-        "parameters": sum(p.numel() for p in parameters),
-        "parameters trained": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters": sum(map(number_of_elements, parameters)),
+        "parameters trained": sum(number_of_elements(p) for p in parameters if p.requires_grad),
         "steps": trainer.global_step,
     }
     plan = unitscale.plan if unitscale else None

@@ -15,7 +15,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_unitscale.cookbook.callbacks import Diverged, Interrupted, LastCheckpoint, Stopped, StopWhenDiverged
@@ -31,6 +30,7 @@ from lightning_unitscale.cookbook.fan_in import initialise_by_fan_in
 from lightning_unitscale.cookbook.heads import class_names
 from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tasks import Task
+from lightning_unitscale.engine.record.spread_tensors import is_spread
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.namespaces import callbacks_of
 
@@ -91,7 +91,7 @@ def show(module: Task, batches: DataLoader[Any], folder: Path, settings: dict[st
         folder: files go to its folder `shown`.
         settings: those of the group `task`.
     """
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+    if any(map(is_spread, module.parameters())):
         print("no samples: the model is spread over processes; unitscale inference reads its checkpoint")
         return []
     files = folder / "shown"

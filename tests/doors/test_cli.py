@@ -138,9 +138,16 @@ ASIDE += "except SystemExit as error: print(error)\nprint('heavy:', 'torch' in s
         (["finetune", "model.path=outputs/frist/last.ckpt"], "(looked in HERE). Did you mean outputs/first/last.ckpt?"),
         (["finetune", "model.path=outputs/other"], "(looked in HERE); outputs has first"),
         (["inference", "rows=~nowhere/rows.csv"], "rows=~nowhere/rows.csv: no such file or folder"),
+        (
+            ["pretrain", "trainer.max_step=3"],
+            "there is no setting trainer.max_step here. Did you mean trainer.max_steps?",
+        ),
+        (["pretrain", "+experiment=tny"], "Did you mean tiny?"),
+        (["pretrain", "hydra/launcher=submitit"], "Of a plugin of Hydra? Then it is not installed."),
+        (["pretrain", "tiny"], "tiny: settings are given as key=value"),
     ],
 )
-def test_a_path_that_is_not_there_is_named_with_what_is_near_before_torch_is_imported(
+def test_what_is_not_there_is_named_with_what_is_near_before_torch_is_imported(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "notes").mkdir()

@@ -68,6 +68,16 @@ def is_flat_piece(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "_fsdp_flattened", False)
 
 
+def is_spread(parameter: nn.Parameter) -> bool:
+    """Whether this process has but a part of a parameter, between steps; `ds_id` is ZeRO 3's."""
+    return isinstance(parameter, DTensor) or is_flat_piece(parameter) or hasattr(parameter, "ds_id")
+
+
+def number_of_elements(parameter: nn.Parameter) -> int:
+    """Of the whole parameter; under FSDP1 of the piece."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 gathers parameters while parts of the module run."""
     return any(isinstance(child, FSDPModule) for child in module.modules())
