@@ -138,10 +138,7 @@ ASIDE += "except SystemExit as error: print(error)\nprint('heavy:', 'torch' in s
         (["finetune", "model.path=outputs/frist/last.ckpt"], "(looked in HERE). Did you mean outputs/first/last.ckpt?"),
         (["finetune", "model.path=outputs/other"], "(looked in HERE); outputs has first"),
         (["inference", "rows=~nowhere/rows.csv"], "rows=~nowhere/rows.csv: no such file or folder"),
-        (
-            ["pretrain", "trainer.max_step=3"],
-            "there is no setting trainer.max_step here. Did you mean trainer.max_steps?",
-        ),
+        (["pretrain", "trainer.max_step=3"], "no setting trainer.max_step here. Did you mean trainer.max_steps or"),
         (["pretrain", "+experiment=tny"], "Did you mean tiny?"),
         (["pretrain", "hydra/launcher=submitit"], "Of a plugin of Hydra? Then it is not installed."),
         (["pretrain", "tiny"], "tiny: settings are given as key=value"),
