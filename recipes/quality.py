@@ -83,6 +83,7 @@ def report(cfg: DictConfig, results: Sequence[Result[RateRun]], count: int, fold
     findings = [JobFindings(job, results, cfg.quality.share) for job in chosen_jobs(cfg)]
     findings = [job for job in findings if job.own]
     sentences = [f"{'yes' if holds else 'NO '} {goal}" for holds, goal in goals(findings, cfg.quality.cells)]
+    sentences += [f"{job.job} was refused: {reason}" for job in findings for reason in job.refusals]
     sentences += [f"{len(results)} of {count} runs are finished"] if len(results) < count else []
     tables = goals_table(findings, variants), cost_table(findings, variants)
     print_and_keep(folder / "quality.txt", *tables, *sentences, width=180)

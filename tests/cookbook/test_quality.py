@@ -25,6 +25,7 @@ from lightning_unitscale.cookbook.quality.grid import (
     runs_beyond,
     runs_near,
 )
+from lightning_unitscale.cookbook.quality.page import write_quality_page
 from lightning_unitscale.cookbook.quality.tables import cost_table, goals_table
 from lightning_unitscale.cookbook.sweeps.results import Result
 from lightning_unitscale.schemes import SCHEMES
@@ -176,6 +177,13 @@ def test_goals_are_those_of_the_numbers() -> None:
     assert [holds for holds, _ in goals([job], 0.95)] == [False, False]
     better = JobFindings("mine", results({**MADE, ("umup", 0): [0.96, 0.9], ("drop-in", -7): [1.14, 1.14]}), share=0.05)
     assert [holds for holds, _ in goals([better], 0.95)] == [True, True]
+
+
+def test_a_page_is_written_of_a_job_that_was_refused_at_every_rate(tmp_path: Path) -> None:
+    runs = [RateRun("umup", "job", "mine", 2.0**exponent, 1) for exponent in (-1, 0)]
+    refused = [Result(run, "", math.inf, untrained=2.0, error="its outputs are infinite") for run in runs]
+    page = write_quality_page(tmp_path, [JobFindings("mine", refused, 0.05)], ["umup"], [])
+    assert "Refused: its outputs are infinite" in page.read_text()
 
 
 def test_a_grid_grows_where_its_best_is_at_the_edge() -> None:

@@ -91,6 +91,7 @@ def _draw(axes: Axes, scores: dict[float, tuple[float, ...]], label: str, colour
     rates = list(scores)
     means = [fmean(of_seeds) for of_seeds in scores.values()]
     axes.plot(rates, means, marker=".", label=label, color=colour)
+    axes.update_datalim([(rate, 1.0) for rate in rates], updatey=False)  # also where nothing of it is finite
     axes.fill_between(rates, list(map(min, scores.values())), list(map(max, scores.values())), color=colour, alpha=0.2)
     lowest = min(means)
     axes.plot([rates[means.index(lowest)]], [lowest], "o", color=colour, markersize=9, fillstyle="none")
