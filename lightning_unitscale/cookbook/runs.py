@@ -14,7 +14,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from torch.utils.data import DataLoader
 
 from lightning_unitscale.cookbook.callbacks import Diverged, Interrupted, LastCheckpoint, Stopped, StopWhenDiverged
@@ -57,6 +57,8 @@ def new_trainer(cfg: DictConfig, scaling: pl.Callback | None = None) -> pl.Train
     if not cfg.trainer.enable_progress_bar:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     loggers = [instantiate(logger) for logger in cfg.logger.values()]
+    if not loggers:  # Lightning's raises without one
+        callbacks = [callback for callback in callbacks if not isinstance(callback, LearningRateMonitor)]
     trainer: pl.Trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, _convert_="all")
     return trainer
 

@@ -60,3 +60,10 @@ def test_a_logger_whose_package_is_missing_is_named(tmp_path: Path, monkeypatch:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match="needs the package aim, which is not installed: pip install aim"):
         run_recipe("pretrain", tmp_path, "experiment=tiny", "logger=aim")
+
+
+def test_without_a_logger_a_run_writes_its_report_all_the_same(tmp_path: Path) -> None:
+    run, _ = run_recipe("pretrain", tmp_path, "experiment=tiny", "logger=none")
+    assert not (run / "csv").exists()
+    assert (run / "report" / "index.html").is_file()
+    assert json.loads((run / "report" / "metrics.json").read_text())["val/loss"] > 0

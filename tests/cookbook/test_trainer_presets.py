@@ -112,7 +112,7 @@ KEPT = [("ddp_cpu", "a file"), *product(PRESETS, ["a file", "shards"])]
 def test_a_preset_trains_goes_on_and_its_checkpoint_is_read(tmp_path: Path, preset: str, kept: str) -> None:
     shards = kept == "shards"
     where = (f"trainer={preset}", *(["trainer.strategy.save_distributed_checkpoint=true"] if shards else []))
-    settings = (*where, *SMALL, *BRIEF, "callbacks.learning_rate=null")
+    settings = (*where, *SMALL, *BRIEF)
     steps = "schedule.decay_steps=6"
     whole = command(tmp_path, "pretrain", *settings, "trainer.max_steps=6", steps, "hydra.run.dir=whole")
     command(tmp_path, "pretrain", *settings, "trainer.max_steps=3", steps, "hydra.run.dir=half")
@@ -139,7 +139,7 @@ def test_the_preset_of_deepspeed_trains_and_goes_on(tmp_path: Path, stage: int) 
     """By a strategy that does not ask for a GPU."""
     target = f"{{_target_: support.flattening.DeepSpeedOnCPU, stage: {stage}, logging_batch_size_per_gpu: 1}}"
     where = ("trainer=deepspeed", f"trainer.strategy={target}", "trainer.devices=2")
-    settings = (*where, *SMALL, *BRIEF, "callbacks.learning_rate=null", "schedule.decay_steps=6")
+    settings = (*where, *SMALL, *BRIEF, "schedule.decay_steps=6")
     whole = command(tmp_path, "pretrain", *settings, "trainer.max_steps=6", "hydra.run.dir=whole")
     command(tmp_path, "pretrain", *settings, "trainer.max_steps=3", "hydra.run.dir=half")
     rest = command(
