@@ -83,7 +83,7 @@ def load_checkpoint(module: nn.Module, path: str | Path, *, strict: bool = True)
     Args:
         module: the model as its constructor builds it.
         path: a Lightning checkpoint, in one file or in shards, or a file with a state dict; read with
-            `weights_only=True`.
+            `weights_only=True`, but for the index of shards, which is torch's own pickle: of folders you trust.
         strict: as in `load_state_dict`.
 
     Returns:
