@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.step_scales import check_has_rates
+from lightning_unitscale.namespaces import classes
 from lightning_unitscale.optim.engine_groups import optimizer_for_engine
 from lightning_unitscale.optim.families import check_family, family_of_group, optimizer_family
 from lightning_unitscale.optim.late_parameters import may_learn_late
@@ -21,6 +22,11 @@ from lightning_unitscale.optim.scale_learning_rates import scale_learning_rates
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps
 from lightning_unitscale.options import Options
 from lightning_unitscale.schemes import find
+
+
+def _takes_steps(optimizer: Optimizer) -> bool:
+    """Not the one that Lightning puts in the place of what `configure_optimizers` did not return."""
+    return not isinstance(optimizer, classes("core.optimizer._MockOptimizer"))
 
 
 class RunOptimizers:
@@ -45,14 +51,14 @@ class RunOptimizers:
             UnitScalingError: the family of one of their groups is unknown, or the scheme has no rates for it.
         """
         known = find(options.scheme).families
-        for optimizer in optimizers:
+        for optimizer in filter(_takes_steps, optimizers):
             for family in {family_of_group(group) or self._family_of(optimizer) for group in optimizer.param_groups}:
                 check_has_rates(options.scheme, known, family, options.lr_units)
 
     def scale(self, optimizer: Optimizer, plan: Plan, module: nn.Module) -> None:
         """Give an optimizer the plan's learning-rate multipliers, if it has not got them and there is cause to."""
         known, step = self._steps.get(optimizer, (None, None))
-        if known is plan:
+        if known is plan or not _takes_steps(optimizer):
             return
         if step is not None:
             step.remove()

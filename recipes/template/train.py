@@ -17,11 +17,12 @@ def main(cfg: DictConfig) -> float:
     pl.seed_everything(cfg.seed)
     callbacks = [instantiate(callback) for callback in (cfg.callbacks or {}).values()]
     trainer = instantiate(cfg.trainer, callbacks=callbacks)
-    trainer.fit(instantiate(cfg.module), instantiate(cfg.data), ckpt_path=cfg.ckpt_path)
+    module, data = instantiate(cfg.module), instantiate(cfg.data)
+    trainer.fit(module, data, ckpt_path=cfg.ckpt_path)
     for callback in callbacks:
         if plan := getattr(callback, "plan", None):
             print(plan.summary())
-    loss = float(trainer.callback_metrics["val/loss"])
+    loss = float(trainer.validate(module, data, verbose=False)[0]["val/loss"])
     print(f"held-out loss {loss:.3f} nats per byte; checkpoint {trainer.checkpoint_callback.best_model_path}")
     return loss
 

@@ -577,3 +577,26 @@ def test_a_first_batch_without_loss_is_left_out(tmp_path: Path, storage: str) ->
         module = fit(tmp_path, callback, module=SkipsBatches())
     assert callback.plan is not None
     assert plan_of(module) is callback.plan
+
+
+def test_a_module_without_optimizers_goes_through_its_batches(tmp_path: Path) -> None:
+    class NoOptimizer(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+            self.losses: list[float] = []
+
+        def training_step(self, batch: Tensor) -> Tensor:
+            loss = self.net(batch).square().mean()
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> None:
+            return None
+
+    loop = trainer(tmp_path, UnitScaling(), max_steps=3)
+    loop.fit(module := NoOptimizer(), DataLoader(torch.ones(6, 8), batch_size=2))
+    assert len(module.losses) >= 3
+    assert len(set(module.losses[-3:])) == 1
+    assert plan_of(module) is not None

@@ -38,6 +38,11 @@ def test_the_project_trains_at_once(project: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_that_ends_before_its_first_validation_has_a_loss_too(project: Path) -> None:
+    assert "held-out loss" in train(project, "trainer.val_check_interval=100")
+
+
+@pytest.mark.slow
 def test_the_project_trains_untouched_and_goes_on(project: Path) -> None:
     assert "learning rate ×" not in train(project, "~callbacks.unitscale")
     longer = train(project, "~callbacks.unitscale", "ckpt_path=run/last.ckpt", "trainer.max_steps=6")
