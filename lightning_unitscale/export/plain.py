@@ -125,8 +125,9 @@ class _Mover:
         if problems:
             raise UnitScalingError(
                 f"{len(problems)} factors cannot be moved into weights: {'; '.join(problems[:3])}"
-                f"{' …' if len(problems) > 3 else ''}. Export needs a model without "
-                "them: prepare it with these modules in skip."
+                f"{' …' if len(problems) > 3 else ''}. Plain weights need a model without them: prepare it with "
+                "activations=False (none on sums, attention and activation functions), or with these modules in skip. "
+                "A program may keep them: torch.export.export(model, arguments)."
             )
         with torch.no_grad():
             for name, values in self.changes.items():

@@ -331,3 +331,26 @@ def test_command(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "folder" / "config.json").read_text())["model_type"] == "gpt2"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
     assert loaded.config.vocab_size == 257
+
+
+class Gated(nn.Module):
+    """A sum whose second term ends in a product of activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(h + h * self.gate(h).sigmoid())
+
+
+def test_both_ways_out_of_a_factor_that_no_weight_can_take() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    unit_scale(model := Gated(), lambda net: net(x).square().mean())
+    with pytest.raises(UnitScalingError, match=r"activations=False .* torch\.export\.export"):
+        to_plain(model, lambda net: net(x))
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+    unit_scale(other := Gated(), lambda net: net(x).square().mean(), activations=False)
+    torch.testing.assert_close(to_plain(other, lambda net: net(x))(x), other(x))
