@@ -17,6 +17,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from typing import Any, NoReturn
 
 import hydra
@@ -171,7 +172,8 @@ def _wrong_setting(command: str, arguments: Sequence[str]) -> str | None:
     if unequal := [argument for argument in arguments if "=" not in argument and not argument.startswith("~")]:
         return f"{unequal[0]}: settings are given as key=value; those of this command: unitscale {command} --help"
     try:
-        composed(command, for_hydra(command, arguments))
+        with redirect_stdout(None):  # what settings a run goes on with is said when it does
+            composed(command, for_hydra(command, arguments))
     except (HydraException, OmegaConfBaseException) as error:
         return _explain(error, command)
     return None
