@@ -62,7 +62,7 @@ def test_without_a_name_the_plan_is_shown(explain: Callable[..., str], checkpoin
     [
         (["2.weight"], "say which checkpoint"),
         (["2.weight", "ckpt_path=nowhere.ckpt"], "no such file"),
-        (["2.wieght", "ckpt_path={path}"], "near it: 2.weight"),
+        (["2.wieght", "ckpt_path={path}"], "Did you mean '2.weight'?"),
         (["nothing.*", "ckpt_path={path}"], "nothing is called like nothing.*"),
         (["2.weight", "ckpt_path={path}", "checkpoint=a"], "no setting checkpoint"),
     ],

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import prod
 
 from lightning_unitscale.engine.plan.factors import Factor
@@ -26,6 +25,7 @@ from lightning_unitscale.engine.plan.site import Site
 from lightning_unitscale.engine.plan.step_scales import StepScale
 from lightning_unitscale.engine.record.keys import ParameterKey
 from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.near_names import near_glob
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,5 @@ def _sites_called(plan: Plan, name: str) -> list[Site]:
     sites = [site for site in plan.sites if site.name == name]
     if not sites:
         known = [*plan.parameters, *(site.name for site in plan.sites)]
-        near = get_close_matches(name, known, n=3) or known[:3]
-        raise UnitScalingError(f"the plan has no parameter or site {name!r}; near it: {', '.join(near)}.")
+        raise UnitScalingError(f"the plan has no parameter, module or site {name!r}. {near_glob(name, known)}")
     return sites

@@ -87,7 +87,7 @@ def test_a_module_is_explained_by_its_parameters_and_sites() -> None:
 
 def test_an_unknown_name_is_answered_with_near_ones() -> None:
     _, plan = mlp()
-    with pytest.raises(UnitScalingError, match=r"no parameter or site '2\.wieght'; near it: 2\.weight"):
+    with pytest.raises(UnitScalingError, match=r"no parameter, module or site '2\.wieght'. Did you mean '2\.weight'"):
         plan.explain("2.wieght")
 
 
