@@ -2,7 +2,8 @@
 
 Under `lr_units="standard"` a scheme's rates are proportions that were found on some model. On the recorded batch it is
 known what they do here (`engine.checks.first_step`): with M = Σ lr·|g| over the weights, by which the loss falls to
-first order, and c the share of that which curvature takes away from a trial step of the same predicted fall,
+first order, and c the share of that which curvature takes away from a trial step of the same predicted fall, at
+least 0.1,
 
     r = M(plan) / M(untouched)                    what a step does
     k = r · c(plan) / c(untouched)                what of it is lost again: 1/k is how much larger a rate may be

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unit_scaling.core.functional import transformer_residual_scaling_rule
 
 from lightning_unitscale import Plan, UnitScalingError, unit_scale
+from lightning_unitscale.schemes.umup import UMuP
 
 WIDTH = 16
 
@@ -157,6 +158,18 @@ def test_a_step_of_the_readout_changes_outputs_alike_at_every_width(kind: str, e
     step = width * multiplier * plan.lr_multipliers["2.weight"]
     of_logits = 2.0 * math.log(3) if as_drawn else 2.0
     assert step == pytest.approx({"logits": of_logits, "odds": 5.0, "targets": 3.0}[outputs])
+
+
+@pytest.mark.parametrize(("classes", "outputs"), [(1, "odds"), (2, "odds"), (3, "logits")])
+def test_a_softmax_of_two_is_a_sigmoid_of_their_difference(classes: int, outputs: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, classes))
+    loss = F.cross_entropy if classes > 1 else F.binary_cross_entropy_with_logits
+    targets = torch.zeros(4, dtype=torch.long) if classes > 1 else torch.zeros(4, 1)
+    x = torch.randn(4, 8)
+    plan = unit_scale(model, lambda m: loss(m(x), targets), storage="unit", lr_units="umup", activations=False)
+    small = plan.parameters["2.weight"].multiplier == pytest.approx(1 / 16)
+    assert small == (outputs == "odds")
+    assert (plan.lr_multipliers["2.weight"] == UMuP().eta_odds) == (outputs == "odds")
 
 
 @pytest.mark.parametrize("tokens", [5, 300])
