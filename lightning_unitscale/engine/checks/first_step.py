@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 Average = Callable[[Tensor], Tensor]  # over all processes
 Result = TypeVar("Result")
+_ROW = 4096  # elements that are added up one after another: a norm of millions in one go is off by a thousandth
 TRIAL = 0.3  # of the loss: far enough to feel the curvature that a run meets, near enough for it to be one number
 
 
@@ -98,8 +99,8 @@ def measure_first_step(
         name: g if isinstance(g, DTensor) else average(g)  # a spread one is of the global batch already
         for name, g in local.items()
     }
-    moves = {name: _sum(as_real(part_of(g)).float().abs(), g) for name, g in gradients.items()}
-    squares = {name: _sum(as_real(part_of(g)).float().square(), g) for name, g in gradients.items()}
+    moves = {name: _sum_of_powers(g, 1) for name, g in gradients.items()}
+    squares = {name: _sum_of_powers(g, 2) for name, g in gradients.items()}
     predicted = sum(rates[name] * move for name, move in moves.items())
     if not predicted or not isfinite(predicted) or not loss:
         return FirstStep(moves, squares, 0.0)
@@ -122,8 +123,14 @@ def _on_all_processes(run: Callable[[], Result], average: Average, device: torch
     return results[0]
 
 
-def _sum(part: Tensor, tensor: Tensor) -> float:
-    return float(over_parts(part.sum(), tensor))
+def _sum_of_powers(tensor: Tensor, power: int) -> float:
+    """Σ|t|^power over all elements."""
+    flat = as_real(part_of(tensor)).reshape(-1)
+    rows = flat.numel() // _ROW
+    pieces = (flat[: rows * _ROW].view(rows, _ROW), flat[rows * _ROW :].view(1, -1))
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    norms = [torch.linalg.vector_norm(piece, power, dim=-1, dtype=dtype) for piece in pieces]
+    return float(over_parts(torch.cat(norms).pow(power).sum(), tensor))
 
 
 @contextmanager
@@ -131,9 +138,11 @@ def _moved(steps: Mapping[nn.Parameter, tuple[Tensor, float]]) -> Iterator[None]
     """Inside, each parameter is one step against the sign of its gradient; afterwards what it was, bit for bit."""
     parts = [as_real(part_of(parameter.data)) for parameter in steps]
     before = [(values, values.clone()) for values in parts]
+    scratch = {values.device: values.new_empty(0) for values in parts}  # new memory costs more than what is done in it
     try:
-        for (values, _), (gradient, length) in zip(before, steps.values(), strict=True):
-            values.sub_(as_real(part_of(gradient)).sign().to(values.dtype), alpha=length)
+        for values, (gradient, length) in zip(parts, steps.values(), strict=True):
+            signs = torch.sign(as_real(part_of(gradient)), out=scratch[values.device].resize_(0))
+            values.sub_(signs, alpha=length)
         yield
     finally:
         for values, old in before:
