@@ -26,9 +26,10 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lightning_unitscale.cookbook.arguments import for_hydra, wrong_path
+from lightning_unitscale.cookbook.arguments import MULTIRUN, for_hydra, single_runs, wrong_path
 from lightning_unitscale.cookbook.config import register, shipped
 from lightning_unitscale.cookbook.help import commands, completion, composed, help_of
+from lightning_unitscale.cookbook.wrong_values import check_values
 from lightning_unitscale.errors import InputError, UnitScalingError
 from lightning_unitscale.near_names import did_you_mean
 
@@ -165,17 +166,23 @@ class _Job:
 
 
 def _wrong_setting(command: str, arguments: Sequence[str]) -> str | None:
-    """What to say of settings that the command has not; beside flags (a multirun, another file) Hydra says it."""
-    has_flags = any(argument.startswith("-") for argument in arguments)
+    """What to say of settings that the command has not, and of values that they can't have.
+
+    Of a multirun, each of the values is looked at once. Beside other flags (another file) Hydra says what is wrong.
+    """
+    settings = [argument for argument in arguments if argument not in MULTIRUN]
+    has_flags = any(argument.startswith("-") for argument in settings)
     if has_flags or _traceback_wanted() or not (shipped("conf") / f"{command}.yaml").is_file():
         return None
-    if unequal := [argument for argument in arguments if "=" not in argument and not argument.startswith("~")]:
+    if unequal := [argument for argument in settings if "=" not in argument and not argument.startswith("~")]:
         return f"{unequal[0]}: settings are given as key=value; those of this command: unitscale {command} --help"
-    try:
-        with redirect_stdout(None):  # what settings a run goes on with is said when it does
-            composed(command, for_hydra(command, arguments))
-    except (HydraException, OmegaConfBaseException) as error:
-        return _explain(error, command)
+    with redirect_stdout(None):  # what settings a run goes on with is said when it does
+        typed = for_hydra(command, settings)
+    for overrides in [typed] if settings == list(arguments) else single_runs(typed):
+        try:
+            check_values(command, composed(command, overrides), overrides)
+        except (HydraException, OmegaConfBaseException, InputError) as error:
+            return _explain(error, command)
     return None
 
 

@@ -31,7 +31,6 @@ from lightning_unitscale.cookbook.callbacks import BestCheckpoint, Interrupted, 
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
-    check_whole_numbers,
     fit_to_context,
     validate_before_the_end,
 )
@@ -42,6 +41,7 @@ from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.cookbook.tasks.distillation import check_distillation
 from lightning_unitscale.cookbook.teacher import check_fits, get_teacher, new_student
+from lightning_unitscale.cookbook.wrong_values import check_numbers
 
 
 @recipe("distill")
@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> float:
 
 def check(cfg: DictConfig) -> None:
     """Raises InputError for settings that would fail late or obscurely."""
-    check_whole_numbers(cfg, "trainer.max_steps", "data.batch_size", "task.sequence_length")
+    check_numbers(cfg)
     validate_before_the_end(cfg)
     check_distillation(cfg.distillation)
     check_data(cfg)

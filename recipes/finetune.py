@@ -30,8 +30,6 @@ from lightning_unitscale.cookbook.callbacks import BestCheckpoint, Interrupted
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
-    check_learning_rate,
-    check_whole_numbers,
     fit_to_context,
     validate_before_the_end,
 )
@@ -40,6 +38,7 @@ from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer, pla
 from lightning_unitscale.cookbook.starting_point import module_around, scaling_of, starting_point
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.cookbook.transformers_folder import write_folders
+from lightning_unitscale.cookbook.wrong_values import check_numbers
 from lightning_unitscale.errors import InputError
 
 
@@ -92,8 +91,7 @@ def main(cfg: DictConfig) -> float:
 
 def check(cfg: DictConfig) -> None:
     """Raises InputError for settings that would fail late or obscurely."""
-    check_whole_numbers(cfg, "trainer.max_steps", "data.batch_size", "task.sequence_length", "patience")
-    check_learning_rate(cfg)
+    check_numbers(cfg)
     check_data(cfg)
     task: type[Task] = get_class(cfg.task._target_)
     if task.heads and cfg.task.head not in task.heads:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from lightning_unitscale.checkpoint import read_checkpoint
@@ -22,20 +22,6 @@ def check_known(key: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in choices:
             raise InputError(f"{key}: {name!r} is not known; choose from {', '.join(choices)}")
-
-
-def check_whole_numbers(cfg: DictConfig, *keys: str) -> None:
-    """Positive, where the keys are there."""
-    for key in keys:
-        value = OmegaConf.select(cfg, key, default=1)
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{key}={value} must be a positive whole number")
-
-
-def check_learning_rate(cfg: DictConfig) -> None:
-    """A positive number."""
-    if not isinstance(cfg.optimizer.lr, (int, float)) or cfg.optimizer.lr <= 0:
-        raise InputError(f"optimizer.lr={cfg.optimizer.lr} must be a positive number")
 
 
 def check_data(cfg: DictConfig) -> None:
