@@ -77,6 +77,18 @@ def test_a_run_goes_on_with_its_own_settings_and_those_given_anew(tmp_path: Path
     assert for_hydra("pretrain", ["ckpt_path=elsewhere/last.ckpt"]) == ["ckpt_path=elsewhere/last.ckpt"]
 
 
+def test_the_folder_of_an_export_stands_for_the_model_in_it(tmp_path: Path) -> None:
+    record(tmp_path / "run", "export")
+    written = tmp_path / "run" / "model"
+    written.mkdir()
+    (written / "config.json").touch()
+    assert for_hydra("inference", [f"model.path={tmp_path / 'run'}"]) == [f"model.path={written}"]
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"  # of a fine-tuning, which has both
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    assert for_hydra("inference", [f"model.path={tmp_path / 'run'}"]) == [f"model.path={checkpoint}"]
+
+
 def test_each_value_of_a_multirun_is_in_a_single_run() -> None:
     runs = list(single_runs(["a=1", "b=2,3", "c=range(0,3)", "d=interval(0,1)", "e=[1,2]"]))
     assert runs == [
