@@ -10,6 +10,7 @@ import errno
 import functools
 import importlib.util
 import logging
+import math
 import os
 import re
 import runpy
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -116,6 +118,7 @@ def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
             try:
                 hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=config_name)(run)()
+                job.say_failed()
             except Exception as error:
                 job.give_up(error)
             finally:
@@ -133,6 +136,7 @@ class _Job:
     def __init__(self, task: Task, config_name: str, traceback_wanted: bool) -> None:
         self.task, self.config_name, self.traceback_wanted = task, config_name, traceback_wanted
         self.begun = False
+        self.failed: list[str] = []  # runs of a multirun, by number
 
     def run(self, cfg: DictConfig) -> Any:
         """The recipe; what it is run with and how it failed goes into the run's log file too."""
@@ -147,7 +151,25 @@ class _Job:
             return result
         except Exception as error:
             log.debug("failed", exc_info=True)
+            if (message := _explain(error, self.config_name)) and not self.traceback_wanted and _others_go_on():
+                return self._pass_over(message)
             self.give_up(error)  # here: Hydra would print its own message first
+
+    def _pass_over(self, message: str) -> float:
+        """Says at once what is wrong with one run of several; its score is no number."""
+        hydra_config = HydraConfig.get()
+        number = str(hydra_config.job.num)
+        print(f"error: run {number} ({' '.join(hydra_config.overrides.task)}): {message}", file=sys.stderr, flush=True)
+        self.failed.append(number)
+        return math.nan
+
+    def say_failed(self) -> None:
+        """
+        Raises:
+            SystemExit: runs of a multirun failed; they are named again, as what was said of each may be far above.
+        """
+        if self.failed:
+            sys.exit(f"error: of these runs {', '.join(self.failed)} failed; what was wrong is said above")
 
     def give_up(self, error: Exception) -> NoReturn:
         """
@@ -163,6 +185,13 @@ class _Job:
         if self.traceback_wanted or message is None:
             raise error
         sys.exit(f"error: {message}")
+
+
+def _others_go_on() -> bool:
+    """Whether this is a run of a multirun, in the process that makes one after the other."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return False
+    return str(HydraConfig.get().launcher._target_).endswith(".BasicLauncher")
 
 
 def _wrong_setting(command: str, arguments: Sequence[str]) -> str | None:

@@ -63,7 +63,8 @@ class UnitScalingMixin(Strategy):
         Raises:
             TypeError: a name is none of its own, and near one of an option.
         """
-        known = {name for base in type(self).__mro__ for name in signature(base.__init__).parameters}
+        makers = [vars(base)["__init__"] for base in type(self).__mro__ if "__init__" in vars(base)]
+        known = {name for make in makers for name in signature(make).parameters}
         for name in arguments:
             hint = did_you_mean(name, [*(option.name for option in fields(Options)), "optimizer_family"])
             if hint and name not in known:

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from lightning_unitscale.checkpoint import read_checkpoint
+from lightning_unitscale.cookbook.arguments import keys_of
 from lightning_unitscale.cookbook.pretrained import context_length
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.near_names import not_found
@@ -57,6 +58,15 @@ def validate_before_the_end(cfg: DictConfig) -> None:
     interval, batches = cfg.trainer.val_check_interval, cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
     if isinstance(interval, int) and interval > batches:
         cfg.trainer.val_check_interval = batches
+
+
+def say_shorter_warm_up(cfg: DictConfig) -> None:
+    """Prints how long the warm-up is where a number of steps that was asked for has made it shorter."""
+    asked = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    steps, warm_up = cfg.trainer.max_steps, cfg.schedule.warmup_steps
+    fitted = OmegaConf.is_interpolation(cfg.schedule, "warmup_steps") and warm_up == max(1, steps // 10)
+    if fitted and "trainer.max_steps" in {key for key, _ in keys_of(asked)}:
+        print(f"schedule.warmup_steps={warm_up}, at most a tenth of trainer.max_steps; another one is kept if given")
 
 
 def check_checkpoint(cfg: DictConfig) -> None:

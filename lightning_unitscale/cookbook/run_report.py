@@ -1,4 +1,4 @@
-"""The end of a training run: its numbers printed, and its page written."""
+"""The page of a training run: begun with the run, so that one that is killed has it too; its numbers at the end."""
 
 from __future__ import annotations
 
@@ -9,55 +9,89 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 
 from lightning_unitscale.callback import UnitScaling
-from lightning_unitscale.cookbook.callbacks import Stopped
+from lightning_unitscale.cookbook.callbacks import Stopped, StopWhenDiverged
 from lightning_unitscale.cookbook.run_record import in_words, run_before, run_facts, untouched_twin
 from lightning_unitscale.engine.record.spread_tensors import number_of_elements
 from lightning_unitscale.monitor.readable import readable
-from lightning_unitscale.monitor.report import write_report
+from lightning_unitscale.monitor.report import write_beginning, write_report
+from lightning_unitscale.namespaces import callbacks_of
+
+FINISHED = "finished"
+TOO_SHORT = 10  # steps: fewer need not lower the loss
 
 
-def report_run(
-    cfg: DictConfig,
-    trainer: pl.Trainer,
-    unitscale: UnitScaling | None,
-    stopped: Stopped | None,
-    *,
-    title: str,
-    score: str,
-    metrics: Mapping[str, float],
-    data: str,
-    shown: Sequence[str | Path] = (),
-) -> None:
-    """Prints the numbers of a run, of one that was stopped too, and writes its page.
+class RunReport:
+    """The page of one run.
 
     Args:
-        stopped: what ended it before its end, if anything did.
-        score: the name in `metrics` by which it is judged.
-        data: what it was trained on, in words.
-        shown: as for `write_report`.
+        trainer: before the run, and still there after it.
+        score: the name in the metrics by which it is judged.
+        data: what it is trained on, in words.
     """
-    parameters = list(trainer.lightning_module.parameters())
-    numbers = {
-        **metrics,
-        "parameters": sum(map(number_of_elements, parameters)),
-        "parameters trained": sum(number_of_elements(p) for p in parameters if p.requires_grad),
-        "steps": trainer.global_step,
-    }
-    plan = unitscale.plan if unitscale else None
-    page = write_report(
-        Path(cfg.folder),
-        title=title,
-        ending=str(stopped or "finished"),
-        score=score,
-        metrics=numbers,
-        shown=shown,
-        facts=run_facts(cfg, trainer, data),
-        scaling=in_words(plan),
-        plan=plan.summary() if plan else "no unit scaling",
-        untouched=untouched_twin(Path(cfg.folder)),
-        before=run_before(cfg.ckpt_path),
-    )
-    print("\n" + "\n".join(f"{name:40} {readable(value):>12}" for name, value in numbers.items()))
-    if stopped:
-        print(f"\n{stopped}")
-    print(f"\nreport {page}")
+
+    def __init__(self, cfg: DictConfig, trainer: pl.Trainer, *, title: str, score: str, data: str) -> None:
+        self.cfg, self.trainer = cfg, trainer
+        self.title, self.score, self.data = title, score, data
+        self.folder, self.before = Path(cfg.folder), run_before(cfg.ckpt_path)
+        if trainer.is_global_zero:
+            facts = run_facts(cfg, trainer, data)
+            write_beginning(self.folder, title=title, score=score, facts=facts, before=self.before)
+
+    def end(
+        self,
+        unitscale: UnitScaling | None,
+        stopped: Stopped | None,
+        metrics: Mapping[str, float],
+        shown: Sequence[str | Path] = (),
+    ) -> None:
+        """Prints the numbers of the run, of one that was stopped too, and writes its page.
+
+        Args:
+            stopped: what ended it before its end, if anything did.
+            shown: as for `write_report`.
+        """
+        parameters = list(self.trainer.lightning_module.parameters())
+        numbers = {
+            **metrics,
+            "parameters": sum(map(number_of_elements, parameters)),
+            "parameters trained": sum(number_of_elements(p) for p in parameters if p.requires_grad),
+            "steps": self.trainer.global_step,
+        }
+        plan = unitscale.plan if unitscale else None
+        ending = str(stopped or not_learned(self.trainer, metrics) or FINISHED)
+        page = write_report(
+            self.folder,
+            title=self.title,
+            ending=ending,
+            score=self.score,
+            metrics=numbers,
+            shown=shown,
+            facts=run_facts(self.cfg, self.trainer, self.data),
+            scaling=in_words(plan),
+            plan=plan.summary() if plan else "no unit scaling",
+            untouched=untouched_twin(self.folder),
+            before=self.before,
+        )
+        width = max(map(len, numbers))
+        print("\n" + "\n".join(f"{name:{width}} {readable(value):>12}" for name, value in numbers.items()))
+        if ending != FINISHED:
+            print(f"\n{ending}")
+        print(f"\nreport {page}")
+
+
+def not_learned(trainer: pl.Trainer, metrics: Mapping[str, float]) -> str:
+    """What to say of a run that came to its end with a loss that is not below the first; empty if it is, or unknown."""
+    watch = next((callback for callback in callbacks_of(trainer) if isinstance(callback, StopWhenDiverged)), None)
+    if watch is None or trainer.global_step < TOO_SHORT:
+        return ""
+    for name, words, first, when in (
+        ("val/loss", "held-out loss", watch.first_loss, "the loss of the first step"),
+        ("test/loss", "test loss", metrics.get("test/loss, before"), "that before training"),
+    ):
+        loss = metrics.get(name)
+        if loss is not None and first is not None and not loss < first:
+            return (
+                f"finished, but nothing was learned: the {words} of {readable(loss)} is not below {when}, "
+                f"{readable(first)}. Try another learning rate: optimizer.lr={watch.rate_to_try(trainer):g}"
+            )
+    return ""

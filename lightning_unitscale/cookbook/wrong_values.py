@@ -73,7 +73,7 @@ def _check_scaling(cfg: DictConfig) -> None:
     node = OmegaConf.select(cfg, "unitscale")
     if not OmegaConf.is_dict(node) or node.get("_target_") != UnitScalingNode()._target_:
         return
-    settings: dict[str, Any] = OmegaConf.to_container(node, resolve=True)
+    settings: Any = OmegaConf.to_container(node, resolve=True)
     try:
         Options(**{option.name: settings[option.name] for option in fields(Options) if option.name in settings})
         choose("scheme", settings["scheme"], sorted(_schemes()))

@@ -19,9 +19,10 @@ from hydra import compose, initialize_config_dir
 from support.recipe_runs import run_recipe
 
 from lightning_unitscale import cli
-from lightning_unitscale.cookbook.callbacks import LastCheckpoint
+from lightning_unitscale.cookbook.callbacks import LastCheckpoint, StopWhenDiverged
 from lightning_unitscale.cookbook.checks import validate_before_the_end
 from lightning_unitscale.cookbook.config import register, shipped
+from lightning_unitscale.cookbook.run_report import RunReport
 from lightning_unitscale.cookbook.tasks import LanguageModeling
 from lightning_unitscale.cookbook.whole_files import WholeFiles
 
@@ -49,6 +50,42 @@ def test_a_diverged_run_says_so_at_that_step_and_leaves_its_report(tmp_path: Pat
     assert json.loads((folder / "report" / "metrics.json").read_text())["steps"] == int(diverged[1]) < 20
     assert "training diverged" in (folder / "report" / "index.html").read_text()
     assert "train/loss" in (folder / "csv" / "metrics.csv").read_text()
+
+
+def test_a_run_that_learned_nothing_says_so_and_names_a_rate(tmp_path: Path) -> None:
+    settings = [*TINY, "trainer.max_steps=20", "monitor=none", "unitscale=none"]
+    folder, printed = run_recipe("pretrain", tmp_path, *settings, "optimizer.lr=1")
+    said = re.search(r"finished, but nothing was learned: the held-out loss of .* is not below the loss .*", printed)
+    assert said is not None and said[0].endswith("Try another learning rate: optimizer.lr=0.001")
+    assert said[0] in (folder / "report" / "index.html").read_text()
+    _, printed = run_recipe("pretrain", tmp_path, *settings, "optimizer.lr=1e-3", "hydra.run.dir=learned")
+    assert "nothing was learned" not in printed
+
+
+@pytest.mark.parametrize(
+    ("rate", "better"), [(100.0, 1e-3), (2e-3, 1e-3), (1e-3, 1e-4), (5e-4, 5e-5), (1e-4, 1e-3), (1e-9, 1e-3)]
+)
+def test_the_rate_to_try_is_the_usual_one_or_a_tenth(rate: float, better: float) -> None:
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+    trainer.strategy.optimizers = [torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])]
+    assert StopWhenDiverged(rate).rate_to_try(trainer) == pytest.approx(better)
+
+
+def test_a_run_that_was_killed_has_a_page_with_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunReport, "end", lambda *args, **kwargs: None)  # what a kill does not come to
+    folder, _ = run_recipe("pretrain", tmp_path, *TINY, "trainer.max_steps=3", "trainer.val_check_interval=1")
+    _, printed = run_recipe("report", tmp_path, f"run={folder}", "hydra.run.dir=page")
+    page = (folder / "report" / "index.html").read_text()
+    assert str(folder / "report" / "index.html") in printed
+    assert "not ended: it was killed, or is still running" in page
+    for fact in (
+        "unitscale pretrain ",
+        "peak learning rate 0.001",
+        "tokens in the training data",
+        f"torch {torch.__version__}",
+    ):
+        assert fact in page
+    assert re.search(r"The last held-out loss, of step [23]: <b>\d", page)
 
 
 def test_ctrl_c_is_answered_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -142,6 +179,32 @@ def test_one_setting_makes_a_run_short(recipe: str) -> None:
         cfg = compose(recipe, overrides=["trainer.max_steps=20", "trainer.accumulate_grad_batches=2"])
     validate_before_the_end(cfg)
     assert cfg.trainer.val_check_interval == 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "warm_up"),
+    [
+        ([], 30),
+        (["trainer.max_steps=3000"], 30),
+        (["trainer.max_steps=50"], 5),
+        (["trainer.max_steps=4"], 1),
+        (["trainer.max_steps=50", "schedule.warmup_steps=40"], 40),
+        (["debug=limit"], 2),
+    ],
+)
+def test_a_short_training_has_a_short_warm_up_unless_one_is_given(settings: list[str], warm_up: int) -> None:
+    register()
+    with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+        assert compose("pretrain", overrides=settings).schedule.warmup_steps == warm_up
+
+
+def test_a_shorter_warm_up_is_said(tmp_path: Path) -> None:
+    small = ["model.width=32", "model.head_width=32", "model.depth=1", "data.batch_size=2", "task.sequence_length=32"]
+    quick = [*small, "trainer.max_steps=20", "trainer.limit_val_batches=1", "monitor=none", "logger=csv"]
+    _, printed = run_recipe("pretrain", tmp_path, *quick)
+    assert "schedule.warmup_steps=2, at most a tenth of trainer.max_steps" in printed
+    _, printed = run_recipe("pretrain", tmp_path, *quick, "schedule.warmup_steps=5")
+    assert "schedule.warmup_steps=" not in printed
 
 
 def test_the_message_is_not_preceded_by_hydras(tmp_path: Path) -> None:
