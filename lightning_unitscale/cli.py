@@ -31,6 +31,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lightning_unitscale.cookbook.arguments import MULTIRUN, for_hydra, single_runs, wrong_path
 from lightning_unitscale.cookbook.config import register, shipped
 from lightning_unitscale.cookbook.help import commands, completion, composed, help_of
+from lightning_unitscale.cookbook.logs import without_torchao
 from lightning_unitscale.cookbook.wrong_values import check_values
 from lightning_unitscale.errors import InputError, UnitScalingError
 from lightning_unitscale.near_names import did_you_mean
@@ -53,6 +54,7 @@ Every setting can be overridden by its name (Hydra):
   unitscale pretrain --cfg job                              print the settings of this run
 The Tab key completes all of it: eval "$(unitscale completion bash)"; also zsh, fish.
 Errors are shown as one message; HYDRA_FULL_ERROR=1 adds the traceback."""
+WITH_TORCHAO = ("fp8_benchmark", "passes")  # which measure it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -77,6 +79,8 @@ def main() -> None:
         return
     if wrong := wrong_path(sys.argv[2:]) or _wrong_setting(command, sys.argv[2:]):  # before the seconds of imports
         sys.exit(f"error: {wrong}")
+    if command not in WITH_TORCHAO:
+        without_torchao()
     script = shipped("recipes") / f"{command}.py"
     sys.argv = [str(script), *sys.argv[2:]]  # what relaunched processes (DDP) run
     sys.path.insert(0, str(script.parent))  # as `python recipes/<command>.py` does

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lightning_unitscale.checkpoint import read_checkpoint
 from lightning_unitscale.cookbook.arguments import keys_of
 from lightning_unitscale.cookbook.pretrained import context_length
+from lightning_unitscale.cookbook.wrong_values import check_goes_on_with_its_model
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.near_names import not_found
 from lightning_unitscale.sharded_checkpoint import all_but_weights, file_beside_weights
@@ -79,4 +80,6 @@ def check_checkpoint(cfg: DictConfig) -> None:
         return
     if not path.is_file():
         raise InputError(f"ckpt_path={cfg.ckpt_path}: {not_found(path)}")
+    asked = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    check_goes_on_with_its_model(cfg, {key for key, _ in keys_of(asked)})
     read_checkpoint(path)

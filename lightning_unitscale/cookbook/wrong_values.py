@@ -2,6 +2,7 @@
 
 a word where the default is a number, or neither of true and false where it is one of them
 a size that is no positive whole number, a learning rate that is no positive number
+a size of the model that is not that of the run which goes on
 a node `unitscale` that `UnitScaling` would refuse: an unknown scheme, format, storage, …
 
 What only a recipe, a task or a model can tell, they say themselves, later.
@@ -19,6 +20,7 @@ from lightning_unitscale.cookbook.arguments import keys_of
 from lightning_unitscale.cookbook.config import UnitScalingNode, shipped
 from lightning_unitscale.cookbook.help import composed
 from lightning_unitscale.errors import InputError, UnitScalingError
+from lightning_unitscale.near_names import typed_path
 from lightning_unitscale.options import Options, choose
 
 SIZES = ("trainer.max_steps", "data.batch_size", "task.sequence_length", "model.width", "model.depth", "patience")
@@ -41,6 +43,7 @@ def check_values(command: str, cfg: DictConfig, overrides: Sequence[str]) -> Non
     check_numbers(cfg, set(_keys(overrides)))
     _check_scaling(cfg)
     _check_kinds(command, cfg, overrides)
+    check_goes_on_with_its_model(cfg, set(_keys(overrides)))
 
 
 def check_numbers(cfg: DictConfig, keys: Collection[str] = (*SIZES, RATE)) -> None:
@@ -67,6 +70,31 @@ def check_whole_numbers(cfg: DictConfig, *keys: str) -> None:
         value = OmegaConf.select(cfg, key, default=1)
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{key}={value} must be a positive whole number")
+
+
+def check_goes_on_with_its_model(cfg: DictConfig, given: Collection[str]) -> None:
+    """Nothing where the run of `ckpt_path` has left no record.
+
+    Args:
+        given: keys of overrides; sizes in `model.config` are looked at if they are among these, as some of them (the
+            longest sequence) may be others than they were.
+
+    Raises:
+        InputError: the model is not the one that the run began with.
+    """
+    path = OmegaConf.select(cfg, "ckpt_path")
+    record = typed_path(path).resolve().parent.parent / ".hydra" / "config.yaml" if path else None
+    if record is None or not record.is_file() or not OmegaConf.is_dict(cfg.get("model")):
+        return
+    own = OmegaConf.load(record)
+    sizes = [f"model.{name}" for name in cfg.model if isinstance(_found(cfg, f"model.{name}"), int)]
+    for key in (*sizes, *(key for key in given if key.startswith("model.config.")), "model.config.model_type"):
+        asked, began = _found(cfg, key), _found(own, key)
+        if asked != began and isinstance(began, (int, str)):
+            raise InputError(
+                f"{key}={asked}, and the run of ckpt_path={path} began with {began}. A run goes on with its own model: "
+                f"leave it out, or begin anew, without ckpt_path"
+            )
 
 
 def _check_scaling(cfg: DictConfig) -> None:

@@ -120,6 +120,19 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on_with_its_settings(
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_a_run_goes_on_with_its_own_model_and_a_changed_size_is_named(tmp_path: Path) -> None:
+    run, _ = run_recipe("pretrain", tmp_path, *TINY, "monitor=none")
+    again = ["hydra.run.dir=again", f"ckpt_path={run}"]
+    for change, message in (
+        ("model.width=128", r"model\.width=128, and the run of ckpt_path=.*began with 64\..*leave it out"),
+        ("model.config.hidden_size=32", r"model\.config\.hidden_size=32, and the run of ckpt_path=.* began with 64"),
+        ("model=gpt2", r"model\.\S+=\S+, and the run of ckpt_path="),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_recipe("pretrain", tmp_path, *again, change)
+    run_recipe("pretrain", tmp_path, *again, "model.attention=eager", "trainer.max_steps=3")  # no size
+
+
 @pytest.mark.slow
 def test_an_interrupted_teacher_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = ["model.width=64", "model.depth=1", "trainer.max_steps=4", "task.sequence_length=16", "data.batch_size=2"]
@@ -211,3 +224,4 @@ def test_the_message_is_not_preceded_by_hydras(tmp_path: Path) -> None:
     command = [sys.executable, "-m", cli.__name__, "pretrain", "model.width=100"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "error: model.width=100" in run.stderr and "Error executing" not in run.stderr, run.stderr
+    assert "torchao" not in run.stderr and "Enum subclass" not in run.stderr  # of packages that it makes no use of
