@@ -13,10 +13,22 @@ OF_NO_USE = ("\N{ELECTRIC LIGHT BULB} Tip", "TPU available", "HPU available")  #
 OF_TORCHAO = {"torchao": "Failed to load ", "torch.utils._pytree": "is an Enum subclass and is now natively supported"}
 
 
+class Without(logging.Filter):
+    """Leaves out messages with this text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is another one."""
+        return self.text not in record.getMessage()
+
+
 def without_torchao() -> None:
     """Leaves out these two warnings, and no other, from now on; for commands that make no use of torchao."""
     for logger, text in OF_TORCHAO.items():
-        logging.getLogger(logger).addFilter(lambda record, text=text: text not in record.getMessage())
+        logging.getLogger(logger).addFilter(Without(text))
 
 
 class WithoutAdvertising(logging.Filter):

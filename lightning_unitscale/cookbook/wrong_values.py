@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_unitscale.cookbook.arguments import keys_of
 from lightning_unitscale.cookbook.config import UnitScalingNode, shipped
@@ -131,7 +131,7 @@ def _check_kinds(command: str, cfg: DictConfig, overrides: Sequence[str]) -> Non
             raise InputError(f"{key}={value} must be a number; its default is {usual}")
 
 
-def _found(cfg: DictConfig, key: str) -> Any:
+def _found(cfg: DictConfig | ListConfig, key: str) -> Any:
     return OmegaConf.select(cfg, key, throw_on_missing=False, throw_on_resolution_failure=False)
 
 
