@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from lightning_unitscale.namespaces import callbacks_of
 
 FINISHED = "finished"
 TOO_SHORT = 10  # steps: fewer need not lower the loss
+LEARNED = 0.99  # of the loss of a model that knows nothing: what is above it may be noise
+OF_TOKENS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+OF_CLASSES = ("AutoModelForSequenceClassification", "AutoModelForImageClassification")
 
 
 class RunReport:
@@ -80,18 +84,34 @@ class RunReport:
 
 
 def not_learned(trainer: pl.Trainer, metrics: Mapping[str, float]) -> str:
-    """What to say of a run that came to its end with a loss that is not below the first; empty if it is, or unknown."""
+    """What to say of a run that came to its end with next to nothing learned; empty of others, or if it can't be known.
+
+    A training from the start is to end below its own first loss and below a blind guess; a fine-tuning below what was
+    there before.
+    """
     watch = next((callback for callback in callbacks_of(trainer) if isinstance(callback, StopWhenDiverged)), None)
     if watch is None or trainer.global_step < TOO_SHORT:
         return ""
-    for name, words, first, when in (
-        ("val/loss", "held-out loss", watch.first_loss, "the loss of the first step"),
-        ("test/loss", "test loss", metrics.get("test/loss, before"), "that before training"),
-    ):
-        loss = metrics.get(name)
-        if loss is not None and first is not None and not loss < first:
-            return (
-                f"finished, but nothing was learned: the {words} of {readable(loss)} is not below {when}, "
-                f"{readable(first)}. Try another learning rate: optimizer.lr={watch.rate_to_try(trainer):g}"
-            )
-    return ""
+    loss, first, guess = metrics.get("val/loss"), watch.first_loss, blind_guess(trainer.lightning_module)
+    tested, before = metrics.get("test/loss"), metrics.get("test/loss, before")
+    if loss is not None and first is not None and not loss < LEARNED * min(first, guess):
+        said = f"the held-out loss is {readable(loss)}, where the first step's was {readable(first)}"
+        said += f" and a blind guess has {readable(guess)}" if math.isfinite(guess) else ""
+    elif tested is not None and before is not None and not tested < before:
+        said = f"the test loss is {readable(tested)}, where it was {readable(before)} before"
+    else:
+        return ""
+    return (
+        f"finished, but next to nothing was learned: {said}. Try another learning rate: "
+        f"optimizer.lr={watch.rate_to_try(trainer):g}"
+    )
+
+
+def blind_guess(module: pl.LightningModule) -> float:
+    """The loss of equal odds for all tokens or classes, in nats; infinite where the model gives no such odds."""
+    head, config = str(module.hparams.get("head", "")), getattr(getattr(module, "model", None), "config", None)
+    if head in OF_TOKENS:
+        choices = getattr(config, "vocab_size", None)
+    else:
+        choices = getattr(config, "num_labels", None) if head in OF_CLASSES else None
+    return math.log(choices) if isinstance(choices, int) and choices > 1 else math.inf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import html
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from lightning_unitscale import cli
 from lightning_unitscale.cookbook.callbacks import LastCheckpoint, StopWhenDiverged
 from lightning_unitscale.cookbook.checks import validate_before_the_end
 from lightning_unitscale.cookbook.config import register, shipped
-from lightning_unitscale.cookbook.run_report import RunReport
+from lightning_unitscale.cookbook.run_report import RunReport, not_learned
 from lightning_unitscale.cookbook.tasks import LanguageModeling
 from lightning_unitscale.cookbook.whole_files import WholeFiles
 
@@ -53,13 +54,39 @@ def test_a_diverged_run_says_so_at_that_step_and_leaves_its_report(tmp_path: Pat
 
 
 def test_a_run_that_learned_nothing_says_so_and_names_a_rate(tmp_path: Path) -> None:
-    settings = [*TINY, "trainer.max_steps=20", "monitor=none", "unitscale=none"]
-    folder, printed = run_recipe("pretrain", tmp_path, *settings, "optimizer.lr=1")
-    said = re.search(r"finished, but nothing was learned: the held-out loss of .* is not below the loss .*", printed)
-    assert said is not None and said[0].endswith("Try another learning rate: optimizer.lr=0.001")
-    assert said[0] in (folder / "report" / "index.html").read_text()
+    settings = [*TINY, "trainer.max_steps=20", "monitor=none"]
+    folder, printed = run_recipe("pretrain", tmp_path, *settings, "optimizer.lr=1", "unitscale=none")
+    said = re.search(r"finished, but next to nothing was learned: the held-out loss is .*, where the first .*", printed)
+    assert said is not None and "and a blind guess has 5.549. " in said[0]  # ln 257
+    assert said[0].endswith("Try another learning rate: optimizer.lr=0.001")
+    assert html.escape(said[0]) in (folder / "report" / "index.html").read_text()
     _, printed = run_recipe("pretrain", tmp_path, *settings, "optimizer.lr=1e-3", "hydra.run.dir=learned")
     assert "nothing was learned" not in printed
+
+
+@pytest.mark.parametrize(
+    ("metrics", "first", "steps", "said"),
+    [
+        ({"val/loss": 7.0}, 6.0, 100, "the held-out loss is 7, where the first step's was 6. "),
+        ({"val/loss": 5.99}, 6.0, 100, "the held-out loss is 5.99"),
+        ({"val/loss": 5.5}, 6.0, 100, ""),
+        ({"val/loss": 7.0}, 6.0, 5, ""),  # too short
+        ({"val/loss": 7.0}, None, 100, ""),  # a run of an earlier version goes on
+        ({"test/loss": 2.0, "test/loss, before": 1.5}, 2.0, 100, "the test loss is 2, where it was 1.5 before. "),
+        ({"test/loss": 1.4, "test/loss, before": 1.5}, 1.0, 100, ""),
+    ],
+)
+def test_what_was_learned_is_measured_by_what_was_there(
+    metrics: dict[str, float], first: float | None, steps: int, said: str
+) -> None:
+    watch = StopWhenDiverged(1e-3)
+    watch.first_loss = first
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, callbacks=[watch])
+    trainer.strategy.connect(pl.LightningModule())
+    trainer.strategy.optimizers = [torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])]
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
+    found = not_learned(trainer, metrics)
+    assert (said in found and "optimizer.lr=0.0001" in found) if said else found == ""
 
 
 @pytest.mark.parametrize(
