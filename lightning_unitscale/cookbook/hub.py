@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 
 from lightning_unitscale.errors import InputError, first_line
-from lightning_unitscale.near_names import not_found
+from lightning_unitscale.near_names import may_be_hub_name, not_found
 
 SECONDS = 5.0  # for one answer of any kind
 
 
-def check_reachable(key: str, name: str, file: str) -> None:
-    """Nothing is asked for what lies here, or where HF_HUB_OFFLINE=1 says that the network is not to be tried.
+def check_reachable(key: str, name: str, file: str | None) -> None:
+    """Nothing is asked for what is no name on the hub, or where HF_HUB_OFFLINE=1 says not to try the network.
 
     Args:
         key: the setting that names it.
         name: a path, or a name on the hub.
-        file: one that it must have; is it in the client's cache, so is the rest.
+        file: one that it must have; if that is in the client's cache, so is the rest. None: the hub is needed always.
 
     Raises:
         InputError: it is not here, and the hub does not answer.
     """
-    if Path(name).exists() or constants.HF_HUB_OFFLINE:
+    if not may_be_hub_name(name) or constants.HF_HUB_OFFLINE:
         return
     try:
-        cached = isinstance(try_to_load_from_cache(name, file), str)
+        cached = file is not None and isinstance(try_to_load_from_cache(name, file), str)
     except ValueError:  # not a name that the hub can have, which its client says
         return
     if cached:
