@@ -9,6 +9,7 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.lifecycle import Lifecycle
 from lightning_unitscale.namespaces import Callback, callbacks_of
+from lightning_unitscale.near_names import suggests_arguments
 from lightning_unitscale.options import RECALIBRATE, Options
 from lightning_unitscale.strategy import UnitScalingMixin
 
@@ -64,6 +65,7 @@ class UnitScaling(Callback):
             finite, or a checkpoint does not fit (when training starts).
     """
 
+    @suggests_arguments
     def __init__(
         self,
         scheme: str = "umup",

@@ -10,6 +10,7 @@ import errno
 import functools
 import importlib.util
 import logging
+import math
 import os
 import re
 import runpy
@@ -23,12 +24,15 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from lightning_unitscale.cookbook.arguments import for_hydra, wrong_path
+from lightning_unitscale.cookbook.arguments import MULTIRUN, for_hydra, single_runs, wrong_path
 from lightning_unitscale.cookbook.config import register, shipped
 from lightning_unitscale.cookbook.help import commands, completion, composed, help_of
+from lightning_unitscale.cookbook.logs import without_torchao
+from lightning_unitscale.cookbook.wrong_values import check_values
 from lightning_unitscale.errors import InputError, UnitScalingError
 from lightning_unitscale.near_names import did_you_mean
 
@@ -50,6 +54,7 @@ Every setting can be overridden by its name (Hydra):
   unitscale pretrain --cfg job                              print the settings of this run
 The Tab key completes all of it: eval "$(unitscale completion bash)"; also zsh, fish.
 Errors are shown as one message; HYDRA_FULL_ERROR=1 adds the traceback."""
+WITH_TORCHAO = ("fp8_benchmark", "passes")  # which measure it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -74,6 +79,8 @@ def main() -> None:
         return
     if wrong := wrong_path(sys.argv[2:]) or _wrong_setting(command, sys.argv[2:]):  # before the seconds of imports
         sys.exit(f"error: {wrong}")
+    if command not in WITH_TORCHAO:
+        without_torchao()
     script = shipped("recipes") / f"{command}.py"
     sys.argv = [str(script), *sys.argv[2:]]  # what relaunched processes (DDP) run
     sys.path.insert(0, str(script.parent))  # as `python recipes/<command>.py` does
@@ -115,6 +122,7 @@ def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
             try:
                 hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=config_name)(run)()
+                job.say_failed()
             except Exception as error:
                 job.give_up(error)
             finally:
@@ -132,6 +140,7 @@ class _Job:
     def __init__(self, task: Task, config_name: str, traceback_wanted: bool) -> None:
         self.task, self.config_name, self.traceback_wanted = task, config_name, traceback_wanted
         self.begun = False
+        self.failed: list[str] = []  # runs of a multirun, by number
 
     def run(self, cfg: DictConfig) -> Any:
         """The recipe; what it is run with and how it failed goes into the run's log file too."""
@@ -146,7 +155,25 @@ class _Job:
             return result
         except Exception as error:
             log.debug("failed", exc_info=True)
+            if (message := _explain(error, self.config_name)) and not self.traceback_wanted and _others_go_on():
+                return self._pass_over(message)
             self.give_up(error)  # here: Hydra would print its own message first
+
+    def _pass_over(self, message: str) -> float:
+        """Says at once what is wrong with one run of several; its score is no number."""
+        hydra_config = HydraConfig.get()
+        number = str(hydra_config.job.num)
+        print(f"error: run {number} ({' '.join(hydra_config.overrides.task)}): {message}", file=sys.stderr, flush=True)
+        self.failed.append(number)
+        return math.nan
+
+    def say_failed(self) -> None:
+        """
+        Raises:
+            SystemExit: runs of a multirun failed; they are named again, as what was said of each may be far above.
+        """
+        if self.failed:
+            sys.exit(f"error: of these runs {', '.join(self.failed)} failed; what was wrong is said above")
 
     def give_up(self, error: Exception) -> NoReturn:
         """
@@ -164,18 +191,31 @@ class _Job:
         sys.exit(f"error: {message}")
 
 
+def _others_go_on() -> bool:
+    """Whether this is a run of a multirun, in the process that makes one after the other."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return False
+    return str(HydraConfig.get().launcher._target_).endswith(".BasicLauncher")
+
+
 def _wrong_setting(command: str, arguments: Sequence[str]) -> str | None:
-    """What to say of settings that the command has not; beside flags (a multirun, another file) Hydra says it."""
-    has_flags = any(argument.startswith("-") for argument in arguments)
+    """What to say of settings that the command has not, and of values that they can't have.
+
+    Of a multirun, each of the values is looked at once. Beside other flags (another file) Hydra says what is wrong.
+    """
+    settings = [argument for argument in arguments if argument not in MULTIRUN]
+    has_flags = any(argument.startswith("-") for argument in settings)
     if has_flags or _traceback_wanted() or not (shipped("conf") / f"{command}.yaml").is_file():
         return None
-    if unequal := [argument for argument in arguments if "=" not in argument and not argument.startswith("~")]:
+    if unequal := [argument for argument in settings if "=" not in argument and not argument.startswith("~")]:
         return f"{unequal[0]}: settings are given as key=value; those of this command: unitscale {command} --help"
-    try:
-        with redirect_stdout(None):  # what settings a run goes on with is said when it does
-            composed(command, for_hydra(command, arguments))
-    except (HydraException, OmegaConfBaseException) as error:
-        return _explain(error, command)
+    with redirect_stdout(None):  # what settings a run goes on with is said when it does
+        typed = for_hydra(command, settings)
+    for overrides in [typed] if settings == list(arguments) else single_runs(typed):
+        try:
+            check_values(command, composed(command, overrides), overrides)
+        except (HydraException, OmegaConfBaseException, InputError) as error:
+            return _explain(error, command)
     return None
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import wraps
+from inspect import signature
 from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 SHOWN = 5  # names of a folder, or of a model
 
@@ -21,6 +27,25 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """
     near = [f"{prefix}{match}" for match in get_close_matches(word, list(known), n=3)]
     return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def suggests_arguments(call: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function, whose error about an argument that it has not names the near one.
+
+    Raises:
+        TypeError: as Python does.
+    """
+    known = [*signature(call).parameters]
+
+    @wraps(call)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        for name in kwargs:
+            if name not in known:
+                hint = did_you_mean(name, known)
+                raise TypeError(f"{call.__qualname__}() got an unexpected keyword argument {name!r}.{hint}")
+        return call(*args, **kwargs)
+
+    return checked
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:
@@ -41,9 +66,14 @@ def near_glob(glob: str, names: Collection[str]) -> str:
     """
     parts = dict.fromkeys(part for name in names for part in name.split("."))
 
+    words = {word: part for part in parts for word in part.split("_")}  # gate of gate_proj
+
     def nearest(part: str) -> str:
-        known = any(fnmatchcase(name, part) for name in parts)
-        return part if known else next(iter(get_close_matches(part, parts, 1)), part)
+        if any(fnmatchcase(name, part) for name in parts):
+            return part
+        word = part.strip("*")
+        near = get_close_matches(word, parts, 1) or [words[found] for found in get_close_matches(word, words, 1)]
+        return near[0] if near else part
 
     corrected = ".".join(nearest(part) for part in glob.split("."))
     for candidate in (corrected, f"*.{corrected}", corrected.removeprefix("*.")):

@@ -13,12 +13,14 @@ from lightning_unitscale.engine.checks.gradients import rehearsed_gradients
 from lightning_unitscale.engine.checks.verify_casts import verify_casts
 from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.in_force import remove
+from lightning_unitscale.near_names import suggests_arguments
 from lightning_unitscale.options import RECALIBRATE, Options
 from lightning_unitscale.prepare import prepare
 from lightning_unitscale.record_step import Step
 from lightning_unitscale.warn_user import warn_user
 
 
+@suggests_arguments
 def unit_scale(
     module: nn.Module,
     step: Callable[[nn.Module], Any],

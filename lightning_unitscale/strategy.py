@@ -3,8 +3,9 @@ for how Lightning learns their names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
+from inspect import signature
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +16,7 @@ from typing_extensions import override
 from lightning_unitscale.errors import UnitScalingError
 from lightning_unitscale.lifecycle import Lifecycle
 from lightning_unitscale.namespaces import NAMESPACES, Callback, callbacks_of
+from lightning_unitscale.near_names import did_you_mean
 from lightning_unitscale.options import Options
 
 if TYPE_CHECKING:
@@ -50,9 +52,23 @@ class UnitScalingMixin(Strategy):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         options = {f.name: kwargs.pop(f.name) for f in fields(Options) if f.name in kwargs}
         family = kwargs.pop("optimizer_family", None)
+        self._check_names(kwargs)
         self.unit_scaling = Lifecycle(Options(**options), family)
         self._callbacks: list[pl.Callback] = []  # the Trainer's, during a run in this process
         super().__init__(*args, **kwargs)
+
+    def _check_names(self, arguments: Collection[str]) -> None:
+        """Of those that go to the strategy; it may pass on to torch what it does not know itself.
+
+        Raises:
+            TypeError: a name is none of its own, and near one of an option.
+        """
+        makers = [vars(base)["__init__"] for base in type(self).__mro__ if "__init__" in vars(base)]
+        known = {name for make in makers for name in signature(make).parameters}
+        for name in arguments:
+            hint = did_you_mean(name, [*(option.name for option in fields(Options)), "optimizer_family"])
+            if hint and name not in known:
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}.{hint}")
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.checks import check_known, check_whole_numbers
+from lightning_unitscale.cookbook.checks import check_known
 from lightning_unitscale.cookbook.measuring.side_by_side import MODES
 from lightning_unitscale.cookbook.measuring.step_cost import (
     CLOCKS,
@@ -43,6 +43,7 @@ from lightning_unitscale.cookbook.measuring.step_cost import (
 )
 from lightning_unitscale.cookbook.measuring.training_step import MODELS, VARIANTS
 from lightning_unitscale.cookbook.tables import new_table
+from lightning_unitscale.cookbook.wrong_values import check_whole_numbers
 from lightning_unitscale.errors import InputError
 
 

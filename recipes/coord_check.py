@@ -20,11 +20,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.checks import check_known, check_whole_numbers
+from lightning_unitscale.cookbook.checks import check_known
 from lightning_unitscale.cookbook.coordinates.measure import UNTOUCHED, CoordinateRun, coordinates, new_model, with_size
 from lightning_unitscale.cookbook.coordinates.page import verdicts, write_coordinates_page
 from lightning_unitscale.cookbook.coordinates.slopes import by_module
 from lightning_unitscale.cookbook.tables import print_and_keep
+from lightning_unitscale.cookbook.wrong_values import check_whole_numbers
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.schemes import SCHEMES
 

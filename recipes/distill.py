@@ -31,17 +31,18 @@ from lightning_unitscale.cookbook.callbacks import BestCheckpoint, Interrupted, 
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
-    check_whole_numbers,
     fit_to_context,
+    say_shorter_warm_up,
     validate_before_the_end,
 )
 from lightning_unitscale.cookbook.distillation_results import DistillationResults
 from lightning_unitscale.cookbook.inference.evaluation import around
-from lightning_unitscale.cookbook.run_report import report_run
+from lightning_unitscale.cookbook.run_report import RunReport
 from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.cookbook.tasks.distillation import check_distillation
 from lightning_unitscale.cookbook.teacher import check_fits, get_teacher, new_student
+from lightning_unitscale.cookbook.wrong_values import check_numbers
 
 
 @recipe("distill")
@@ -73,8 +74,9 @@ def main(cfg: DictConfig) -> float:
 
 def check(cfg: DictConfig) -> None:
     """Raises InputError for settings that would fail late or obscurely."""
-    check_whole_numbers(cfg, "trainer.max_steps", "data.batch_size", "task.sequence_length")
+    check_numbers(cfg)
     validate_before_the_end(cfg)
+    say_shorter_warm_up(cfg)
     check_distillation(cfg.distillation)
     check_data(cfg)
     check_checkpoint(cfg)
@@ -88,18 +90,14 @@ def train(cfg: DictConfig, name: str, student: Task, data: pl.LightningDataModul
     cfg.folder = str(folder)
     unitscale = instantiate(cfg.unitscale) if cfg.unitscale else None
     trainer = new_trainer(cfg, unitscale)
+    data_in_words = cfg.data[cfg.task.data]._target_
+    report = RunReport(cfg, trainer, title=f"distill: {name}", score="test/loss", data=data_in_words)
     best, last = callback_of(trainer, BestCheckpoint), callback_of(trainer, LastCheckpoint)
     stopped = fit(trainer, student, data, last.path if cfg.ckpt_path and last.path.is_file() else None)
     scores: Mapping[str, float] = {}
     if not stopped:
         (scores,) = trainer.test(student, data, ckpt_path=best.best_model_path, verbose=False)
-    report_run(
-        *(cfg, trainer, unitscale, stopped),
-        title=f"distill: {name}",
-        score="test/loss",
-        metrics=scores,
-        data=cfg.data[cfg.task.data]._target_,
-    )
+    report.end(unitscale, stopped, scores)
     if stopped:
         sys.exit(130 if isinstance(stopped, Interrupted) else 1)
     return scores

@@ -15,6 +15,7 @@ from pathlib import Path
 from lightning_unitscale import Plan, UnitScalingError
 from lightning_unitscale.checkpoint import plan_in, read_checkpoint
 from lightning_unitscale.cookbook.arguments import with_last_checkpoint
+from lightning_unitscale.cookbook.tables import terminal_width
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.near_names import not_found
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
     if settings:
         raise InputError(f"there is no setting {next(iter(settings))} here; there is ckpt_path")
     if not names:
-        print(plan.summary())
+        print(plan.summary(width=terminal_width()))
     for name in names:
         print("\n\n".join(plan.explain(found) for found in matching(plan, name)))
 

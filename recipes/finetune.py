@@ -30,16 +30,16 @@ from lightning_unitscale.cookbook.callbacks import BestCheckpoint, Interrupted
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
-    check_learning_rate,
-    check_whole_numbers,
     fit_to_context,
+    say_shorter_warm_up,
     validate_before_the_end,
 )
-from lightning_unitscale.cookbook.run_report import report_run
+from lightning_unitscale.cookbook.run_report import RunReport
 from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer, plain, show
 from lightning_unitscale.cookbook.starting_point import module_around, scaling_of, starting_point
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.cookbook.transformers_folder import write_folders
+from lightning_unitscale.cookbook.wrong_values import check_numbers
 from lightning_unitscale.errors import InputError
 
 
@@ -48,6 +48,7 @@ def main(cfg: DictConfig) -> float:
     """Trains, keeps the best checkpoint, tests and exports it; returns the monitored score (what a sweep optimizes)."""
     begin = time.perf_counter()
     check(cfg)
+    say_shorter_warm_up(cfg)
     task: type[Task] = get_class(cfg.task._target_)
     examples = instantiate(cfg.data[cfg.task.data])
     pl.seed_everything(cfg.seed, workers=True)
@@ -58,6 +59,12 @@ def main(cfg: DictConfig) -> float:
     module = module_around(cfg, start)
     trainer = new_trainer(cfg, unitscale)
     best = callback_of(trainer, BestCheckpoint)
+    report = RunReport(
+        *(cfg, trainer),
+        title=f"finetune: {cfg.model.path or 'a model made in this run'}",
+        score=f"best {cfg.task.monitor}",
+        data=cfg.data[cfg.task.data]._target_,
+    )
 
     before = trainer.test(module, data, verbose=False)[0] if cfg.test_before and not cfg.ckpt_path else {}
     stopped = fit(trainer, module, data, cfg.ckpt_path)
@@ -71,14 +78,7 @@ def main(cfg: DictConfig) -> float:
         shown = show(module, data.test_dataloader(), Path(cfg.folder) / "report", plain(cfg.task))
     if trainer.is_global_zero:
         metrics["seconds"] = round(time.perf_counter() - begin, 1)
-        report_run(
-            *(cfg, trainer, unitscale, stopped),
-            title=f"finetune: {cfg.model.path or 'a model made in this run'}",
-            score=f"best {cfg.task.monitor}",
-            metrics=metrics,
-            data=cfg.data[cfg.task.data]._target_,
-            shown=shown,
-        )
+        report.end(unitscale, stopped, metrics, shown)
     if isinstance(stopped, Interrupted):
         sys.exit(130)
     if stopped:
@@ -92,8 +92,7 @@ def main(cfg: DictConfig) -> float:
 
 def check(cfg: DictConfig) -> None:
     """Raises InputError for settings that would fail late or obscurely."""
-    check_whole_numbers(cfg, "trainer.max_steps", "data.batch_size", "task.sequence_length", "patience")
-    check_learning_rate(cfg)
+    check_numbers(cfg)
     check_data(cfg)
     task: type[Task] = get_class(cfg.task._target_)
     if task.heads and cfg.task.head not in task.heads:

@@ -34,7 +34,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.checks import check_known, check_whole_numbers
+from lightning_unitscale.cookbook.checks import check_known
 from lightning_unitscale.cookbook.measuring.fp8_comparison import (
     VARIANTS,
     Case,
@@ -46,6 +46,7 @@ from lightning_unitscale.cookbook.measuring.fp8_tables import machine, race_tabl
 from lightning_unitscale.cookbook.measuring.side_by_side import MODES
 from lightning_unitscale.cookbook.measuring.time_to_loss import Race, race
 from lightning_unitscale.cookbook.tables import print_and_keep
+from lightning_unitscale.cookbook.wrong_values import check_whole_numbers
 from lightning_unitscale.errors import InputError
 
 

@@ -23,8 +23,10 @@ from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.callbacks import Interrupted
+from lightning_unitscale.cookbook.checks import say_shorter_warm_up
 from lightning_unitscale.cookbook.data.ngrams import counted_loss
-from lightning_unitscale.cookbook.run_report import report_run
+from lightning_unitscale.cookbook.data.token_text import TokenText
+from lightning_unitscale.cookbook.run_report import RunReport
 from lightning_unitscale.cookbook.runs import callback_of, check, fit, module_and_data, new_trainer, plain, show
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.engine.record.spread_tensors import number_of_elements
@@ -36,9 +38,15 @@ def main(cfg: DictConfig) -> float:
     """Trains, validates, writes samples and a report; returns the held-out loss (what a sweep minimizes)."""
     begin = time.perf_counter()
     check(cfg)  # everything that can be wrong with the input is found before any work is done
+    say_shorter_warm_up(cfg)
     unitscale = instantiate(cfg.unitscale) if cfg.unitscale else None
     module, data = module_and_data(cfg)
     trainer = new_trainer(cfg, unitscale)
+    sizes: dict[str, int] = getattr(data, "sizes", dict)()  # a data module of the user's own says none
+    parameters = sum(map(number_of_elements, module.parameters()))
+    title = f"pretrain: {cfg.model.config.model_type}, {parameters:,} parameters"
+    words = ", ".join(f"{count:,} {name}" for name, count in sizes.items())
+    report = RunReport(cfg, trainer, title=title, score="val/loss", data=words)
 
     stopped = fit(trainer, module, data, cfg.ckpt_path)
     scores: Mapping[str, float] = {
@@ -53,16 +61,9 @@ def main(cfg: DictConfig) -> float:
             untouched(cfg, module, data, monitor.last.format).append_to(monitor.file)
         seconds = {"seconds": round(time.perf_counter() - begin, 1)}
         shown = show(module, data.val_dataloader(), Path(cfg.folder) / "report", plain(cfg.task))
-        sizes: dict[str, int] = getattr(data, "sizes", dict)()  # a data module of the user's own says none
-        parameters = sum(map(number_of_elements, module.parameters()))
-        report_run(
-            *(cfg, trainer, unitscale, stopped),
-            title=f"pretrain: {cfg.model.config.model_type}, {parameters:,} parameters",
-            score="val/loss",
-            metrics={**scores, **counted_loss(data), **sizes, **seconds},
-            data=", ".join(f"{count:,} {name}" for name, count in sizes.items()),
-            shown=shown,
-        )
+        batches = trainer.global_step * trainer.accumulate_grad_batches
+        seen = data.seen(batches) if isinstance(data, TokenText) else {}
+        report.end(unitscale, stopped, {**scores, **counted_loss(data), **sizes, **seen, **seconds}, shown)
     if isinstance(stopped, Interrupted):
         sys.exit(130)
     return math.inf if stopped else scores["val/loss"]

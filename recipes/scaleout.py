@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.checks import check_whole_numbers
 from lightning_unitscale.cookbook.measuring.communication import spread_steps
 from lightning_unitscale.cookbook.measuring.scale_out import planning_cost
 from lightning_unitscale.cookbook.runs import plain
+from lightning_unitscale.cookbook.wrong_values import check_whole_numbers
 from lightning_unitscale.errors import InputError
 
 

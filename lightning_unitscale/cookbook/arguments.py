@@ -4,6 +4,7 @@ pretrain experiment=transfer -m model.width=64,128    flags may stand anywhere
 data.path=~/notes, ckpt_path=a=b.ckpt, prompt=C#      a value that Hydra's grammar refuses is taken as it stands
 ckpt_path=outputs/…/last.ckpt                         the other settings are those that its run began with
 ckpt_path=outputs/run, model.path=outputs/run         a run's folder stands for its last checkpoint
+model.path=outputs/export/run                         and that of an export for the model in it
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from lightning_unitscale.near_names import may_be_hub_name, not_found, typed_pat
 
 HUB = ("model.path", "teacher.path")  # settings whose value is a path, or a name on the Hugging Face hub
 PATHS = (*HUB, "ckpt_path", "data.path", "rows", "prompt_file")
+EXPORTED = "model"  # in the folder of a run: what `unitscale export` and `finetune` write for transformers
+MULTIRUN = ("-m", "--multirun")
 _COMPOUND = re.compile(r"[\[({'\"$]")  # a value that begins so means something to Hydra, right or wrong
 
 
@@ -38,13 +41,21 @@ def for_hydra(command: str, arguments: Sequence[str]) -> list[str]:
 
 
 def with_last_checkpoint(argument: str) -> str:
-    """The argument; where it names a run's folder as a model, or as what goes on, with its last checkpoint."""
+    """The argument; where it names a run's folder as a model, or as what goes on, with its last checkpoint.
+
+    Of an export, which has none, with the model that it wrote.
+    """
     key, _, value = argument.partition("=")
     if key not in (*HUB, "ckpt_path") or not value:
         return argument
     folder = typed_path(value)
     last = folder / "checkpoints" / "last.ckpt"
-    return f"{key}={last}" if (folder / ".hydra").is_dir() and last.exists() else argument
+    if not (folder / ".hydra").is_dir():
+        return argument
+    if last.exists():
+        return f"{key}={last}"
+    written = folder / EXPORTED
+    return f"{key}={written}" if key in HUB and (written / "config.json").is_file() else argument
 
 
 def wrong_path(arguments: Sequence[str]) -> str:
@@ -56,7 +67,7 @@ def wrong_path(arguments: Sequence[str]) -> str:
         key, _, value = argument.partition("=")
         if key.lstrip("+") not in PATHS or value in ("", "null") or _COMPOUND.match(value) or glob.has_magic(value):
             continue
-        several = "," in value and not {"-m", "--multirun"}.isdisjoint(arguments)
+        several = "," in value and not {*MULTIRUN}.isdisjoint(arguments)
         exists = typed_path(value).exists()
         if not several and not exists and not (key in HUB and may_be_hub_name(value)):
             return f"{key}={value}: {not_found(value)}"
@@ -113,6 +124,23 @@ def began_with(command: str, overrides: Sequence[str]) -> list[str]:
     if kept:
         print(f"continuing with the settings of {record.parent}: {' '.join(kept)}")
     return kept
+
+
+def single_runs(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Overrides of single runs among which each value of a multirun stands at least once; not every combination.
+
+    Ranges without steps, which only a sweeper can draw from, are left out.
+    """
+    choices = []
+    for text, override in zip(overrides, _parsed(overrides) or (), strict=False):
+        if not override.is_sweep_override():
+            choices.append([text])
+        elif override.is_discrete_sweep():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+    first = [values[0] for values in choices]
+    yield first
+    for place, values in enumerate(choices):
+        yield from ([*first[:place], value, *first[place + 1 :]] for value in values[1:])
 
 
 def keys_of(overrides: Sequence[str]) -> Iterator[tuple[str, object]]:

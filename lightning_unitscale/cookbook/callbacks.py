@@ -17,6 +17,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from lightning_unitscale.callback import UnitScaling
+from lightning_unitscale.cookbook.tables import terminal_width
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.namespaces import callbacks_of
 
@@ -91,12 +92,24 @@ class StopWhenDiverged(pl.Callback):
     """Ends training at the first loss that is infinite or no number, before it gets into the weights.
 
     Args:
-        learning_rate: the one of the run, to name a smaller one.
+        learning_rate: the one of the run, to name a better one.
+
+    Attributes:
+        first_loss: of the first step, which the model takes as it was; None before. A run that goes on keeps it.
     """
 
     def __init__(self, learning_rate: float) -> None:
         self.learning_rate = learning_rate
+        self.first_loss: float | None = None
         self._loss = torch.zeros(())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The first loss."""
+        return {"first_loss": self.first_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The first loss."""
+        self.first_loss = state_dict["first_loss"]
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Notes the loss; reading it here would wait for the device at every batch of an accumulated step."""
@@ -111,17 +124,22 @@ class StopWhenDiverged(pl.Callback):
         if trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
             raise Diverged(
                 f"training diverged: the loss of step {trainer.global_step} is {loss}. Try a smaller learning rate: "
-                f"optimizer.lr={self._smaller(trainer):g}"
+                f"optimizer.lr={min(self.learning_rate / 10, self._usual(trainer)):g}"
             )
+        if self.first_loss is None and trainer.global_step == 0:
+            self.first_loss = loss
 
-    def _smaller(self, trainer: pl.Trainer) -> float:
-        """A tenth, or the rate that is usual for these units and this optimizer if that is less."""
+    def rate_to_try(self, trainer: pl.Trainer) -> float:
+        """The usual rate in place of one that is far from it, else a tenth."""
+        usual = self._usual(trainer)
+        return usual if not usual / 10 < self.learning_rate <= usual else self.learning_rate / 10
+
+    def _usual(self, trainer: pl.Trainer) -> float:
+        """The rate that is usual for these units and this optimizer."""
         plans = [c.plan for c in callbacks_of(trainer) if isinstance(c, UnitScaling)]
         if any(plan is not None and plan.lr_units == "umup" for plan in plans):
-            usual = 1.0
-        else:
-            usual = 0.1 if isinstance(trainer.optimizers[0], torch.optim.SGD) else 1e-3
-        return min(self.learning_rate / 10, usual)
+            return 1.0
+        return 0.1 if isinstance(trainer.optimizers[0], torch.optim.SGD) else 1e-3
 
 
 class LastCheckpoint(Checkpoint):
@@ -200,6 +218,6 @@ class PrintPlan(pl.Callback):
         """Prints above the progress bar."""
         for callback in callbacks_of(trainer):
             if isinstance(callback, UnitScaling) and callback.plan is not None and not self._printed:
-                _, _, table = callback.plan.summary().partition("\n")  # the callback has logged the first line
+                _, _, table = callback.plan.summary(width=terminal_width()).partition("\n")  # the first is logged
                 pl_module.print(table)
                 self._printed = True

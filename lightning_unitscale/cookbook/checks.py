@@ -10,7 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
 from lightning_unitscale.checkpoint import read_checkpoint
+from lightning_unitscale.cookbook.arguments import keys_of
 from lightning_unitscale.cookbook.pretrained import context_length
+from lightning_unitscale.cookbook.wrong_values import check_goes_on_with_its_model
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.near_names import not_found
 from lightning_unitscale.sharded_checkpoint import all_but_weights, file_beside_weights
@@ -22,20 +24,6 @@ def check_known(key: str, names: Iterable[str], known: Iterable[str]) -> None:
     for name in names:
         if name not in choices:
             raise InputError(f"{key}: {name!r} is not known; choose from {', '.join(choices)}")
-
-
-def check_whole_numbers(cfg: DictConfig, *keys: str) -> None:
-    """Positive, where the keys are there."""
-    for key in keys:
-        value = OmegaConf.select(cfg, key, default=1)
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{key}={value} must be a positive whole number")
-
-
-def check_learning_rate(cfg: DictConfig) -> None:
-    """A positive number."""
-    if not isinstance(cfg.optimizer.lr, (int, float)) or cfg.optimizer.lr <= 0:
-        raise InputError(f"optimizer.lr={cfg.optimizer.lr} must be a positive number")
 
 
 def check_data(cfg: DictConfig) -> None:
@@ -73,6 +61,15 @@ def validate_before_the_end(cfg: DictConfig) -> None:
         cfg.trainer.val_check_interval = batches
 
 
+def say_shorter_warm_up(cfg: DictConfig) -> None:
+    """Prints how long the warm-up is where a number of steps that was asked for has made it shorter."""
+    asked = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    steps, warm_up = cfg.trainer.max_steps, cfg.schedule.warmup_steps
+    fitted = OmegaConf.is_interpolation(cfg.schedule, "warmup_steps") and warm_up == max(1, steps // 10)
+    if fitted and "trainer.max_steps" in {key for key, _ in keys_of(asked)}:
+        print(f"schedule.warmup_steps={warm_up}, at most a tenth of trainer.max_steps; another one is kept if given")
+
+
 def check_checkpoint(cfg: DictConfig) -> None:
     """The one to continue from, if there is one, can be read."""
     if not cfg.ckpt_path:
@@ -83,4 +80,6 @@ def check_checkpoint(cfg: DictConfig) -> None:
         return
     if not path.is_file():
         raise InputError(f"ckpt_path={cfg.ckpt_path}: {not_found(path)}")
+    asked = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    check_goes_on_with_its_model(cfg, {key for key, _ in keys_of(asked)})
     read_checkpoint(path)

@@ -54,8 +54,14 @@ UnitScalingNode = make_dataclass(
 
 
 def register() -> None:
-    """Makes the schema and the three resolvers known to Hydra; safe to call twice."""
+    """Makes the schema and the resolvers known to Hydra; safe to call twice."""
     ConfigStore.instance().store(group="schema", name="unitscale", node=UnitScalingNode)
     OmegaConf.register_new_resolver("product", lambda a, b: int(a * b), replace=True)
     OmegaConf.register_new_resolver("quotient", lambda a, b: int(a // b), replace=True)
+    OmegaConf.register_new_resolver("at_most_a_tenth", _at_most_a_tenth, replace=True)
     OmegaConf.register_new_resolver("ratio", lambda a, b: float(a) / float(b), replace=True)
+
+
+def _at_most_a_tenth(wanted: int, of: int) -> int:
+    """One at least; what is wanted where `of` is no number of steps (-1 of Lightning: without an end)."""
+    return int(min(wanted, max(1, of // 10)) if of > 0 else wanted)

@@ -8,6 +8,29 @@ LIGHTNING = ("pytorch_lightning", "lightning.pytorch")  # its loggers
 OF_NO_USE = ("\N{ELECTRIC LIGHT BULB} Tip", "TPU available", "HPU available")  # advertising, and hardware that is rare
 
 
+# transformers imports torchao where that is installed, whether a model is quantized or not, and torchao then warns of
+# its own compiled parts and of its own way to register enums.
+OF_TORCHAO = {"torchao": "Failed to load ", "torch.utils._pytree": "is an Enum subclass and is now natively supported"}
+
+
+class Without(logging.Filter):
+    """Leaves out messages with this text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is another one."""
+        return self.text not in record.getMessage()
+
+
+def without_torchao() -> None:
+    """Leaves out these two warnings, and no other, from now on; for commands that make no use of torchao."""
+    for logger, text in OF_TORCHAO.items():
+        logging.getLogger(logger).addFilter(Without(text))
+
+
 class WithoutAdvertising(logging.Filter):
     """Leaves out Lightning's tips for other products."""
 

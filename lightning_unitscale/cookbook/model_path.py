@@ -104,7 +104,7 @@ def _what_is_there(where: Path) -> str:
             "a checkpoint of DeepSpeed; make one file of it first, with convert_zero_checkpoint_to_fp32_state_dict of "
             "pytorch_lightning.utilities.deepspeed"
         )
-    checkpoints = sorted(where.rglob("*.ckpt"))
-    if checkpoints:
-        return f"a folder without config.json; did you mean {checkpoints[-1]}?"
+    below = sorted(where.rglob("*.ckpt")) or sorted(file.parent for file in where.rglob("config.json"))
+    if below:
+        return f"a folder without config.json; did you mean {below[-1]}?"
     return "a folder without config.json or adapter_config.json, so not a model of transformers or peft"

@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.monitor.run_folder import METRICS
 
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "lightning-unitscale")
 # What may differ between a run and its untouched twin: scaling, and what is not training
@@ -28,7 +29,7 @@ def run_facts(cfg: DictConfig, trainer: pl.Trainer, data: str) -> dict[str, str]
 
     Args:
         cfg: of the run.
-        trainer: after it.
+        trainer: before it or after.
         data: what the run was trained on, in words.
     """
     hydra = HydraConfig.get()
@@ -98,7 +99,7 @@ def untouched_twin(folder: Path) -> Path | None:
     for other in sorted(folder.resolve().parent.glob("*/.hydra/config.yaml"), reverse=True):
         twin = other.parents[1]
         settings = _settings(twin)
-        finished = (twin / "report" / "run.json").is_file()
+        finished = (twin / "report" / METRICS).is_file()
         if finished and settings is not None and not settings.pop("unitscale", None) and settings == own:
             return twin
     return None

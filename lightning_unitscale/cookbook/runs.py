@@ -22,14 +22,13 @@ from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
     check_known,
-    check_learning_rate,
-    check_whole_numbers,
     fit_to_context,
 )
 from lightning_unitscale.cookbook.fan_in import initialise_by_fan_in
 from lightning_unitscale.cookbook.heads import class_names
 from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tasks import Task
+from lightning_unitscale.cookbook.wrong_values import check_numbers
 from lightning_unitscale.engine.record.spread_tensors import is_spread
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.namespaces import callbacks_of
@@ -116,10 +115,7 @@ def show(module: Task, batches: DataLoader[Any], folder: Path, settings: dict[st
 
 def check(cfg: DictConfig) -> None:
     """Raises InputError for settings that would fail late or obscurely."""
-    check_whole_numbers(
-        cfg, "trainer.max_steps", "data.batch_size", "task.sequence_length", "model.width", "model.depth"
-    )
-    check_learning_rate(cfg)
+    check_numbers(cfg)
     check_data(cfg)
     width, head_width = cfg.model.get("width", 0), cfg.model.get("head_width", 1)
     if width % head_width:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from shutil import get_terminal_size
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -17,6 +19,11 @@ def new_table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table
     for name in numbers:
         table.add_column(name, justify="right")
     return table
+
+
+def terminal_width() -> int | None:
+    """How many columns a person sees; None where what is printed goes to a file or another program."""
+    return get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def print_and_keep(file: Path, *parts: RenderableType, width: int = 100) -> None:

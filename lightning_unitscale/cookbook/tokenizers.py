@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from lightning_unitscale.cookbook.hub import check_reachable
 from lightning_unitscale.errors import InputError, first_line
 
 BYTES = "bytes"  # the name of `byte_tokenizer()` where a path could stand
@@ -83,6 +84,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     if name in _OWN:
         return _OWN[name]()
+    check_reachable("model.tokenizer", name, "tokenizer_config.json")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_unitscale.cookbook.heads import auto_class, own_head
+from lightning_unitscale.cookbook.hub import check_reachable
 from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.tokenizers import load_tokenizer
 from lightning_unitscale.errors import InputError, first_line
@@ -24,6 +25,7 @@ _SPECIAL_CHANGES = ("attn_implementation", "num_labels", "id2label", "label2id",
 
 def from_transformers(name: str, head: str | None, changes: Mapping[str, Any]) -> Pretrained:
     """A model in a folder or on the hub; by default with the head of the architecture in its config."""
+    check_reachable("model.path", name, "config.json")
     try:
         config = AutoConfig.from_pretrained(name)
         check_changes(config, changes)

@@ -1,6 +1,7 @@
 """One self-contained HTML page for a run, made from what lies in the run's folder.
 
-    report/run.json        what was run, how it ended, what the model does with some examples: texts, names of files
+    report/run.json        what was run, how it ended, what the model does with some examples: texts, names of files;
+                           written when the run begins, and again at its end
     report/metrics.json    final numbers
     report/plan.txt        the plan's table
     csv/metrics.csv        Lightning's CSVLogger: curves of loss and learning rate
@@ -32,9 +33,31 @@ from lightning_unitscale.monitor.page import (
     write_page,
 )
 from lightning_unitscale.monitor.readable import readable
-from lightning_unitscale.monitor.run_folder import LOSSES, RunFolder
+from lightning_unitscale.monitor.run_folder import ABOUT, LOSSES, METRICS, RunFolder
 
 IN_WORDS = {"val/loss": "held-out loss", "test/loss": "test loss"}
+
+
+def write_beginning(folder: Path, *, title: str, score: str, facts: Mapping[str, str], before: Path | None) -> None:
+    """What is known of a run when it begins, so that the page of one that was killed says it; see `write_report`.
+
+    The numbers of an earlier run in the same folder are taken away.
+    """
+    report = folder / "report"
+    report.mkdir(parents=True, exist_ok=True)
+    (report / METRICS).unlink(missing_ok=True)
+    _write_about(
+        report,
+        title=title,
+        ending="not ended: it was killed, or is still running",
+        score=score,
+        facts=dict(facts),
+        before=str(before.resolve()) if before else None,
+    )
+
+
+def _write_about(report: Path, **about: Any) -> None:
+    (report / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def write_report(
@@ -68,19 +91,19 @@ def write_report(
     """
     report = folder / "report"
     report.mkdir(parents=True, exist_ok=True)
-    (report / "metrics.json").write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
+    (report / METRICS).write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
     (report / "plan.txt").write_text(plan + "\n", encoding="utf-8")
-    run = {
-        "title": title,
-        "ending": ending,
-        "score": score,
-        "facts": dict(facts or {}),
-        "scaling": scaling,
-        "samples": [{"file": str(one.relative_to(report))} if isinstance(one, Path) else one for one in shown],
-        "untouched": str(untouched.resolve()) if untouched else None,
-        "before": str(before.resolve()) if before else None,
-    }
-    (report / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    _write_about(
+        report,
+        title=title,
+        ending=ending,
+        score=score,
+        facts=dict(facts or {}),
+        scaling=scaling,
+        samples=[{"file": str(one.relative_to(report))} if isinstance(one, Path) else one for one in shown],
+        untouched=str(untouched.resolve()) if untouched else None,
+        before=str(before.resolve()) if before else None,
+    )
     return render_report(folder)
 
 
@@ -115,6 +138,10 @@ def _top(run: RunFolder, beside: RunFolder | None) -> Iterator[str]:
         yield f'<p><span class="ending{early}">{html.escape(ending)}</span></p>'
     if run.score is not None:
         yield f'<p class="verdict">{_outcome(run, beside)}</p>'
+    elif last := run.curves.get(run.about.get("score", "")):
+        step, value = last[-1]
+        name = IN_WORDS.get(run.about["score"], run.about["score"])
+        yield f'<p class="verdict">The last {html.escape(name)}, of step {step}: <b>{readable(value)}</b>.</p>'
     if facts := run.about.get("facts"):
         yield section("What was run", definitions({name: html.escape(value) for name, value in facts.items()}))
     if run.metrics:

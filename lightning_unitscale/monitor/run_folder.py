@@ -13,6 +13,7 @@ from lightning_unitscale.monitor.charts import Curve
 from lightning_unitscale.monitor.snapshot import FILE, Snapshot
 from lightning_unitscale.near_names import not_found
 
+ABOUT, METRICS = "run.json", "metrics.json"  # in `report`; the second is written when the run has ended
 LOSSES = {"train/loss": "training", "val/loss": "held out"}  # columns of the log
 
 
@@ -20,7 +21,7 @@ class RunFolder:
     """What lies in the folder of a run.
 
     Attributes:
-        about: of `write_report`; empty for a run that was stopped before.
+        about: of `write_beginning`, then of `write_report`; empty for a run without either.
         metrics: final numbers by name.
         curves: by column of the log, those of the run that this one goes on from before its own.
         rate: the learning rate by step.
@@ -39,13 +40,14 @@ class RunFolder:
             raise InputError(f"{folder}: {not_found(folder)}")
         report = folder / "report"
         self.folder = folder
-        self.about = _read_json(report / "run.json")
-        self.metrics = _read_json(report / "metrics.json")
+        self.about = _read_json(report / ABOUT)
+        self.metrics = _read_json(report / METRICS)
         self.curves = _read_log(folder / "csv" / "metrics.csv")
         self.snapshots = Snapshot.read(folder / FILE)
-        if not self.curves and not self.snapshots and not self.metrics:
+        if not any((self.about, self.curves, self.snapshots, self.metrics)):
             raise InputError(
-                f"{folder}: not the folder of a run; it has no {FILE}, csv/metrics.csv or report/metrics.json"
+                f"{folder}: not the folder of a run; it has no {FILE}, csv/metrics.csv, report/{ABOUT} or "
+                f"report/{METRICS}"
             )
 
         chain = after | {folder.resolve()}

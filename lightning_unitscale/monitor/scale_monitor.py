@@ -17,6 +17,7 @@ from lightning_unitscale.monitor.scalars import for_progress_bar
 from lightning_unitscale.monitor.snapshot import FILE, Snapshot
 from lightning_unitscale.monitor.updates import copies_of, updates_since
 from lightning_unitscale.namespaces import Callback
+from lightning_unitscale.near_names import suggests_arguments
 from lightning_unitscale.warn_user import warn_user
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class ScaleMonitor(Callback):
         InputError: an argument is wrong (at once), or matplotlib is missing.
     """
 
+    @suggests_arguments
     def __init__(
         self,
         every_n_steps: int = 50,

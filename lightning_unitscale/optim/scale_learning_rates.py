@@ -9,12 +9,14 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.step_scales import FAMILIES
 from lightning_unitscale.engine.runtime.placement import check_placement
 from lightning_unitscale.errors import UnitScalingError
+from lightning_unitscale.near_names import suggests_arguments
 from lightning_unitscale.optim.families import check_family, optimizer_family
 from lightning_unitscale.optim.largest_eta import limit_eta
 from lightning_unitscale.optim.replaced_parameters import warn_of_replaced
 from lightning_unitscale.optim.scaled_step import ScaledStep, changes_steps
 
 
+@suggests_arguments
 def scale_learning_rates(
     optimizer: Optimizer, plan: Plan, *, module: nn.Module | None = None, family: str | None = None
 ) -> ScaledStep:

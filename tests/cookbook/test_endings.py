@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import html
 import json
 import os
 import re
@@ -19,9 +20,10 @@ from hydra import compose, initialize_config_dir
 from support.recipe_runs import run_recipe
 
 from lightning_unitscale import cli
-from lightning_unitscale.cookbook.callbacks import LastCheckpoint
+from lightning_unitscale.cookbook.callbacks import LastCheckpoint, StopWhenDiverged
 from lightning_unitscale.cookbook.checks import validate_before_the_end
 from lightning_unitscale.cookbook.config import register, shipped
+from lightning_unitscale.cookbook.run_report import RunReport, not_learned
 from lightning_unitscale.cookbook.tasks import LanguageModeling
 from lightning_unitscale.cookbook.whole_files import WholeFiles
 
@@ -49,6 +51,68 @@ def test_a_diverged_run_says_so_at_that_step_and_leaves_its_report(tmp_path: Pat
     assert json.loads((folder / "report" / "metrics.json").read_text())["steps"] == int(diverged[1]) < 20
     assert "training diverged" in (folder / "report" / "index.html").read_text()
     assert "train/loss" in (folder / "csv" / "metrics.csv").read_text()
+
+
+def test_a_run_that_learned_nothing_says_so_and_names_a_rate(tmp_path: Path) -> None:
+    settings = [*TINY, "trainer.max_steps=20", "monitor=none"]
+    folder, printed = run_recipe("pretrain", tmp_path, *settings, "optimizer.lr=1", "unitscale=none")
+    said = re.search(r"finished, but next to nothing was learned: the held-out loss is .*, where the first .*", printed)
+    assert said is not None and "and a blind guess has 5.549. " in said[0]  # ln 257
+    assert said[0].endswith("Try another learning rate: optimizer.lr=0.001")
+    assert html.escape(said[0]) in (folder / "report" / "index.html").read_text()
+    _, printed = run_recipe("pretrain", tmp_path, *settings, "optimizer.lr=1e-3", "hydra.run.dir=learned")
+    assert "nothing was learned" not in printed
+
+
+@pytest.mark.parametrize(
+    ("metrics", "first", "steps", "said"),
+    [
+        ({"val/loss": 7.0}, 6.0, 100, "the held-out loss is 7, where the first step's was 6. "),
+        ({"val/loss": 5.99}, 6.0, 100, "the held-out loss is 5.99"),
+        ({"val/loss": 5.5}, 6.0, 100, ""),
+        ({"val/loss": 7.0}, 6.0, 5, ""),  # too short
+        ({"val/loss": 7.0}, None, 100, ""),  # a run of an earlier version goes on
+        ({"test/loss": 2.0, "test/loss, before": 1.5}, 2.0, 100, "the test loss is 2, where it was 1.5 before. "),
+        ({"test/loss": 1.4, "test/loss, before": 1.5}, 1.0, 100, ""),
+    ],
+)
+def test_what_was_learned_is_measured_by_what_was_there(
+    metrics: dict[str, float], first: float | None, steps: int, said: str
+) -> None:
+    watch = StopWhenDiverged(1e-3)
+    watch.first_loss = first
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, callbacks=[watch])
+    trainer.strategy.connect(pl.LightningModule())
+    trainer.strategy.optimizers = [torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])]
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
+    found = not_learned(trainer, metrics)
+    assert (said in found and "optimizer.lr=0.0001" in found) if said else found == ""
+
+
+@pytest.mark.parametrize(
+    ("rate", "better"), [(100.0, 1e-3), (2e-3, 1e-3), (1e-3, 1e-4), (5e-4, 5e-5), (1e-4, 1e-3), (1e-9, 1e-3)]
+)
+def test_the_rate_to_try_is_the_usual_one_or_a_tenth(rate: float, better: float) -> None:
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False)
+    trainer.strategy.optimizers = [torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])]
+    assert StopWhenDiverged(rate).rate_to_try(trainer) == pytest.approx(better)
+
+
+def test_a_run_that_was_killed_has_a_page_with_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunReport, "end", lambda *args, **kwargs: None)  # what a kill does not come to
+    folder, _ = run_recipe("pretrain", tmp_path, *TINY, "trainer.max_steps=3", "trainer.val_check_interval=1")
+    _, printed = run_recipe("report", tmp_path, f"run={folder}", "hydra.run.dir=page")
+    page = (folder / "report" / "index.html").read_text()
+    assert str(folder / "report" / "index.html") in printed
+    assert "not ended: it was killed, or is still running" in page
+    for fact in (
+        "unitscale pretrain ",
+        "peak learning rate 0.001",
+        "tokens in the training data",
+        f"torch {torch.__version__}",
+    ):
+        assert fact in page
+    assert re.search(r"The last held-out loss, of step [23]: <b>\d", page)
 
 
 def test_ctrl_c_is_answered_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -81,6 +145,19 @@ def test_an_interrupted_run_leaves_a_report_and_goes_on_with_its_settings(
     ]
     assert whole.name == "run" and ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_run_goes_on_with_its_own_model_and_a_changed_size_is_named(tmp_path: Path) -> None:
+    run, _ = run_recipe("pretrain", tmp_path, *TINY, "monitor=none")
+    again = ["hydra.run.dir=again", f"ckpt_path={run}"]
+    for change, message in (
+        ("model.width=128", r"model\.width=128, and the run of ckpt_path=.*began with 64\..*leave it out"),
+        ("model.config.hidden_size=32", r"model\.config\.hidden_size=32, and the run of ckpt_path=.* began with 64"),
+        ("model=gpt2", r"model\.\S+=\S+, and the run of ckpt_path="),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run_recipe("pretrain", tmp_path, *again, change)
+    run_recipe("pretrain", tmp_path, *again, "model.attention=eager", "trainer.max_steps=3")  # no size
 
 
 @pytest.mark.slow
@@ -144,7 +221,34 @@ def test_one_setting_makes_a_run_short(recipe: str) -> None:
     assert cfg.trainer.val_check_interval == 40
 
 
+@pytest.mark.parametrize(
+    ("settings", "warm_up"),
+    [
+        ([], 30),
+        (["trainer.max_steps=3000"], 30),
+        (["trainer.max_steps=50"], 5),
+        (["trainer.max_steps=4"], 1),
+        (["trainer.max_steps=50", "schedule.warmup_steps=40"], 40),
+        (["debug=limit"], 2),
+    ],
+)
+def test_a_short_training_has_a_short_warm_up_unless_one_is_given(settings: list[str], warm_up: int) -> None:
+    register()
+    with initialize_config_dir(str(shipped("conf")), version_base="1.3"):
+        assert compose("pretrain", overrides=settings).schedule.warmup_steps == warm_up
+
+
+def test_a_shorter_warm_up_is_said(tmp_path: Path) -> None:
+    small = ["model.width=32", "model.head_width=32", "model.depth=1", "data.batch_size=2", "task.sequence_length=32"]
+    quick = [*small, "trainer.max_steps=20", "trainer.limit_val_batches=1", "monitor=none", "logger=csv"]
+    _, printed = run_recipe("pretrain", tmp_path, *quick)
+    assert "schedule.warmup_steps=2, at most a tenth of trainer.max_steps" in printed
+    _, printed = run_recipe("pretrain", tmp_path, *quick, "schedule.warmup_steps=5")
+    assert "schedule.warmup_steps=" not in printed
+
+
 def test_the_message_is_not_preceded_by_hydras(tmp_path: Path) -> None:
     command = [sys.executable, "-m", cli.__name__, "pretrain", "model.width=100"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "error: model.width=100" in run.stderr and "Error executing" not in run.stderr, run.stderr
+    assert "torchao" not in run.stderr and "Enum subclass" not in run.stderr  # of packages that it makes no use of

@@ -43,3 +43,17 @@ def test_the_best_is_a_number_by_the_recipes_mode(mode: str, best: str) -> None:
     }
     (line,) = (line for line in summary(Path("runs"), runs, mode).splitlines() if line.endswith("best"))
     assert line.split()[:2] == [best, f"a={best}"]
+
+
+def test_a_run_with_wrong_input_leaves_the_others_running_and_is_named_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    settings = [*QUICK, "logger=csv", "hydra.sweep.dir=runs", "-m", "model.width=32,48,64"]  # heads of 32
+    with pytest.raises(SystemExit, match="error: of these runs 1 failed; what was wrong is said above"):
+        run_recipe("pretrain", tmp_path, *settings)
+    said = capsys.readouterr().err
+    assert re.search(
+        r"error: run 1 \(.*model\.width=48\): model\.width=48 is not a multiple of model\.head_width", said
+    )
+    done = [number for number in ("0", "1", "2") if (tmp_path / "runs" / number / "report" / "metrics.json").is_file()]
+    assert done == ["0", "2"]

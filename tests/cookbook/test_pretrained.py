@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from lightning_unitscale import UnitScaling, remove_unit_scaling
+from lightning_unitscale.cookbook import hub
 from lightning_unitscale.cookbook.model_path import load_pretrained
-from lightning_unitscale.cookbook.tokenizers import BOS, byte_tokenizer
+from lightning_unitscale.cookbook.tokenizers import BOS, byte_tokenizer, load_tokenizer
 from lightning_unitscale.engine.plan.plan import plan_of
 from lightning_unitscale.engine.plan.rename import plan_around, plan_inside
 from lightning_unitscale.errors import InputError
@@ -270,3 +271,23 @@ def test_hub_name_offline_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="the Hugging Face hub did not deliver it"):
         load_pretrained("nobody/no-such-model-at-all")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Unreachable:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_session", Unreachable)
+    named = (
+        r"=nobody/nothing: the Hugging Face hub can't be reached \(Name or service not known\), and here there is no"
+    )
+    with pytest.raises(InputError, match=f"model.path{named}"):
+        load_pretrained("nobody/nothing")
+    with pytest.raises(InputError, match=f"model.tokenizer{named}"):
+        load_tokenizer("nobody/nothing")
+    assert len(asked) == 2

@@ -11,7 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from lightning_unitscale.cookbook.arguments import for_hydra
+from lightning_unitscale.cookbook.arguments import for_hydra, single_runs
 from lightning_unitscale.cookbook.help import SHELLS, completions, help_of, options
 
 
@@ -75,6 +75,28 @@ def test_a_run_goes_on_with_its_own_settings_and_those_given_anew(tmp_path: Path
     assert anew == {"experiment": "tiny", "data": "topics", "optimizer.lr": 3, "ckpt_path": str(path)}
     assert for_hydra("finetune", [f"ckpt_path={path}"]) == [f"ckpt_path={path}"]  # another command's run
     assert for_hydra("pretrain", ["ckpt_path=elsewhere/last.ckpt"]) == ["ckpt_path=elsewhere/last.ckpt"]
+
+
+def test_the_folder_of_an_export_stands_for_the_model_in_it(tmp_path: Path) -> None:
+    record(tmp_path / "run", "export")
+    written = tmp_path / "run" / "model"
+    written.mkdir()
+    (written / "config.json").touch()
+    assert for_hydra("inference", [f"model.path={tmp_path / 'run'}"]) == [f"model.path={written}"]
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"  # of a fine-tuning, which has both
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    assert for_hydra("inference", [f"model.path={tmp_path / 'run'}"]) == [f"model.path={checkpoint}"]
+
+
+def test_each_value_of_a_multirun_is_in_a_single_run() -> None:
+    runs = list(single_runs(["a=1", "b=2,3", "c=range(0,3)", "d=interval(0,1)", "e=[1,2]"]))
+    assert runs == [
+        ["a=1", "b=2", "c=0", "e=[1,2]"],
+        ["a=1", "b=3", "c=0", "e=[1,2]"],
+        ["a=1", "b=2", "c=1", "e=[1,2]"],
+        ["a=1", "b=2", "c=2", "e=[1,2]"],
+    ]
 
 
 # --- help and the Tab key ---------------------------------------------------------------------------------------------

@@ -10,8 +10,16 @@ from support.training import Language, assert_same_state, batches, build, fit, t
 from support.zoo import Batch, next_token_batch
 from torch import Tensor, nn
 
-from lightning_unitscale import UnitScaling, UnitScalingError, load_checkpoint, scale_learning_rates, unit_scale
+from lightning_unitscale import (
+    ScaleMonitor,
+    UnitScaling,
+    UnitScalingError,
+    load_checkpoint,
+    scale_learning_rates,
+    unit_scale,
+)
 from lightning_unitscale.engine.plan.plan import plan_of
+from lightning_unitscale.near_names import near_glob
 from lightning_unitscale.strategy import UnitScalingDDPStrategy, UnitScalingStrategy
 
 DOORS = {
@@ -66,10 +74,14 @@ def test_one_glob_may_stand_alone() -> None:
 
 
 def test_unknown_option_names() -> None:
-    with pytest.raises(TypeError, match="storrage"):
-        UnitScaling(storrage="unit")
-    with pytest.raises(TypeError, match="storrage"):
-        UnitScalingStrategy(storrage="unit")
+    for door in (*DOORS.values(), UnitScalingDDPStrategy):
+        with pytest.raises(TypeError, match=r"unexpected keyword argument 'storrage'\. Did you mean storage\?"):
+            door(storrage="unit")
+    with pytest.raises(TypeError, match=r"'every_steps'\. Did you mean every_n_steps\?"):
+        ScaleMonitor(every_steps=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"'famly'\. Did you mean family\?"):
+        scale_learning_rates(None, None, famly="adam")  # type: ignore
+    UnitScalingDDPStrategy(bucket_cap_mb=3)  # torch's, which Lightning does not know by name
     with pytest.raises(UnitScalingError, match=r"optimizer_family='adamw' is not known; choose one of 'adam', 'sgd'"):
         UnitScaling(optimizer_family="adamw")
 
@@ -86,6 +98,18 @@ def refuses(folder: Path, module: pl.LightningModule, message: str, *callbacks: 
 @pytest.mark.parametrize("options", [{"skip": ["heed*"]}, {"overrides": {"heed*": {"lr_multiplier": 2.0}}}])
 def test_a_glob_that_matches_nothing(tmp_path: Path, options: dict[str, Any]) -> None:
     refuses(tmp_path, build(), r"heed\*", UnitScaling(**options))
+
+
+def test_a_glob_is_corrected_by_a_part_of_a_name_too() -> None:
+    names = ["model.layers.0.mlp.gate_proj.weight", "model.layers.0.self_attn.q_proj", "lm_head"]
+    for glob, meant in (
+        ("gatte", "*.gate_proj"),
+        ("*gatte*", "*.gate_proj"),
+        ("heed", "lm_head"),
+        ("lm_haed", "lm_head"),
+    ):
+        assert near_glob(glob, names) == f"Did you mean {meant!r}?"
+    assert near_glob("zzz", names).startswith("It has model.layers.0.mlp.gate_proj.weight, ")
 
 
 class Unscalable(Language):

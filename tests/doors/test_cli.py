@@ -17,8 +17,11 @@ from support.fresh_python import run_python
 from lightning_unitscale import ScaleMonitor, cli
 from lightning_unitscale.cookbook import config
 from lightning_unitscale.cookbook.arguments import wrong_path
+from lightning_unitscale.cookbook.help import composed, options
+from lightning_unitscale.cookbook.wrong_values import check_values
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.near_names import not_found
+from lightning_unitscale.schemes import SCHEMES
 
 CONF = config.shipped("conf")
 GROUPS = ("model", "data", "task", "optimizer", "unitscale", "monitor", "trainer", "logger", "experiment")
@@ -142,6 +145,17 @@ ASIDE += "except SystemExit as error: print(error)\nprint('heavy:', 'torch' in s
         (["pretrain", "+experiment=tny"], "Did you mean tiny?"),
         (["pretrain", "hydra/launcher=submitit"], "Of a plugin of Hydra? Then it is not installed."),
         (["pretrain", "tiny"], "tiny: settings are given as key=value"),
+        (["pretrain", "optimizer.lr=abc"], "optimizer.lr=abc must be a positive number"),
+        (["pretrain", "trainer.max_steps=-5"], "trainer.max_steps=-5 must be a positive whole number"),
+        (["pretrain", "model.width=0"], "model.width=0 must be a positive whole number"),
+        (["pretrain", "data.workers=many"], "data.workers=many must be a number; its default is 0"),
+        (["finetune", "test_before=1"], "test_before=1 must be true or false"),
+        (["pretrain", "unitscale.scheme=umupp"], "unitscale.scheme='umupp' is not known; choose one of 'amax', "),
+        (["pretrain", "unitscale.format=fp9"], "unitscale.format='fp9' is not known; choose one of 'fp8', "),
+        (["pretrain", "unitscale.storage=fold"], "unitscale.storage='fold' is not known"),
+        (["pretrain", "unitscale.lr_units=umpu"], "unitscale.lr_units='umpu' is not known"),
+        (["pretrain", "-m", "optimizer.lr=1e-3,abc", "model.width=64,128"], "optimizer.lr=abc must be a positive"),
+        (["pretrain", "model.width=64,0", "-m"], "model.width=0 must be a positive whole number"),
     ],
 )
 def test_what_is_not_there_is_named_with_what_is_near_before_torch_is_imported(
@@ -154,6 +168,24 @@ def test_what_is_not_there_is_named_with_what_is_near_before_torch_is_imported(
     said = run_python("-c", ASIDE.format(words=words))
     assert message.replace("HERE", str(tmp_path)) in said
     assert said.rstrip().endswith("heavy: False")
+
+
+@pytest.mark.parametrize("command", [name for name in cli.commands() if (CONF / f"{name}.yaml").is_file()])
+def test_what_the_files_say_is_not_wrong(command: str) -> None:
+    for group, names in options(command).items():
+        for name in names if group != "hparams_search" else ():  # of a plugin
+            overrides = [f"{group}={name}"]
+            check_values(command, composed(command, overrides), overrides)
+
+
+def test_words_that_the_trainer_knows_beside_numbers_are_left_to_it() -> None:
+    overrides = ["trainer.devices=auto", "trainer.val_check_interval=00:10:00", "trainer.deterministic=warn"]
+    check_values("pretrain", composed("pretrain", overrides), overrides)
+
+
+def test_the_schemes_that_the_files_have_are_all_there_are() -> None:
+    for scheme in SCHEMES:
+        check_values("pretrain", composed("pretrain", [f"unitscale.scheme={scheme}"]), [])
 
 
 def test_paths_that_are_there_patterns_and_names_of_the_hub_are_left_to_their_readers(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lightning_unitscale.cookbook.data.utf16 import looks_like_utf16, without_utf16
+from lightning_unitscale.cookbook.hub import check_reachable
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.near_names import not_found
 from lightning_unitscale.warn_user import warn_user
@@ -111,6 +112,7 @@ def hugging_face(
     except ImportError as error:
         raise InputError("data=hf needs the `datasets` package: pip install 'lightning-unitscale[hub]'") from error
 
+    check_reachable("data.name", name, None)
     documents: dict[str, bytes] = {}
     try:
         for number, row in enumerate(load_dataset(name, config, split=split, streaming=True).take(max_documents)):

@@ -134,7 +134,12 @@ class TokenText(pl.LightningDataModule):
         parts = {"training": self.training.tokens, "validation": self.validation.tokens, "test": self.test.tokens}
         if self.test is self.validation:
             parts = {"training": self.training.tokens, "validation (also test)": self.validation.tokens}
-        return {f"{part} tokens": int((tokens != self.boundary).sum()) for part, tokens in parts.items()}
+        return {f"tokens in the {part} data": int((tokens != self.boundary).sum()) for part, tokens in parts.items()}
+
+    def seen(self, batches: int) -> dict[str, int]:
+        """How many tokens so many batches of the training predict, on all processes; crops may overlap."""
+        tokens = batches * self.options["batch_size"] * self.training.sequence_length * processes()
+        return {"tokens seen in training": tokens}
 
     def train_dataloader(self) -> ContinuingLoader:
         """Random crops, in the order that the seed gives."""

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lightning_unitscale.cookbook.checks import check_known, check_whole_numbers
+from lightning_unitscale.cookbook.checks import check_known
 from lightning_unitscale.cookbook.jobs.job import Job
 from lightning_unitscale.cookbook.learning_rates.findings import best_of
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun
@@ -19,6 +19,7 @@ from lightning_unitscale.cookbook.quality.step_time import StepTime
 from lightning_unitscale.cookbook.runs import plain
 from lightning_unitscale.cookbook.sweeps.results import Result
 from lightning_unitscale.cookbook.sweeps.sweep import LossCurve, Outcome
+from lightning_unitscale.cookbook.wrong_values import check_whole_numbers
 from lightning_unitscale.errors import InputError, UnitScalingError
 
 

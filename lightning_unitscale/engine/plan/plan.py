@@ -172,15 +172,16 @@ class Plan:
             for name, parameter in self.parameters.items()
         }
 
-    def summary(self, rows: int | None = None) -> str:
+    def summary(self, rows: int | None = None, width: int | None = None) -> str:
         """The plan as a table; layers that repeat are one row with their count.
 
         Args:
             rows: at most so many rows (default: all).
+            width: at most so many columns of text, where names allow it (default: as many as it needs).
         """
         from lightning_unitscale.engine.plan.summary import summarize
 
-        return summarize(self, rows)
+        return summarize(self, rows, width)
 
     def explain(self, name: str) -> str:
         """Why a parameter or a site has the numbers it has: every factor with its cause and source.

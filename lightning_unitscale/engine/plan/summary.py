@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection, Sequence
 from io import StringIO
+from typing import Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,13 +20,26 @@ from lightning_unitscale.engine.plan.site import Site
 _NUMBER = re.compile(r"(?<![^.:])\d+(?![^.:])")
 _WIDTH = 1000  # as wide as it needs: names are never cut
 _REMARK = 60
+_LEAST_ROOM = 20  # for names; a terminal that has less wraps the lines itself
+_LESS = ("count", "remark")  # what a table that is too wide leaves out
+_COLUMNS = {  # whether it holds numbers
+    "site": False,
+    "count": True,
+    "role": False,
+    "multiplier": True,
+    "kept in": False,
+    "format": False,
+    "learning rate ×": True,
+    "remark": False,
+}
 
 
-def summarize(plan: Plan, rows: int | None = None) -> str:
-    """The plan as text, names in full; `rows` limits the number of site rows.
+def summarize(plan: Plan, rows: int | None = None, width: int | None = None) -> str:
+    """The plan as text, names in full; `rows` limits the number of site rows, `width` the columns of text.
 
     Sites of layers that repeat are one row, `layers.*.mlp`; where rows of different rules would be called the same, the
-    numbers stand there, `layers.{0-2,5}.mlp`.
+    numbers stand there, `layers.{0-2,5}.mlp`. A table that is too wide has its names on several lines, and its remarks
+    below it.
     """
     groups: dict[tuple[str, ...], list[Site]] = {}
     for site in plan.sites:
@@ -40,42 +55,67 @@ def summarize(plan: Plan, rows: int | None = None) -> str:
             remark,
         )
         groups.setdefault(key, []).append(site)
-    table = Table(box=SIMPLE_HEAD)
-    casts = any(site.format or site.format_reason for site in plan.sites)
-    columns = ["site", "count", "role", "multiplier", "kept in", "format", "learning rate ×", "remark"]
-    for column in columns if casts else [column for column in columns if column != "format"]:
-        number = column in ("count", "multiplier", "learning rate ×")
-        table.add_column(
-            column, justify="right" if number else "left", max_width=_REMARK if column == "remark" else None
-        )
     alike = Counter(name for name, *_ in groups)
     lr = plan.lr_multipliers
+    cells: list[tuple[str, ...]] = []
     for (name, role, multiplier, kept, format, remark), sites in list(groups.items())[:rows]:
         rates = sorted({lr[key] for site in sites for key in site.params[:1] if key in lr})
         rate = " … ".join(dict.fromkeys(f"{r:.3g}" for r in (rates[:1] + rates[-1:])))
         shown = _called([site.name for site in sites], starred=alike[name] == 1)
-        table.add_row(shown, str(len(sites)), role, multiplier, kept, *([format] if casts else []), rate, remark)
+        cells.append((shown, str(len(sites)), role, multiplier, kept, format, rate, remark))
     placed = {name for site in plan.sites for key in site.params for name in key.names}
     for reason, names in _by_reason(plan, placed).items():
-        table.add_row(
-            f"{names[0]}{' …' if len(names) > 1 else ''}",
-            str(len(names)),
-            "unused",
-            "",
-            "-",
-            *([""] if casts else []),
-            "",
-            reason,
-        )
+        first = f"{names[0]}{' …' if len(names) > 1 else ''}"
+        cells.append((first, str(len(names)), "unused", "", "-", "", "", reason))
     text = StringIO()
-    console = Console(file=text, width=_WIDTH, color_system=None)
-    console.print(headline(plan))
-    console.print(table)
+    console = Console(file=text, width=width or _WIDTH, color_system=None)
+    console.print(headline(plan), soft_wrap=True)
+    left_out = () if any(site.format or site.format_reason for site in plan.sites) else ("format",)
+    table = _table(cells, left_out)
+    if width is None or console.measure(table, options=console.options.update(width=_WIDTH)).maximum <= width:
+        console.print(table)
+    else:
+        without = (*_LESS, *left_out)
+        beside = _table([("", *rest) for _, *rest in cells], without)
+        room = max(_LEAST_ROOM, width - console.measure(beside).maximum + len("site"))
+        narrow = _table([(_on_lines(name, room), *rest) for name, *rest in cells], without)
+        Console(file=text, width=_WIDTH, color_system=None).print(narrow)
+        for name, *_, remark in cells:
+            if remark:
+                console.print(f"{name}: {remark}")
     if rows is not None and len(groups) > rows:
         console.print(f"… and {len(groups) - rows} more rows")
     for note in plan.notes:
-        console.print(f"note: {note}")
+        console.print(f"note: {note}", soft_wrap=True)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def _table(rows: Sequence[Sequence[str]], left_out: Collection[str]) -> Table:
+    """Rows of cells in the order of `_COLUMNS`."""
+    table = Table(box=SIMPLE_HEAD)
+    for column, is_number in _COLUMNS.items():
+        if column not in left_out:
+            width = _REMARK if column == "remark" else None
+            justify: Literal["left", "right"] = "right" if is_number else "left"
+            table.add_column(column, justify=justify, max_width=width, no_wrap=column != "remark")
+    for row in rows:
+        table.add_row(*(cell for column, cell in zip(_COLUMNS, row, strict=True) if column not in left_out))
+    return table
+
+
+def _on_lines(name: str, room: int) -> str:
+    """Broken behind dots and before the operation, and within a word that is longer than `room` alone."""
+    lines = [""]
+    for part in re.findall(r"[^.:]+(?:\.\*)?\.?|:[^.]*", name):
+        if lines[-1].strip() and len(lines[-1]) + len(part) > room:
+            lines.append("  ")
+        while len(lines[-1]) + len(part) > room:
+            cut = room - len(lines[-1])
+            lines[-1] += part[:cut]
+            part = part[cut:]
+            lines.append("  ")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def _called(names: list[str], starred: bool) -> str:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -450,6 +451,19 @@ def test_summary_shows_every_site_and_reason(name: str) -> None:
 
 def count_scaled(plan: Plan) -> int:
     return sum(not parameter.reason for parameter in plan.parameters.values())
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_a_summary_fits_a_terminal_and_loses_no_name(width: int) -> None:
+    _, plan = prepared(zoo.CASES["llama-sdpa"])
+    head, *lines = plan.summary(width=width).splitlines()
+    assert max(map(len, lines)) <= width and head == plan.summary().splitlines()[0]
+    names = "".join(re.split(r" {2,}", line.strip())[0] for line in lines)  # the first cells, which may be broken
+    for name in ("q_proj", "k_proj", "v_proj", "gate_proj"):
+        assert re.search(rf"model\.layers\.\S+{name}:linear", names)
+    squeezed = "".join(plan.summary(width=width).split())
+    assert all("".join(site.reason.split()) in squeezed for site in plan.sites)
+    assert plan.summary(width=1000) == plan.summary()
 
 
 def test_summary_of_a_deep_model_is_short() -> None:
