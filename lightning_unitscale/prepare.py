@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_unitscale.engine.checks.beside import warn_of_code_beside
-from lightning_unitscale.engine.checks.calibration import check_device
+from lightning_unitscale.engine.checks.calibration import check_device, warn_of_no_casts
 from lightning_unitscale.engine.checks.first_loss import is_far_above, loudest_sites, with_less
 from lightning_unitscale.engine.checks.first_step import Average, FirstStep, measure_first_step
 from lightning_unitscale.engine.checks.gradients_taken import GradientsTaken, take_gradients
@@ -97,6 +97,7 @@ class _Preparation:
         trace, fullest = record_draws(self.module, self.step, self.trainer, self.agree, taken)
         plan = self._plan(trace, fullest)
         check_device(self.module, plan)
+        warn_of_no_casts(self.module, plan)
         kept = kept_copies(self.module, plan, trace, self.trainer)
         refuse_kept_state_dicts(self.module, plan, self.trainer)
         warn_of_code_beside(self.module, plan, trace)

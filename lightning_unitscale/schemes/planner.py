@@ -85,7 +85,7 @@ def _plan_from(draft: Draft, rules: LocalSchemes) -> Plan:
     _hand_over_to_readings(plan)
 
     resolve(plan, draft.options.storage)
-    rates.set_readouts()
+    rates.set_ends()
     rules.check_all_heard()
     return plan
 

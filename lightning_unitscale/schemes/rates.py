@@ -1,7 +1,9 @@
 """Learning rates: the scheme's own, and the step relative to itself that each weight had in the untouched model.
 
 With `lr_units="standard"` a weight keeps its relative step, whatever the scheme's rate: a step of η changes a weight of
-RMS r by η / r of itself. Readouts have the scheme's step at the η that this is for the hidden weights.
+RMS r by η / r of itself. Readouts have the scheme's step at the η that this is for the hidden weights, and embeddings
+at least that: an embedding drawn at RMS 1 beside matrices at fan_in^-½ (T5, torch's own) hardly moves by the user's
+rate, and where the scheme makes branches and outputs smaller it must.
 """
 
 from __future__ import annotations
@@ -105,20 +107,27 @@ class LearningRates:
             beyond = sibling.causes["relative_lr"][1:]
             parameter.set_constant("relative_lr", [self._relative_step(parameter.initial_rms, use), *beyond])
 
-    def set_readouts(self) -> None:
-        """With lr_units="standard": the scheme's step at the hidden weights' η; without any, or from zero, its own."""
+    def set_ends(self) -> None:
+        """With lr_units="standard": readouts have the scheme's step at the hidden weights' η, embeddings no smaller one.
+
+        A readout of a model without hidden weights, or that starts from zero, keeps its own.
+        """
         if self.rules.scheme.on_top:
             return
         zeros = self.weights.zeros
         scaled = [p for p in self.plan.parameters.values() if p.initial_rms and not p.reason]
         etas = [p.relative_lr / p.unit_lr for p in scaled if p.role == "hidden" and p.name not in zeros]
+        cause = f"mean η of {len(etas)} hidden weights for a rate of 1"
+        mean = [Factor(geometric_mean(etas), cause, STANDARD)] if etas else []
         for parameter in self.plan.parameters.values():
-            if parameter.role != "readout" or parameter.reason:
+            if parameter.reason or parameter.role not in ("readout", "embedding"):
                 continue
-            if etas and parameter.name not in zeros:
-                eta = Factor(geometric_mean(etas), f"mean η of {len(etas)} hidden weights for a rate of 1", STANDARD)
-                parameter.set_constant("relative_lr", [eta, *parameter.causes.get("unit_lr", [])])
-            else:
+            at_mean = [*mean, *parameter.causes.get("unit_lr", [])]
+            if mean and parameter.name not in zeros:
+                less = parameter.relative_lr < mean[0].value * parameter.unit_lr
+                if parameter.role == "readout" or (less and parameter.initial_rms):
+                    parameter.set_constant("relative_lr", at_mean)
+            elif parameter.role == "readout":
                 own = Factor(1 / abs(parameter.multiplier), "1 / multiplier: the step that it had", STANDARD)
                 parameter.set_constant("relative_lr", [own])
 

@@ -224,6 +224,18 @@ def check_device(module: nn.Module, plan: Plan) -> None:
             )
 
 
+def warn_of_no_casts(module: nn.Module, plan: Plan) -> None:
+    """Say so where a format was asked for, and no matmul is cast."""
+    if plan.options["format"] is None or plan.cast_sites:
+        return
+    reasons = dict.fromkeys(f"{site.name}: {site.format_reason}" for site in plan.sites if site.format_reason)
+    why = "; ".join(list(reasons)[:3]) or "no matmul has a weight"
+    warn_user(
+        f"unit scaling: format={plan.options['format']!r} casts nothing in {type(module).__name__}, which runs in the "
+        f"compute dtype ({why})."
+    )
+
+
 def _report_non_finite(site: Site, operand: str, statistics: Statistics, step: int) -> None:
     if statistics.non_finite:
         warn_user(
