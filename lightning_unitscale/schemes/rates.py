@@ -108,7 +108,7 @@ class LearningRates:
             parameter.set_constant("relative_lr", [self._relative_step(parameter.initial_rms, use), *beyond])
 
     def set_ends(self) -> None:
-        """With lr_units="standard": readouts have the scheme's step at the hidden weights' η, embeddings no smaller one.
+        """With lr_units="standard": readouts have the scheme's step at the hidden weights' η, embeddings at least that.
 
         A readout of a model without hidden weights, or that starts from zero, keeps its own.
         """

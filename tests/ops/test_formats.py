@@ -149,7 +149,7 @@ def test_a_power_of_two_off_costs_nothing(dtype: torch.dtype, octaves: tuple[int
     [(torch.float8_e5m2, 0.065, 0.16, 3.7e-4), (torch.float8_e4m3fn, 0.033, 0.08, 0.9e-4)],
 )
 def test_rounding_moves_what_a_softmax_settles_at(dtype: torch.dtype, shift: float, most: float, loss: float) -> None:
-    """What casting a readout costs at any scale: p - y is 0 on average over y where p is right, and its rounded values are not."""
+    """What a cast readout costs at any scale: p - y averages 0 over y where p is right, its rounded values do not."""
     p = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
     of_one, of_zero = (cast(g, dtype, 16.0).double() / 16 for g in (p - 1, p))
     variance = p * (1 - p)
