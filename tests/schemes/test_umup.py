@@ -101,16 +101,19 @@ def test_in_standard_units_the_embedding_has_its_own_relative_step_times_the_rat
 
 @pytest.mark.parametrize("drawn", [1.0, 0.02])
 def test_in_standard_units_an_embedding_steps_at_least_at_the_hidden_weights_eta(drawn: float) -> None:
-    """Of T5 or torch's own, at RMS 1, it would hardly move: a rate of 1 is η = √fan_in / RMS for hidden weights."""
+    """Of T5 or torch's own, at RMS 1, it would hardly move.
+
+    A rate of 1 is η = √fan_in / RMS for hidden weights; an embedding's step is η / √fan_out.
+    """
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(TOKENS, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, TOKENS))
+    model = nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, VOCAB))
     nn.init.normal_(model[0].weight, std=drawn)
     nn.init.normal_(model[1].weight, std=0.5)
     rms = model[0].weight.square().mean().sqrt().item(), model[1].weight.square().mean().sqrt().item()
-    tokens = torch.arange(TOKENS)
+    tokens = torch.arange(VOCAB)
     plan = unit_scale(model, lambda m: F.cross_entropy(m(tokens), tokens), lr_units="standard")
-    embedding, eta = plan.parameters["0.weight"], WIDTH**0.5 / rms[1]
-    assert embedding.relative_lr == pytest.approx(max(1 / rms[0], eta), rel=0.05)  # sixteenths of an octave
+    embedding, at_eta = plan.parameters["0.weight"], WIDTH**0.5 / rms[1] / WIDTH**0.5
+    assert embedding.relative_lr == pytest.approx(max(1 / rms[0], at_eta), rel=0.05)  # sixteenths of an octave
     assert ("hidden weights" in embedding.causes["relative_lr"][0].cause) == (drawn == 1.0)
 
 
