@@ -86,6 +86,9 @@ def main() -> None:
     sys.path.insert(0, str(script.parent))  # as `python recipes/<command>.py` does
     try:
         runpy.run_path(str(script), run_name="__main__")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _end_unread()
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}. The recipes' own packages: pip install 'lightning-unitscale[recipes]'")
 
@@ -95,7 +98,18 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes as it exits
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Of what is printed from now on, and of what Python flushes as it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _end_unread() -> NoReturn:
+    """As a program ends that SIGPIPE ended."""
+    _drop_output()
+    sys.exit(128 + 13)
 
 
 def _traceback_wanted() -> bool:
@@ -153,6 +167,8 @@ class _Job:
             result = self.task(cfg)
             log.debug("finished: %s", result)
             return result
+        except BrokenPipeError:
+            _end_unread()
         except Exception as error:
             log.debug("failed", exc_info=True)
             if (message := _explain(error, self.config_name)) and not self.traceback_wanted and _others_go_on():

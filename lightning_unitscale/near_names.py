@@ -93,7 +93,7 @@ def not_found(path: str | Path) -> str:
     where = typed_path(path)
     if where.exists():
         return "it is a folder, and a file is needed" if where.is_dir() else "it is a file, and a folder is needed"
-    message = f"no such file or folder (looked in {Path.cwd()})"
+    message = "no such file or folder" + ("" if where.is_absolute() else f" (looked in {Path.cwd()})")
     there = next(parent for parent in where.absolute().parents if parent.exists())
     missing, *below = where.absolute().relative_to(there).parts
     names = sorted(entry.name for entry in there.iterdir()) if there.is_dir() else []

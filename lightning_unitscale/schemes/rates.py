@@ -89,7 +89,8 @@ class LearningRates:
             note = f"{use.key} is drawn with RMS {rms:.1g}: its learning rate is that of {smallest:.1g}"
             self.plan.notes.append(note)
         rate = _rounded(1 / max(rms, smallest))
-        return Factor(rate, f"1 / initial RMS {max(rms, smallest):.4g}: the relative step that it had", STANDARD)
+        cause = f"1 / initial RMS {max(rms, smallest):.4g}, to 1/16 of an octave: the relative step that it had"
+        return Factor(rate, cause, STANDARD)
 
     def keep_own_steps(self, models: Mapping[str, str]) -> None:
         """What takes the rule of a sibling keeps the relative step that it had itself.

@@ -23,7 +23,8 @@ def main(cfg: DictConfig) -> float:
         if plan := getattr(callback, "plan", None):
             print(plan.summary())
     loss = float(trainer.validate(module, data, verbose=False)[0]["val/loss"])
-    print(f"held-out loss {loss:.3f} nats per byte; checkpoint {trainer.checkpoint_callback.best_model_path}")
+    kept = trainer.checkpoint_callback
+    print(f"held-out loss {loss:.3f} nats per byte; checkpoint {kept.best_model_path or kept.last_model_path}")
     return loss
 
 

@@ -1,5 +1,7 @@
 """`unitscale explain`: what the plan in a checkpoint says, and clear errors."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,3 +75,15 @@ def test_what_is_wrong_is_one_message(
     said = explain(*(argument.format(path=checkpoint[0]) for argument in arguments))
     assert said.startswith("error: ")
     assert message in said
+
+
+def test_a_reader_that_closes_the_pipe_ends_it_without_a_traceback(
+    checkpoint: tuple[Path, Plan], tmp_path: Path
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lightning_unitscale.cli", "explain", f"ckpt_path={checkpoint[0]}"]
+    with os.fdopen(write, "w") as pipe:
+        ended = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 128 + 13
