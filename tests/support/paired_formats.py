@@ -7,14 +7,13 @@ weights and sees the same examples, with a format and without.
 
     python -m support.paired_formats job models steps formats seed        # language 16 300 fp8,fp8-head,x-o-down 2
 
-A format may be one of `OPERANDS_ALONE`. `+head` casts the layers of that name too, `-down` leaves them out. For each
+A format may be one of `OPERANDS_ALONE`. `-down` leaves out the layers of that name. For each
 two losses are printed, less that without a format: with the casts, and of the same weights without them, which is what
 came about in training.
 """
 
 from __future__ import annotations
 
-import re
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -245,20 +244,15 @@ def held_out(job: Job, module: nn.Module, models: int) -> Tensor:
     ]).mean(0)  # fmt: skip
 
 
-def changes(name: str | None) -> tuple[str | None, dict[str, dict[str, str | None]]]:
-    """ "fp8+head-down" as a format and overrides."""
-    format, *rest = re.split("([+-])", name or "")
-    signs, layers = rest[::2], rest[1::2]
-    return format or None, {
-        f"*{layer}.weight": {"format": format if sign == "+" else None}
-        for sign, layer in zip(signs, layers, strict=True)
-    }
+def changes(name: str | None) -> tuple[str | None, dict[str, dict[str, None]]]:
+    """ "fp8-head-down" as a format and overrides."""
+    format, *left_out = (name or "").split("-")
+    return format or None, {f"*{layer}.weight": {"format": None} for layer in left_out}
 
 
 def main(job_name: str, models: int, steps: int, names: list[str], seed: int) -> None:
     for name, numbers in OPERANDS_ALONE.items():
-        kept = formats.FORMATS["fp8"].kept_roles
-        formats.FORMATS[name], LOW_COSINE[name] = formats.Format(name, *numbers, kept_roles=kept), 0.9
+        formats.FORMATS[name], LOW_COSINE[name] = formats.Format(name, *numbers), 0.9
     options.FORMAT_NAMES = (*options.FORMAT_NAMES, *OPERANDS_ALONE)
     job = JOBS[job_name]()
     plain = trained(job, models, steps, None, seed).losses
