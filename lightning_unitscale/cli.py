@@ -53,7 +53,7 @@ Every setting can be overridden by its name (Hydra):
   unitscale pretrain --help                                 list parts and settings
   unitscale pretrain --cfg job                              print the settings of this run
 The Tab key completes all of it: eval "$(unitscale completion bash)"; also zsh, fish.
-Errors are shown as one message; HYDRA_FULL_ERROR=1 adds the traceback."""
+Errors are shown as one message; HYDRA_FULL_ERROR=1 adds the traceback. Status: 1 an error, 3 training diverged, 130 Ctrl-C."""
 WITH_TORCHAO = ("fp8_benchmark", "passes")  # which measure it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -17,7 +17,7 @@ with the temperature T (`lightning_unitscale.cookbook.tasks.distillation` says w
 
 from __future__ import annotations
 
-import sys
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.callbacks import BestCheckpoint, Interrupted, LastCheckpoint
+from lightning_unitscale.cookbook.callbacks import BestCheckpoint, LastCheckpoint
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
@@ -38,7 +38,7 @@ from lightning_unitscale.cookbook.checks import (
 from lightning_unitscale.cookbook.distillation_results import DistillationResults
 from lightning_unitscale.cookbook.inference.evaluation import around
 from lightning_unitscale.cookbook.run_report import RunReport
-from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer
+from lightning_unitscale.cookbook.runs import callback_of, fit, leave, new_trainer
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.cookbook.tasks.distillation import check_distillation
 from lightning_unitscale.cookbook.teacher import check_fits, get_teacher, new_student
@@ -66,7 +66,10 @@ def main(cfg: DictConfig) -> float:
     for name, taught in (("student alone", False), ("student with teacher", True)):
         if name not in results:
             student = new_student(cfg, teacher, classes, taught=taught)
-            results.add(name, student.model, train(cfg, name, student, data, folder / name.replace(" ", "_")))
+            scores = train(cfg, name, student, data, folder / name.replace(" ", "_"))
+            if not scores:
+                return math.inf
+            results.add(name, student.model, scores)
     results.show()
     print(f"{time.perf_counter() - begin:.0f} s; checkpoints and logs in {folder}")
     return float(results.rows["student with teacher"]["loss"])
@@ -85,7 +88,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig, name: str, student: Task, data: pl.LightningDataModule, folder: Path) -> Mapping[str, float]:
-    """One student from its initial weights, or its last checkpoint; returns its test scores at its best one."""
+    """One student from its initial weights, or its last checkpoint; returns its test scores at its best one, none if it was stopped."""
     cfg = cfg.copy()
     cfg.folder = str(folder)
     unitscale = instantiate(cfg.unitscale) if cfg.unitscale else None
@@ -99,7 +102,7 @@ def train(cfg: DictConfig, name: str, student: Task, data: pl.LightningDataModul
         (scores,) = trainer.test(student, data, ckpt_path=best.best_model_path, verbose=False)
     report.end(unitscale, stopped, scores)
     if stopped:
-        sys.exit(130 if isinstance(stopped, Interrupted) else 1)
+        leave(trainer, stopped)
     return scores
 
 

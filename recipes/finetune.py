@@ -17,7 +17,6 @@ score is kept, tested, and written as a folder for plain transformers.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.callbacks import BestCheckpoint, Interrupted
+from lightning_unitscale.cookbook.callbacks import BestCheckpoint
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
@@ -35,7 +34,7 @@ from lightning_unitscale.cookbook.checks import (
     validate_before_the_end,
 )
 from lightning_unitscale.cookbook.run_report import RunReport
-from lightning_unitscale.cookbook.runs import callback_of, fit, new_trainer, plain, show
+from lightning_unitscale.cookbook.runs import callback_of, fit, leave, new_trainer, plain, show
 from lightning_unitscale.cookbook.starting_point import module_around, scaling_of, starting_point
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.cookbook.transformers_folder import write_folders
@@ -79,9 +78,8 @@ def main(cfg: DictConfig) -> float:
     if trainer.is_global_zero:
         metrics["seconds"] = round(time.perf_counter() - begin, 1)
         report.end(unitscale, stopped, metrics, shown)
-    if isinstance(stopped, Interrupted):
-        sys.exit(130)
     if stopped:
+        leave(trainer, stopped)
         return math.nan
     if trainer.is_global_zero:
         print(f"best checkpoint {best.best_model_path}")

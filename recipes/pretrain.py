@@ -12,7 +12,6 @@ The model and its LightningModule know nothing of unit scaling: the callback doe
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,12 +21,21 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from lightning_unitscale.cli import recipe
-from lightning_unitscale.cookbook.callbacks import Interrupted
 from lightning_unitscale.cookbook.checks import say_shorter_warm_up
 from lightning_unitscale.cookbook.data.ngrams import counted_loss
 from lightning_unitscale.cookbook.data.token_text import TokenText
 from lightning_unitscale.cookbook.run_report import RunReport
-from lightning_unitscale.cookbook.runs import callback_of, check, fit, module_and_data, new_trainer, plain, show
+from lightning_unitscale.cookbook.runs import (
+    callback_of,
+    check,
+    diverged_at_its_end,
+    fit,
+    leave,
+    module_and_data,
+    new_trainer,
+    plain,
+    show,
+)
 from lightning_unitscale.cookbook.tasks import Task
 from lightning_unitscale.engine.record.spread_tensors import number_of_elements
 from lightning_unitscale.monitor import ScaleMonitor, Snapshot, measure
@@ -56,6 +64,7 @@ def main(cfg: DictConfig) -> float:
         (scores,) = trainer.validate(module, data, verbose=False)
         if cfg.task.get("test_part", True):  # else the test is on the text of the validation
             scores = {**scores, **trainer.test(module, data, verbose=False)[0]}
+        stopped = diverged_at_its_end(trainer, cfg.optimizer.lr, scores["val/loss"])
     if trainer.is_global_zero:
         if unitscale and cfg.monitor and (monitor := callback_of(trainer, ScaleMonitor)).last:
             untouched(cfg, module, data, monitor.last.format).append_to(monitor.file)
@@ -64,8 +73,8 @@ def main(cfg: DictConfig) -> float:
         batches = trainer.global_step * trainer.accumulate_grad_batches
         seen = data.seen(batches) if isinstance(data, TokenText) else {}
         report.end(unitscale, stopped, {**scores, **counted_loss(data), **sizes, **seen, **seconds}, shown)
-    if isinstance(stopped, Interrupted):
-        sys.exit(130)
+    if stopped:
+        leave(trainer, stopped)
     return math.inf if stopped else scores["val/loss"]
 
 

@@ -122,24 +122,28 @@ class StopWhenDiverged(pl.Callback):
         """
         loss, self._loss = float(self._loss), torch.zeros(())
         if trainer.strategy.reduce_boolean_decision(not math.isfinite(loss), all=False):
-            raise Diverged(
-                f"training diverged: the loss of step {trainer.global_step} is {loss}. Try a smaller learning rate: "
-                f"optimizer.lr={min(self.learning_rate / 10, self._usual(trainer)):g}"
-            )
+            raise diverged(trainer, self.learning_rate, f"the loss of step {trainer.global_step}", loss)
         if self.first_loss is None and trainer.global_step == 0:
             self.first_loss = loss
 
     def rate_to_try(self, trainer: pl.Trainer) -> float:
         """The usual rate in place of one that is far from it, else a tenth."""
-        usual = self._usual(trainer)
+        usual = usual_rate(trainer)
         return usual if not usual / 10 < self.learning_rate <= usual else self.learning_rate / 10
 
-    def _usual(self, trainer: pl.Trainer) -> float:
-        """The rate that is usual for these units and this optimizer."""
-        plans = [c.plan for c in callbacks_of(trainer) if isinstance(c, UnitScaling)]
-        if any(plan is not None and plan.lr_units == "umup" for plan in plans):
-            return 1.0
-        return 0.1 if isinstance(trainer.optimizers[0], torch.optim.SGD) else 1e-3
+
+def diverged(trainer: pl.Trainer, learning_rate: float, what: str, loss: float) -> Diverged:
+    """What to say of a loss that is no number, and what to do."""
+    rate = min(learning_rate / 10, usual_rate(trainer))
+    return Diverged(f"training diverged: {what} is {loss}. Try a smaller learning rate: optimizer.lr={rate:g}")
+
+
+def usual_rate(trainer: pl.Trainer) -> float:
+    """The learning rate that is usual for these units and this optimizer."""
+    plans = [c.plan for c in callbacks_of(trainer) if isinstance(c, UnitScaling)]
+    if any(plan is not None and plan.lr_units == "umup" for plan in plans):
+        return 1.0
+    return 0.1 if isinstance(trainer.optimizers[0], torch.optim.SGD) else 1e-3
 
 
 class LastCheckpoint(Checkpoint):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,12 +13,20 @@ import hydra
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ProgressBar
 from torch.utils.data import DataLoader
 
-from lightning_unitscale.cookbook.callbacks import Diverged, Interrupted, LastCheckpoint, Stopped, StopWhenDiverged
+from lightning_unitscale.cookbook.callbacks import (
+    Diverged,
+    Interrupted,
+    LastCheckpoint,
+    Stopped,
+    StopWhenDiverged,
+    diverged,
+)
 from lightning_unitscale.cookbook.checks import (
     check_checkpoint,
     check_data,
@@ -34,6 +43,8 @@ from lightning_unitscale.errors import InputError
 from lightning_unitscale.namespaces import callbacks_of
 
 AnyCallback = TypeVar("AnyCallback", bound=pl.Callback)
+
+DIVERGED, INTERRUPTED = 3, 130  # exit statuses, told in recipes/README.md
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Any training
@@ -83,6 +94,30 @@ def fit(
     except Stopped as stopped:
         return stopped
     return None
+
+
+def diverged_at_its_end(trainer: pl.Trainer, learning_rate: float, held_out: float) -> Diverged | None:
+    """What to say of a training whose own losses were numbers, where the held-out loss of its end is none."""
+    if math.isfinite(held_out):
+        return None
+    return diverged(trainer, learning_rate, f"the held-out loss after step {trainer.global_step}", held_out)
+
+
+def leave(trainer: pl.Trainer, stopped: Stopped) -> None:
+    """Ends a run that was stopped, once all of it is written.
+
+    As one run of several a divergence is a result, and the others go on. Processes beside the first end as others do:
+    where one of them fails, Lightning kills the first.
+
+    Raises:
+        SystemExit: with status 130 after Ctrl-C, 3 after a divergence.
+    """
+    if not trainer.is_global_zero:
+        return
+    if isinstance(stopped, Interrupted):
+        sys.exit(INTERRUPTED)
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        sys.exit(DIVERGED)
 
 
 def show(module: Task, batches: DataLoader[Any], folder: Path, settings: dict[str, Any]) -> list[str | Path]:
@@ -191,9 +226,9 @@ def train_base(settings: Sequence[str], file: Path) -> float:
     except Interrupted:
         again = shlex.join(["unitscale", "pretrain", *settings, f"ckpt_path={unfinished}"])
         print(f"\nstopped; what was trained is kept. To finish it, and then to start from its checkpoint: {again}")
-        sys.exit(130)
-    except Diverged as diverged:
-        raise InputError(f"{file.stem}: {diverged}") from diverged
+        sys.exit(INTERRUPTED)
+    except Diverged as error:
+        raise InputError(f"{file.stem}: {error}") from error
     trainer.save_checkpoint(file, weights_only=False)
     unfinished.unlink(missing_ok=True)
     return float(trainer.callback_metrics["val/loss"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import html
 import json
+import math
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
+from support.finetuning import TEXT
 from support.recipe_runs import run_recipe
 
 from lightning_unitscale import cli
@@ -24,6 +26,7 @@ from lightning_unitscale.cookbook.callbacks import LastCheckpoint, StopWhenDiver
 from lightning_unitscale.cookbook.checks import validate_before_the_end
 from lightning_unitscale.cookbook.config import register, shipped
 from lightning_unitscale.cookbook.run_report import RunReport, not_learned
+from lightning_unitscale.cookbook.runs import DIVERGED
 from lightning_unitscale.cookbook.tasks import LanguageModeling
 from lightning_unitscale.cookbook.whole_files import WholeFiles
 
@@ -43,14 +46,41 @@ def press_ctrl_c_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_diverged_run_says_so_at_that_step_and_leaves_its_report(tmp_path: Path) -> None:
-    folder, printed = run_recipe("pretrain", tmp_path, *TINY, "optimizer.lr=1e9", "trainer.max_steps=20")
-    diverged = re.search(r"training diverged: the loss of step (\d+) is nan", printed)
+    with pytest.raises(SystemExit) as end:
+        run_recipe("pretrain", tmp_path, *TINY, "optimizer.lr=1e9", "trainer.max_steps=20")
+    assert end.value.code == DIVERGED == 3
+    folder = tmp_path / "run"
+    page = (folder / "report" / "index.html").read_text()
+    diverged = re.search(r"training diverged: the loss of step (\d+) is nan", page)
     assert diverged is not None
-    assert "optimizer.lr=0.001" in printed  # not a tenth of 1e9
-    assert "--- sample 1" in printed
+    assert "optimizer.lr=0.001" in page  # not a tenth of 1e9
+    assert '<pre class="sample">' in page
     assert json.loads((folder / "report" / "metrics.json").read_text())["steps"] == int(diverged[1]) < 20
-    assert "training diverged" in (folder / "report" / "index.html").read_text()
     assert "train/loss" in (folder / "csv" / "metrics.csv").read_text()
+
+
+def test_a_run_whose_last_step_diverged_says_so_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LanguageModeling, "validation_step", lambda module, *_: module.log("val/loss", math.nan))
+    with pytest.raises(SystemExit) as end:
+        run_recipe("pretrain", tmp_path, *TINY, "monitor=none")
+    assert end.value.code == DIVERGED
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "training diverged: the held-out loss after step 2 is nan. Try a smaller" in page
+
+
+def test_of_several_runs_one_that_diverged_is_a_result(tmp_path: Path) -> None:
+    several = ["-m", "optimizer.lr=1e9,1e-3", "hydra.sweep.dir=runs"]
+    _, printed = run_recipe("pretrain", tmp_path, *TINY, "trainer.max_steps=5", "monitor=none", *several)
+    assert re.search(r"0  optimizer\.lr=1000000000\.0 +inf\n  1  optimizer\.lr=0\.001 +\d.*best", printed)
+
+
+@pytest.mark.slow
+def test_fine_tuning_that_diverged_has_its_report_and_that_status(tmp_path: Path) -> None:
+    run_recipe("pretrain", tmp_path, *TINY, "monitor=none", "hydra.run.dir=base")
+    with pytest.raises(SystemExit) as end:
+        run_recipe("finetune", tmp_path, *TEXT, "model.path=base", "optimizer.lr=1e9", "trainer.max_steps=20")
+    assert end.value.code == DIVERGED
+    assert "training diverged: the loss of step" in (tmp_path / "run" / "report" / "index.html").read_text()
 
 
 def test_a_run_that_learned_nothing_says_so_and_names_a_rate(tmp_path: Path) -> None:
