@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import errno
 import functools
-import importlib.util
 import logging
 import math
 import os
-import re
 import runpy
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lightning_unitscale.cookbook.arguments import MULTIRUN, for_hydra, single_runs, wrong_path
 from lightning_unitscale.cookbook.config import register, shipped
-from lightning_unitscale.cookbook.help import commands, completion, composed, help_of
+from lightning_unitscale.cookbook.help import commands, completion, composed, help_of, is_for
 from lightning_unitscale.cookbook.logs import without_torchao
 from lightning_unitscale.cookbook.wrong_values import check_values
 from lightning_unitscale.errors import InputError, UnitScalingError
+from lightning_unitscale.hydra_plugin.messages import chain, errors_passed_on, in_words, traceback_wanted
 from lightning_unitscale.near_names import did_you_mean
 
 Task = Callable[[DictConfig], Any]
@@ -53,7 +52,8 @@ Every setting can be overridden by its name (Hydra):
   unitscale pretrain --help                                 list parts and settings
   unitscale pretrain --cfg job                              print the settings of this run
 The Tab key completes all of it: eval "$(unitscale completion bash)"; also zsh, fish.
-Errors are shown as one message; HYDRA_FULL_ERROR=1 adds the traceback. Status: 1 an error, 3 training diverged, 130 Ctrl-C."""
+Errors are shown as one message; HYDRA_FULL_ERROR=1 adds the traceback.
+Exit status: 1 an error, 3 training diverged, 130 Ctrl-C."""
 WITH_TORCHAO = ("fp8_benchmark", "passes")  # which measure it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -112,10 +112,6 @@ def _end_unread() -> NoReturn:
     sys.exit(128 + 13)
 
 
-def _traceback_wanted() -> bool:
-    return os.environ.get("HYDRA_FULL_ERROR", "0") != "0"
-
-
 def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
     """Turns `main(cfg)` into a command configured by `conf/<config_name>.yaml`."""
 
@@ -125,23 +121,19 @@ def recipe(config_name: str) -> Callable[[Task], Callable[[], None]]:
             register()
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # Lightning 2.6 on torch 2.13
             warnings.filterwarnings("ignore", message="The dirpath has changed")  # each run has a folder of its own
-            traceback_wanted = _traceback_wanted()
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes errors on instead of printing them
             sys.argv[1:] = for_hydra(config_name, sys.argv[1:])
-            job = _Job(task, config_name, traceback_wanted)
+            with errors_passed_on() as whole:
+                job = _Job(task, config_name, traceback_wanted=whole)
 
-            @functools.wraps(task)  # by whose module Hydra names the job
-            def run(cfg: DictConfig) -> Any:
-                return job.run(cfg)
+                @functools.wraps(task)  # by whose module Hydra names the job
+                def run(cfg: DictConfig) -> Any:
+                    return job.run(cfg)
 
-            try:
-                hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=config_name)(run)()
-                job.say_failed()
-            except Exception as error:
-                job.give_up(error)
-            finally:
-                if not traceback_wanted:
-                    del os.environ["HYDRA_FULL_ERROR"]
+                try:
+                    hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=config_name)(run)()
+                    job.say_failed()
+                except Exception as error:
+                    job.give_up(error)
 
         return entry
 
@@ -221,7 +213,7 @@ def _wrong_setting(command: str, arguments: Sequence[str]) -> str | None:
     """
     settings = [argument for argument in arguments if argument not in MULTIRUN]
     has_flags = any(argument.startswith("-") for argument in settings)
-    if has_flags or _traceback_wanted() or not (shipped("conf") / f"{command}.yaml").is_file():
+    if has_flags or traceback_wanted() or not (shipped("conf") / f"{command}.yaml").is_file():
         return None
     if unequal := [argument for argument in settings if "=" not in argument and not argument.startswith("~")]:
         return f"{unequal[0]}: settings are given as key=value; those of this command: unitscale {command} --help"
@@ -235,69 +227,18 @@ def _wrong_setting(command: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _explain(error: BaseException, config_name: str) -> str | None:
+def _explain(error: BaseException, command: str) -> str | None:
     """One message for an error in what the user asked for; None for a defect of the program."""
-    causes = list(_chain(error))
+    causes = list(chain(error))
     full = next((cause for cause in causes if isinstance(cause, OSError) and cause.errno in FULL), None)
-    make_room = " Make room, and go on with ckpt_path=<the run's last checkpoint>" if full is not None else ""
-    for cause in causes:
-        if isinstance(cause, (InputError, UnitScalingError)):
-            return f"{cause}{make_room}"
-    if full is not None:
-        where = f" ({full.filename})" if full.filename else ""
-        return f"{full.strerror}{where}: what was being written is not there, earlier files are whole.{make_room}"
-    if isinstance(error, InstantiationException):
-        gone = re.search(r"Error locating target '(\S+)'.*full_key: ((\w+)\S*)", str(error), re.DOTALL)
-        return _gone_target(*gone.groups()) if gone else str(error)
-    if not isinstance(error, (HydraException, OmegaConfBaseException)):
-        return None
-    message = "\n".join(dict.fromkeys(str(cause).strip() for cause in causes))
-    if option := re.search(r"Could not find '(\S+)/([^/']+)'", message):
-        return _unknown_option(*option.groups())
-    if missing := re.search(r"Missing mandatory value: (\S+)", message):
-        return f"{missing[1]} has no value; give one: {missing[1]}=..."
-    if key := re.search(r"Could not override '(\S+)'", message):
-        return _unknown_key(key[1], config_name)
-    return message
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _unknown_option(group: str, name: str) -> str:
-    options = sorted(file.stem for file in (shipped("conf") / group).glob("*.yaml"))
-    if not options:
-        return f"{group}={name} is not known. Of a plugin of Hydra? Then it is not installed."
-    return f"{group}={name} is not known; choose one of {', '.join(options)}.{did_you_mean(name, options)}"
-
-
-def _gone_target(target: str, key: str, group: str) -> str:
-    package = target.partition(".")[0]
-    try:
-        known = importlib.util.find_spec(package) is not None
-    except ValueError:  # in sys.modules, but without a spec
-        known = False
-    if not known:
-        return (
-            f"{key} needs the package {package}, which is not installed: pip install {package}; or choose {group}=..."
-        )
-    return (
-        f"{key}._target_={target} can't be imported. If it comes from a run of an earlier version, choose what it was "
-        f"then anew: {group}=..."
-    )
-
-
-def _unknown_key(key: str, config_name: str) -> str:
-    """Looks for near matches where the path leaves the default configuration."""
-    node: Any = composed(config_name)
-    known, *rest = "", *key.split(".")
-    while rest and isinstance(node, DictConfig) and rest[0] in node:
-        known, node = f"{known}{rest[0]}.", node._get_node(rest.pop(0))
-    hint = did_you_mean(rest[0], map(str, node), known) if rest and isinstance(node, DictConfig) else ""
-    return f"there is no setting {key} here.{hint} (A new one is added with +{key}=...)"
+    message = in_words(error, functools.partial(is_for, command))
+    if full is None:
+        return message
+    make_room = " Make room, and go on with ckpt_path=<the run's last checkpoint>"
+    if any(isinstance(cause, (InputError, UnitScalingError)) for cause in causes):
+        return f"{message}{make_room}"
+    where = f" ({full.filename})" if full.filename else ""
+    return f"{full.strerror}{where}: what was being written is not there, earlier files are whole.{make_room}"
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ FORMAT_NAMES = (
 ATTENTION_FORMATS = ("fp8", "fp8_e4m3", "fp16", "bf16")  # of attention's own products: none in blocks
 STORAGES = ("folded", "unit")
 LR_UNITS = ("standard", "umup")
+OPTIMIZER_FAMILIES = ("adam", "sgd", "muon")  # those of `optim.families` that the package brings
 ROLES = (
     *("embedding", "position", "token", "hidden", "readout", "bias", "norm"),
     *("relative_position", "scale", "other"),

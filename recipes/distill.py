@@ -88,7 +88,10 @@ def check(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig, name: str, student: Task, data: pl.LightningDataModule, folder: Path) -> Mapping[str, float]:
-    """One student from its initial weights, or its last checkpoint; returns its test scores at its best one, none if it was stopped."""
+    """One student from its initial weights, or its last checkpoint; returns its test scores at its best one.
+
+    None if it was stopped.
+    """
     cfg = cfg.copy()
     cfg.folder = str(folder)
     unitscale = instantiate(cfg.unitscale) if cfg.unitscale else None

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from lightning_unitscale.cli import recipe
 from lightning_unitscale.cookbook.inference.recorded_run import recorded_task, task_of
 from lightning_unitscale.cookbook.model_path import load_pretrained
+from lightning_unitscale.cookbook.wrong_values import check_choices
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.export import SUFFIXES, check_output, export, files_of
 
@@ -35,9 +36,8 @@ DTYPES = {
 def main(cfg: DictConfig) -> float:
     """Loads, writes, compares; returns the largest difference of the logits, relative to the largest."""
     begin = time.perf_counter()
-    output = Path(cfg.output or Path(cfg.folder) / f"model{SUFFIXES.get(cfg.format, '')}")
-    if cfg.dtype not in DTYPES:
-        raise InputError(f"dtype={cfg.dtype} is not known; choose one of {', '.join(DTYPES)}")
+    check_choices("export", cfg)
+    output = Path(cfg.output or Path(cfg.folder) / f"model{SUFFIXES[cfg.format]}")
     check_output(output, cfg.format, DTYPES[cfg.dtype])
     transformers.logging.disable_progress_bar()
 

@@ -28,8 +28,8 @@ from lightning_unitscale.cookbook.inference.loading import weight_formats
 from lightning_unitscale.cookbook.inference.prediction import predict_rows
 from lightning_unitscale.cookbook.inference.text import generate_texts
 from lightning_unitscale.cookbook.runs import train_base
+from lightning_unitscale.cookbook.wrong_values import check_choices, check_whole_numbers
 from lightning_unitscale.errors import InputError, UnitScalingError
-from lightning_unitscale.export.fp8_weights import WEIGHT_FORMATS
 
 MODES = {"generate": generate_texts, "chat": chat, "predict": predict_rows, "evaluate": compare_formats}
 
@@ -45,17 +45,10 @@ def main(cfg: DictConfig) -> Any:
 
 def check(cfg: DictConfig) -> None:
     """Raises InputError for settings that would fail late or obscurely."""
-    if cfg.mode not in MODES:
-        raise InputError(f"mode={cfg.mode} is not known; choose from {', '.join(MODES)}")
+    check_choices("inference", cfg)
     if cfg.mode == "predict" and not cfg.output:
         raise InputError("mode=predict needs output=<.jsonl or .parquet>")
-    if not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
-        raise InputError(f"batch_size={cfg.batch_size} must be a positive whole number")
-    if cfg.part not in ("validation", "test"):
-        raise InputError(f"part={cfg.part} is not known; choose validation or test")
-    for name in weight_formats(cfg):
-        if name not in (None, *WEIGHT_FORMATS):
-            raise InputError(f"weights={name} is not known; choose from {', '.join(WEIGHT_FORMATS)}")
+    check_whole_numbers(cfg, "batch_size")
     if cfg.mode != "evaluate" and len(weight_formats(cfg)) > 1:
         raise InputError(f"mode={cfg.mode} takes one weight format; mode=evaluate compares several")
     if cfg.model.path is None and cfg.mode == "predict":

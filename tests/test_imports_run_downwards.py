@@ -18,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. Rooms of one floor may use each other. A file is in the room with the longest name that its own
 # begins with: `engine` is its empty `__init__` alone, and PACKAGE its `__init__`, the list of what users import.
 FLOORS = [
-    ("engine", "hydra_plugin", "on_import"),
+    ("engine", "on_import"),
     ("errors", "near_names", "warn_user", "formats", "block_formats", "options", "namespaces"),
-    ("ops",),
+    ("hydra_plugin", "ops"),
     ("blocks",),
     ("engine.record",),
     ("engine.analysis",),

@@ -100,13 +100,15 @@ def options(command: str) -> dict[str, list[str]]:
     """
     conf = shipped("conf")
     return {
-        group: [file.stem for file in sorted((conf / group).glob("*.yaml")) if _is_for(command, file)]
+        group: [file.stem for file in sorted((conf / group).glob("*.yaml")) if is_for(command, group, file.stem)]
         for group in groups(command)
     }
 
 
-def _is_for(command: str, file: Path) -> bool:
-    for line in file.read_text(encoding="utf-8").splitlines()[:2]:
+def is_for(command: str, group: str, option: str) -> bool:
+    """Whether this command can run that option; what is none of ours may be for any."""
+    file = shipped("conf") / group / f"{option}.yaml"
+    for line in file.read_text(encoding="utf-8").splitlines()[:2] if file.is_file() else ():
         if line.startswith("# unitscale "):
             named = line.removeprefix("# unitscale ").partition(":")[0]
             return not {command, *_runs_of(command)}.isdisjoint(re.split(r", | \| ", named))

@@ -3,7 +3,8 @@
 a word where the default is a number, or neither of true and false where it is one of them
 a size that is no positive whole number, a learning rate that is no positive number
 a size of the model that is not that of the run which goes on
-a node `unitscale` that `UnitScaling` would refuse: an unknown scheme, format, storage, …
+a node `unitscale` that `UnitScaling` would refuse: an unknown scheme, format, storage, … or argument
+a word that is none of those that a setting of the command knows (`CHOICES`)
 
 What only a recipe, a task or a model can tell, they say themselves, later.
 """
@@ -20,12 +21,23 @@ from lightning_unitscale.cookbook.arguments import keys_of
 from lightning_unitscale.cookbook.config import UnitScalingNode, shipped
 from lightning_unitscale.cookbook.help import composed
 from lightning_unitscale.errors import InputError, UnitScalingError
-from lightning_unitscale.near_names import typed_path
-from lightning_unitscale.options import Options, choose
+from lightning_unitscale.near_names import did_you_mean, typed_path
+from lightning_unitscale.options import OPTIMIZER_FAMILIES, Options, choose
 
 SIZES = ("trainer.max_steps", "data.batch_size", "task.sequence_length", "model.width", "model.depth", "patience")
 RATE = "optimizer.lr"
 # Their defaults are numbers, or true and false; "auto", "00:30:00" and "warn" mean something to the Trainer as well.
+CHOICES: dict[str, dict[str, tuple[str, ...]]] = {  # command → setting → what it may be
+    "export": {
+        "format": ("hf", "safetensors", "pt2", "onnx"),
+        "dtype": ("float32", "bfloat16", "float16", "fp8"),
+    },
+    "inference": {
+        "mode": ("generate", "chat", "predict", "evaluate"),
+        "part": ("validation", "test"),
+        "weights": ("float32", "bfloat16", "fp8"),
+    },
+}
 WORDS_TOO = ("trainer.devices", "trainer.val_check_interval", "trainer.deterministic")
 
 
@@ -42,6 +54,7 @@ def check_values(command: str, cfg: DictConfig, overrides: Sequence[str]) -> Non
     """
     check_numbers(cfg, set(_keys(overrides)))
     _check_scaling(cfg)
+    check_choices(command, cfg)
     _check_kinds(command, cfg, overrides)
     check_goes_on_with_its_model(cfg, set(_keys(overrides)))
 
@@ -70,6 +83,18 @@ def check_whole_numbers(cfg: DictConfig, *keys: str) -> None:
         value = OmegaConf.select(cfg, key, default=1)
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{key}={value} must be a positive whole number")
+
+
+def check_choices(command: str, cfg: DictConfig) -> None:
+    """
+    Raises:
+        InputError: a setting of the command, or one of its list, is a word that it does not know.
+    """
+    for key, known in CHOICES.get(command, {}).items():
+        for word in cfg[key] if OmegaConf.is_list(cfg[key]) else [cfg[key]]:
+            if word is not None and word not in known:
+                hint = did_you_mean(str(word), known)
+                raise InputError(f"{key}={word} is not known; choose one of {', '.join(known)}.{hint}")
 
 
 def check_goes_on_with_its_model(cfg: DictConfig, given: Collection[str]) -> None:
@@ -102,9 +127,15 @@ def _check_scaling(cfg: DictConfig) -> None:
     if not OmegaConf.is_dict(node) or node.get("_target_") != UnitScalingNode()._target_:
         return
     settings: Any = OmegaConf.to_container(node, resolve=True)
+    known = [option.name for option in fields(UnitScalingNode)]
+    if unknown := next((key for key in settings if key not in known), None):
+        hint = did_you_mean(unknown, known, "unitscale.")
+        raise InputError(f"unitscale.{unknown}: UnitScaling has no such argument.{hint}")
     try:
         Options(**{option.name: settings[option.name] for option in fields(Options) if option.name in settings})
         choose("scheme", settings["scheme"], sorted(_schemes()))
+        if settings.get("optimizer_family") is not None:
+            choose("optimizer_family", settings["optimizer_family"], OPTIMIZER_FAMILIES)
     except UnitScalingError as error:
         raise InputError(f"unitscale.{error}") from error
 

@@ -25,7 +25,7 @@ class Crops(Dataset[Tensor]):
 
 
 class TextFiles(pl.LightningDataModule):
-    """All files below a folder that match a pattern; the last tenth of the text is held out."""
+    """All files below a folder that match a pattern; the last tenth of each is held out."""
 
     def __init__(self, folder: str | None, pattern: str, length: int, batch_size: int) -> None:
         super().__init__()
@@ -33,16 +33,18 @@ class TextFiles(pl.LightningDataModule):
         self.pattern, self.length, self.batch_size = pattern, length, batch_size
 
     def setup(self, stage: str) -> None:
-        found = b""
+        training, held_out = bytearray(), bytearray()
         for file in sorted(self.folder.glob(self.pattern)):
-            found += file.read_bytes() if file.is_file() else b""
-            if len(found) >= MOST:
+            text = file.read_bytes()[:MOST] if file.is_file() else b""
+            training += text[: 9 * len(text) // 10]
+            held_out += text[9 * len(text) // 10 :]
+            if len(training) >= MOST:
                 break
-        if len(found) < 100 * self.length:
-            raise ValueError(f"too little text in {self.folder}/{self.pattern}: {len(found)} bytes")
-        text = torch.frombuffer(bytearray(found[:MOST]), dtype=torch.uint8)
-        training = 9 * len(text) // 10
-        self.training, self.held_out = Crops(text[:training], self.length), Crops(text[training:], self.length)
+        if len(held_out) < 10 * self.length:
+            raise ValueError(f"too little text in {self.folder}/{self.pattern}: {len(training) + len(held_out)} bytes")
+        self.training, self.held_out = (
+            Crops(torch.frombuffer(part, dtype=torch.uint8), self.length) for part in (training, held_out)
+        )
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(self.training, self.batch_size, shuffle=True)

@@ -10,7 +10,10 @@ import pytorch_lightning as pl
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from lightning_unitscale.hydra_plugin.messages import in_one_message
 
+
+@in_one_message  # what is wrong with a setting, and what may have been meant
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> float:
     """Trains, and returns the held-out loss, which `-m` with a sweeper minimizes."""

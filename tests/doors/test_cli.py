@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,13 @@ from omegaconf import OmegaConf
 from support.fresh_python import run_python
 
 from lightning_unitscale import ScaleMonitor, cli
-from lightning_unitscale.cookbook import config
+from lightning_unitscale.cookbook import config, wrong_values
 from lightning_unitscale.cookbook.arguments import wrong_path
 from lightning_unitscale.cookbook.help import composed, options
 from lightning_unitscale.cookbook.wrong_values import check_values
 from lightning_unitscale.errors import InputError
+from lightning_unitscale.export import SUFFIXES
+from lightning_unitscale.export.fp8_weights import WEIGHT_FORMATS
 from lightning_unitscale.near_names import not_found
 from lightning_unitscale.schemes import SCHEMES
 
@@ -27,10 +30,10 @@ CONF = config.shipped("conf")
 GROUPS = ("model", "data", "task", "optimizer", "unitscale", "monitor", "trainer", "logger", "experiment")
 
 
-def failure(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> str:
-    """The message with which `unitscale pretrain <arguments>` gives up."""
+def failure(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str, command: str = "pretrain") -> str:
+    """The message with which `unitscale <command> <arguments>` gives up."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["unitscale", "pretrain", *arguments])
+    monkeypatch.setattr(sys, "argv", ["unitscale", command, *arguments])
     monkeypatch.setattr(sys, "path", list(sys.path))
     GlobalHydra.instance().clear()
     with pytest.raises(SystemExit) as caught:
@@ -154,6 +157,18 @@ ASIDE += "except SystemExit as error: print(error)\nprint('heavy:', 'torch' in s
         (["pretrain", "unitscale.format=fp9"], "unitscale.format='fp9' is not known; choose one of 'fp8', "),
         (["pretrain", "unitscale.storage=fold"], "unitscale.storage='fold' is not known"),
         (["pretrain", "unitscale.lr_units=umpu"], "unitscale.lr_units='umpu' is not known"),
+        (["pretrain", "unitscale.skip=head"], "unitscale.skip=head must be a list, such as unitscale.skip=[head]"),
+        (["pretrain", "unitscale.overrides=3"], "unitscale.overrides=3 must be names with values, such as"),
+        (["pretrain", "unitscale.verify=maybe"], "unitscale.verify=maybe must be true or false"),
+        (["pretrain", "+unitscale.schem=umup"], "unitscale.schem: UnitScaling has no such argument. Did you mean "),
+        (["pretrain", "unitscale.optimizer_family=adan"], "unitscale.optimizer_family='adan' is not known; choose one"),
+        (["pretrain", "optimiser.lr=1"], "no setting optimiser.lr here. Did you mean optimizer.lr?"),
+        (["pretrain", "modle.width=64"], "no setting modle.width here. Did you mean model.width?"),
+        (["pretrain", "modle.x=64"], "no setting modle.x here. Did you mean model?"),
+        (["export", "model.path=.", "format=onx"], "format=onx is not known; choose one of hf, safetensors, pt2, onnx"),
+        (["export", "model.path=.", "dtype=fp16"], "dtype=fp16 is not known; choose one of float32, bfloat16"),
+        (["inference", "mode=talk"], "mode=talk is not known; choose one of generate, chat, predict, evaluate"),
+        (["inference", "weights=[fp8,int8]"], "weights=int8 is not known; choose one of float32, bfloat16, fp8"),
         (["pretrain", "-m", "optimizer.lr=1e-3,abc", "model.width=64,128"], "optimizer.lr=abc must be a positive"),
         (["pretrain", "model.width=64,0", "-m"], "model.width=0 must be a positive whole number"),
     ],
@@ -176,6 +191,26 @@ def test_what_the_files_say_is_not_wrong(command: str) -> None:
         for name in names if group != "hparams_search" else ():  # of a plugin
             overrides = [f"{group}={name}"]
             check_values(command, composed(command, overrides), overrides)
+
+
+def test_choices_are_those_of_the_code_that_makes_them() -> None:
+    modes, dtypes = (runpy.run_path(str(config.shipped("recipes") / f"{name}.py")) for name in ("inference", "export"))
+    assert {
+        "export": {"format": tuple(SUFFIXES), "dtype": tuple(dtypes["DTYPES"])},
+        "inference": {
+            "mode": tuple(modes["MODES"]),
+            "part": ("validation", "test"),
+            "weights": tuple(WEIGHT_FORMATS),
+        },
+    } == wrong_values.CHOICES
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_misspelt_option_lists_those_that_the_help_has(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said = failure(monkeypatch, tmp_path, "experiment=basline", command=command)
+    assert f"choose one of {', '.join(options(command)['experiment'])}." in said
 
 
 def test_words_that_the_trainer_knows_beside_numbers_are_left_to_it() -> None:

@@ -7,6 +7,7 @@ from support.fresh_python import run_python
 
 from lightning_unitscale import attachments, formats, options
 from lightning_unitscale.engine.plan import state_dict
+from lightning_unitscale.engine.plan.step_scales import FAMILIES
 
 HELP = """
 import sys
@@ -65,3 +66,7 @@ def test_the_marks_of_a_plan_are_the_same() -> None:
 
 def test_formats_have_one_list_of_names() -> None:
     assert tuple(formats.FORMATS) == options.FORMAT_NAMES
+
+
+def test_optimizer_families_have_one_list_of_names() -> None:
+    assert tuple(FAMILIES) == options.OPTIMIZER_FAMILIES

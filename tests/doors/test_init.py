@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,6 +59,42 @@ def test_the_project_takes_files_and_options_of_ones_own(project: Path) -> None:
     (texts / "a.txt").write_text("abc " * 1000)
     own = ["data.folder=texts", 'data.pattern="**/*.txt"', "callbacks.unitscale.format=fp8"]
     assert "fp8" in train(project, *own)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_step=3", "error: there is no setting trainer.max_step here. Did you mean trainer.max_steps"),
+        ("modul.width=3", "error: there is no setting modul.width here. Did you mean module.width?"),
+        ("callbacks=unitscal", "error: callbacks=unitscal is not known; choose one of scale_monitor, unitscale."),
+        ("callbacks.unitscale.scheme=umpu", "error: scheme='umpu' is not known; choose one of "),
+    ],
+)
+def test_a_misspelt_setting_of_the_project_is_named_with_the_near_one(
+    override: str, message: str, project: Path
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "train.py", override]
+    run = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert message in run.stderr and "Traceback" not in run.stderr and "HYDRA_FULL_ERROR" not in run.stderr
+
+
+def test_the_end_of_each_file_is_held_out_from_training(project: Path) -> None:
+    for name in "ab":
+        (project / f"{name}.txt").write_bytes(name.encode() * 90 + name.upper().encode() * 10)
+    data = runpy.run_path(str(project / "data.py"))["TextFiles"](str(project), "*.txt", length=2, batch_size=4)
+    data.setup("fit")
+    assert bytes(data.training.text) == b"a" * 90 + b"b" * 90
+    assert bytes(data.held_out.text) == b"A" * 10 + b"B" * 10
+
+
+def test_what_the_project_holds_out_is_text_to_read(project: Path) -> None:
+    data = runpy.run_path(str(project / "data.py"))["TextFiles"](None, "*.py", length=129, batch_size=16)
+    data.setup("fit")
+    measured = bytes(data.held_out.text[: 20 * 16 * 129]).decode(errors="replace")  # by the project's validations
+    numbers = [line for line in measured.splitlines() if sum(map(str.isdigit, line)) > len(line) / 3 > 3]
+    assert len(numbers) < len(measured.splitlines()) / 100
 
 
 def test_a_folder_with_files_is_left_alone(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
