@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from lightning_unitscale import Plan, UnitScalingError
 from lightning_unitscale.checkpoint import plan_in, read_checkpoint
-from lightning_unitscale.cookbook.arguments import with_last_checkpoint
+from lightning_unitscale.cookbook.arguments import EXPORTED, with_last_checkpoint
 from lightning_unitscale.cookbook.tables import terminal_width
 from lightning_unitscale.errors import InputError
 from lightning_unitscale.near_names import not_found
@@ -37,12 +39,30 @@ def read_plan(path: str) -> Plan:
     """The plan in a checkpoint."""
     if not path:
         raise InputError("say which checkpoint: ckpt_path=<a checkpoint that unit scaling wrote>")
+    if exported := exported_from(Path(path)):
+        raise InputError(
+            f"ckpt_path={path}: exported weights, which are plain and have no plan; explain what they were made from: "
+            f"ckpt_path={exported}"
+        )
     if not Path(path).is_file():
         raise InputError(f"ckpt_path={path}: {not_found(path)}")
     plan = plan_in(read_checkpoint(path))
     if plan is None:
         raise InputError(f"ckpt_path={path}: this checkpoint was written without unit scaling; it has no plan")
     return plan
+
+
+def exported_from(folder: Path) -> str:
+    """What the model of transformers in this folder was made from, as its run recorded; empty where none is there."""
+    model = folder / EXPORTED if (folder / EXPORTED).is_dir() else folder
+    if not (model / "config.json").is_file():
+        return ""
+    run = model.parent
+    if (run / "checkpoints").is_dir():  # of a fine-tuning
+        return str(run)
+    record = run / ".hydra" / "config.yaml"
+    recorded = OmegaConf.select(OmegaConf.load(record), "model.path") if record.is_file() else None
+    return recorded or "<the run or checkpoint>"
 
 
 def matching(plan: Plan, name: str) -> list[str]:

@@ -26,6 +26,7 @@ from lightning_unitscale.cookbook.inference.chat import chat
 from lightning_unitscale.cookbook.inference.evaluation import compare_formats
 from lightning_unitscale.cookbook.inference.loading import weight_formats
 from lightning_unitscale.cookbook.inference.prediction import predict_rows
+from lightning_unitscale.cookbook.inference.recorded_run import debug_of
 from lightning_unitscale.cookbook.inference.text import generate_texts
 from lightning_unitscale.cookbook.runs import train_base
 from lightning_unitscale.cookbook.wrong_values import check_choices, check_whole_numbers
@@ -56,12 +57,20 @@ def check(cfg: DictConfig) -> None:
 
 
 def newest_checkpoint(cfg: DictConfig) -> str:
-    """Of `unitscale pretrain`, the newest that can be used; made now if there is none."""
+    """Of `unitscale pretrain`, the newest that can be used, of a run with debug=… where there is no other.
+
+    It is made now if there is none.
+    """
     found = Path("outputs/pretrain").rglob("checkpoints/last.ckpt")  # of a sweep too
-    for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True):
+    newest = sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)
+    debug = {file: option for file in newest if (option := debug_of(str(file)))}
+    for file in [*(file for file in newest if file not in debug), *debug]:
         if reason := why_unusable(file):
             print(f"passed over {file}: {reason}")
             continue
+        for newer in () if file in debug else newest[: newest.index(file)]:
+            if newer in debug:
+                print(f"passed over {newer}: of a run with debug={debug[newer]}")
         print(f"model {file} (give another with model.path=…)\n")
         return str(file)
     made = Path("outputs/pretrain/small/checkpoints/last.ckpt")

@@ -30,9 +30,17 @@ def progress() -> ProgressBar:
     return StepBar() if console.is_terminal or console.is_jupyter else StepLines()
 
 
-def shown_metrics(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the version of the logger; losses, then other scores (`val/accuracy`), then what the monitor measured."""
-    named = [(name, value) for name, value in found.items() if name != "v_num"]
+def shown_metrics(found: Mapping[str, Any], validated: int) -> dict[str, Any]:
+    """Without the version of the logger; losses, then other scores (`val/accuracy`), then what the monitor measured.
+
+    Args:
+        validated: the step of the last validation, which stands with its scores: `val/loss@100`.
+    """
+    named = [
+        (f"{name}@{validated}" if name.startswith("val/") else name, value)
+        for name, value in found.items()
+        if name != "v_num"
+    ]
     return dict(sorted(named, key=lambda item: ("loss" not in item[0], "/" not in item[0])))
 
 
@@ -41,6 +49,7 @@ class StepBar(RichProgressBar):
 
     def __init__(self) -> None:
         super().__init__(leave=True, theme=RichProgressBarTheme(metrics_format=".4g", metrics_text_delimiter="  "))
+        self._validated = 0
 
     def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
         """A short bar, so that there is room for the scores."""
@@ -90,9 +99,14 @@ class StepBar(RichProgressBar):
         """Steps in place of batches, which begin anew with each epoch and are more than steps under accumulation."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes when it was."""
+        self._validated = trainer.global_step
+        super().on_validation_end(trainer, pl_module)
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Losses first: what does not fit on the line is cut at its end."""
-        return shown_metrics(super().get_metrics(trainer, pl_module))
+        return shown_metrics(super().get_metrics(trainer, pl_module), self._validated)
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"
@@ -105,7 +119,7 @@ class StepLines(ProgressBar):
         super().__init__()
         self.is_enabled = True
         self._begun = self._last = 0.0  # seconds of a clock
-        self._first = self._shown = 0  # steps: where training began, and of the last line
+        self._first = self._shown = self._validated = 0  # steps: where training began, of the last line, of validation
 
     def disable(self) -> None:
         """Lightning calls this in all processes but the first."""
@@ -123,9 +137,13 @@ class StepLines(ProgressBar):
         """A line, if one is due."""
         step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
         if step != self._shown and (left := self._left_if_due(step, steps)) is not None:
-            scores = shown_metrics(self.get_metrics(trainer, pl_module))
+            scores = shown_metrics(self.get_metrics(trainer, pl_module), self._validated)
             numbers = "".join(f"  {name} {value:.4g}" for name, value in scores.items())
             print(f"step {step}/{steps}{numbers}  {left} left", flush=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes when it was."""
+        self._validated = trainer.global_step
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Time is counted from here."""

@@ -77,6 +77,19 @@ def test_what_is_wrong_is_one_message(
     assert message in said
 
 
+def test_an_export_has_no_plan_and_what_it_was_made_from_is_named(explain: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").touch()
+    (tmp_path / "run" / ".hydra").mkdir()
+    (tmp_path / "run" / ".hydra" / "config.yaml").write_text("model: {path: outputs/pretrain/a/checkpoints/last.ckpt}")
+    for folder in ("run", "run/model"):
+        said = explain(f"ckpt_path={tmp_path / folder}")
+        assert "exported weights, which are plain and have no plan" in said
+        assert said.endswith("ckpt_path=outputs/pretrain/a/checkpoints/last.ckpt")
+    (tmp_path / "run" / "checkpoints").mkdir()  # of a fine-tuning
+    assert explain(f"ckpt_path={tmp_path / 'run' / 'model'}").endswith(f"ckpt_path={tmp_path / 'run'}")
+
+
 def test_a_reader_that_closes_the_pipe_ends_it_without_a_traceback(
     checkpoint: tuple[Path, Plan], tmp_path: Path
 ) -> None:

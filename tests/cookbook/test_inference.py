@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -389,6 +390,31 @@ def test_the_newest_checkpoint_that_can_be_used_is_taken(
     shown = capsys.readouterr().out
     assert "cut/checkpoints/last.ckpt: not a readable checkpoint" in shown
     assert "diverged/checkpoints/last.ckpt: its training diverged" in shown
+
+
+def test_the_newest_of_a_run_that_was_meant_comes_before_newer_ones_with_debug(
+    checkpoints: dict[str, Trained],
+    recipe: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for age, (name, debug) in enumerate([("trial", "limit"), ("meant", "null"), ("earlier", "fdr")]):
+        run = tmp_path / "outputs" / "pretrain" / name
+        (run / "checkpoints").mkdir(parents=True)
+        (run / ".hydra").mkdir()
+        (run / ".hydra" / "hydra.yaml").write_text(f"hydra: {{runtime: {{choices: {{debug: {debug}}}}}}}")
+        file = run / "checkpoints" / "last.ckpt"
+        shutil.copy(checkpoints["umup-unit"].path, file)
+        os.utime(file, (1000 - age, 1000 - age))
+    cfg = compose_config("inference")
+    assert recipe.newest_checkpoint(cfg) == "outputs/pretrain/meant/checkpoints/last.ckpt"
+    shown = capsys.readouterr().out
+    assert "passed over outputs/pretrain/trial/checkpoints/last.ckpt: of a run with debug=limit" in shown
+    assert "earlier" not in shown and "model outputs/pretrain/meant/checkpoints/last.ckpt" in shown
+    shutil.rmtree(tmp_path / "outputs" / "pretrain" / "meant")
+    assert "/trial/" in recipe.newest_checkpoint(cfg)
 
 
 def test_without_a_number_of_new_tokens_the_context_is_filled(

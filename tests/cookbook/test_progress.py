@@ -58,6 +58,27 @@ def test_a_file_gets_ten_lines_with_step_loss_and_time_left(capsys: pytest.Captu
     assert all(re.fullmatch(r"step \d+/40  train/loss [\d.e-]+  0:00:0\d left", line) for line in lines)
 
 
+@pytest.mark.parametrize("bar", [False, True])
+def test_scores_of_a_validation_stand_with_its_step(bar: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    class Validated(Line):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.log("val/loss", self.layer(batch).mean(), prog_bar=True)
+
+    shown = StepBar() if bar else StepLines()
+    batches = DataLoader(torch.ones(6, 2), batch_size=2)
+    often = {"val_check_interval": 12, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    trainer = pl.Trainer(max_steps=40, callbacks=[shown], logger=False, enable_checkpointing=False, **often)
+    trainer.fit(Validated(), batches, batches)
+    if bar:
+        assert "val/loss@36" in shown.get_metrics(trainer, trainer.lightning_module)
+        return
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [re.findall(r"val/loss@(\d+) ", line) for line in lines] == [
+        *([], [], []),  # steps 4, 8, 12: a line comes before the validation of its step
+        *(["12"], ["12"], ["12"], ["24"], ["24"], ["24"], ["36"]),
+    ]
+
+
 def test_a_file_gets_ten_lines_of_a_prediction_too(capsys: pytest.CaptureFixture[str]) -> None:
     trainer = pl.Trainer(callbacks=[StepLines()], logger=False, accelerator="cpu")
     trainer.predict(Line(), DataLoader(torch.ones(60, 2), batch_size=2), return_predictions=False)
@@ -119,4 +140,4 @@ def test_the_screen_shows_what_another_package_does_not_show_itself() -> None:
 
 def test_losses_come_before_scores_and_these_before_what_was_measured() -> None:
     found = {"v_num": 0, "x_near_1_%": 100.0, "val/accuracy": 0.5, "val/loss": 1.0}
-    assert list(shown_metrics(found)) == ["val/loss", "val/accuracy", "x_near_1_%"]
+    assert list(shown_metrics(found, 30)) == ["val/loss@30", "val/accuracy@30", "x_near_1_%"]

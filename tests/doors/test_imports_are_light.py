@@ -7,7 +7,7 @@ from support.fresh_python import run_python
 
 from lightning_unitscale import attachments, formats, options
 from lightning_unitscale.engine.plan import state_dict
-from lightning_unitscale.engine.plan.step_scales import FAMILIES
+from lightning_unitscale.optim.families import FAMILIES
 
 HELP = """
 import sys

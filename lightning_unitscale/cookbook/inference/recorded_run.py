@@ -36,6 +36,12 @@ def _record(path: str) -> Path:
     return (where.parents[1] if where.is_file() or is_in_shards(where) else where.parent) / ".hydra"
 
 
+def debug_of(path: str) -> str | None:
+    """The option of the group debug that the model's run had; None for one that was meant."""
+    record = _record(path) / "hydra.yaml"
+    return OmegaConf.select(OmegaConf.load(record), "hydra.runtime.choices.debug") if record.is_file() else None
+
+
 def recorded_task(path: str) -> type[Task] | None:
     """The class of the task that the model's run names; its file may also tell transformers of an architecture."""
     run = recorded_run(path)
