@@ -33,7 +33,7 @@ def run_facts(cfg: DictConfig, trainer: pl.Trainer, data: str) -> dict[str, str]
         data: what the run was trained on, in words.
     """
     hydra = HydraConfig.get()
-    optimizer = cfg.optimizer
+    optimizer, warm_up = cfg.optimizer, cfg.schedule.warmup_steps
     length = cfg.task.get("sequence_length")
     per_step = cfg.data.get("batch_size", "?")
     many = [f"{per_step} examples" + (f" × {length} tokens" if length else "")]
@@ -44,7 +44,7 @@ def run_facts(cfg: DictConfig, trainer: pl.Trainer, data: str) -> dict[str, str]
         "data": data,
         "batch": ", ".join(many),
         "optimizer": f"{optimizer._target_.rpartition('.')[2]}, peak learning rate {optimizer.lr:g}",
-        "schedule": f"{cfg.schedule.warmup_steps} steps of warm-up, then linearly down to {cfg.schedule.final:g} of "
+        "schedule": f"{warm_up} step{'' if warm_up == 1 else 's'} of warm-up, then linearly down to {cfg.schedule.final:g} of "
         f"the peak at step {cfg.schedule.decay_steps}",
         "seed": str(cfg.seed),
         "device": f"{trainer.num_devices} × {_device(trainer)}, precision {cfg.trainer.precision}",

@@ -104,7 +104,7 @@ def _worst(snapshot: Snapshot) -> str:
         ]
         for m in sorted(casts, key=lambda m: m.cast.snr_db)[:WORST]
     ]
-    return table(header, rows)
+    return table(header, rows, texts=2)
 
 
 def _updates(snapshot: Snapshot) -> str:
@@ -121,4 +121,4 @@ def _updates(snapshot: Snapshot) -> str:
         ]
         for update in largest
     ]
-    return table(["parameter", "role", "RMS of update / weight", "alignment", "kurtosis of input"], rows)
+    return table(["parameter", "role", "RMS of update / weight", "alignment", "kurtosis of input"], rows, texts=2)

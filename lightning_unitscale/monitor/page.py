@@ -49,10 +49,19 @@ def section(heading: str, *content: str) -> str:
     return "\n".join((f"<h2>{heading}</h2>", *content))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML; an empty header has no row."""
-    head = "<tr>" + "".join(f"<th>{cell}" for cell in header) if header else ""
-    body = "".join("<tr>" + "".join(f"<td>{cell}" for cell in row) for row in rows)
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
+    """Cells are HTML; an empty header has no row.
+
+    Args:
+        texts: how many of the first columns are of text; numbers stand on the right.
+    """
+
+    def line_of(tag: str, cells: Sequence[str]) -> str:
+        classes = [' class="text"' if place < texts else "" for place in range(len(cells))]
+        return "<tr>" + "".join(f"<{tag}{kind}>{cell}" for kind, cell in zip(classes, cells, strict=True))
+
+    head = line_of("th", header) if header else ""
+    body = "".join(line_of("td", row) for row in rows)
     return f'<div class="wide"><table>{head}{body}</table></div>'
 
 

@@ -133,12 +133,14 @@ def render_report(folder: Path) -> Path:
 
 def _top(run: RunFolder, beside: RunFolder | None) -> Iterator[str]:
     """How it ended and what came out; then what was run, and all numbers."""
-    if ending := run.about.get("ending"):
+    ending = run.about.get("ending", "")
+    if ending:
         early = "" if ending == "finished" else " early"
         yield f'<p><span class="ending{early}">{html.escape(ending)}</span></p>'
-    if run.score is not None:
+    last = run.curves.get(run.about.get("score", ""))
+    if run.score is not None and (ending.startswith("finished") or not last):
         yield f'<p class="verdict">{_outcome(run, beside)}</p>'
-    elif last := run.curves.get(run.about.get("score", "")):
+    elif last:
         step, value = last[-1]
         name = IN_WORDS.get(run.about["score"], run.about["score"])
         yield f'<p class="verdict">The last {html.escape(name)}, of step {step}: <b>{readable(value)}</b>.</p>'
@@ -159,7 +161,7 @@ def _outcome(run: RunFolder, beside: RunFolder | None) -> str:
         words += f"; without unit scaling, otherwise alike: {readable(beside.score)}"
     for other, value in run.metrics.items():
         if other.startswith(f"{name}, of "):
-            words += f"; of {html.escape(other.removeprefix(f'{name}, of '))}: {readable(value)}"
+            words += f"; what {html.escape(other.removeprefix(f'{name}, of '))} give: {readable(value)}"
     return words + "."
 
 

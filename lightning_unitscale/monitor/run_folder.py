@@ -98,4 +98,10 @@ def _read_log(log: Path) -> dict[str, list[tuple[int, float]]]:
                 for column, value in row.items():
                     if value and column not in ("step", "epoch"):
                         curves.setdefault(column, []).append((int(row["step"]), float(value)))
-    return curves
+    return {column: _once(curve) if column.startswith("val/") else curve for column, curve in curves.items()}
+
+
+def _once(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Without the first of two equal ends: Lightning gives a training's last validation one step less than the next."""
+    step, value = curve[-1]
+    return [*curve[:-2], curve[-1]] if curve[-2:-1] == [(step - 1, value)] else curve

@@ -100,7 +100,7 @@ def written(folder: Path, cast: bool, untouched: Path | None = None, score: floa
     write_report(
         folder,
         title="a & b",
-        metrics={"held-out <loss>": score, "held-out <loss>, of counting": 3.25, "steps": 20, "bytes": 1234567},
+        metrics={"held-out <loss>": score, "held-out <loss>, of counted pairs": 3.25, "steps": 20, "bytes": 1234567},
         score="held-out <loss>",
         ending="finished",
         facts={"command": "unitscale pretrain a=<b>", "seed": "1" if cast else "2"},
@@ -148,11 +148,21 @@ def test_page_is_self_contained_and_complete(run: Path) -> None:
 def test_the_page_begins_with_the_outcome_beside_what_to_compare_it_with(tmp_path: Path) -> None:
     untouched = written(tmp_path / "untouched", cast=False, score=2.75)
     page = Page(written(tmp_path / "mine", cast=True, untouched=untouched) / "report" / "index.html")
-    outcome = "Held-out <loss>: 2.5; without unit scaling, otherwise alike: 2.75; of counting: 3.25."
+    outcome = "Held-out <loss>: 2.5; without unit scaling, otherwise alike: 2.75; what counted pairs give: 3.25."
     assert outcome in page.text and page.text.index(outcome) < page.text.index("What was run")
     assert [line["name"] for line in page.charts[0]] == ["training", "held out", "held out, without unit scaling"]
     assert page.charts[0][1]["points"] == [[9, 2.5]]
     assert page.charts[1] == [{"name": "learning rate", "points": [[0, 0.001]], "dashed": False, "thin": False}]
+
+
+def test_the_held_out_loss_of_a_run_that_was_stopped_is_said_to_be_of_its_step(tmp_path: Path) -> None:
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "metrics.csv").write_text("epoch,step,val/loss\n0,9,2.5\n0,19,2.25\n0,20,2.25\n")
+    about = {"title": "a", "metrics": {"val/loss": 2.25}, "plan": "", "score": "val/loss"}
+    page = Page(write_report(tmp_path, ending="training diverged: the loss of step 33 is nan", **about))
+    assert "The last held-out loss, of step 20: 2.25." in page.text
+    assert page.charts[0][0]["points"] == [[9, 2.5], [20, 2.25]]  # step 20 was validated in the training and after it
+    assert "Held-out loss: 2.25." in Page(write_report(tmp_path, **about)).text
 
 
 def test_a_run_that_went_on_begins_with_the_curves_of_the_one_before(tmp_path: Path) -> None:

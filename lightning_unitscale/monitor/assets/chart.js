@@ -26,7 +26,8 @@ function draw(box, series, range) {
     add("line", {x1: L, x2: W - R, y1: Y(v), y2: Y(v), class: "grid"});
     add("text", {x: L - 6, y: Y(v) + 4, "text-anchor": "end"}, round(v));
   }
-  for (const v of ticks(x0, x1)) add("text", {x: X(v), y: H - 12, "text-anchor": v < x1 ? "middle" : "end"}, round(v));
+  for (const v of ticks(x0, x1, 1)) add("text", {x: X(v), y: H - 12, "text-anchor": v < x1 ? "middle" : "end"}, round(v));
+  add("text", {x: L - 16, y: H - 12, "text-anchor": "end"}, "step");
   shown.forEach((points, k) => {
     const s = series[k], path = points.map(p => `${X(p[0]).toFixed(1)},${Y(p[1]).toFixed(1)}`).join(" ");
     add("polyline", {points: path, fill: "none", stroke: colour(k), "stroke-width": s.thin ? 1.2 : 2.4,
@@ -76,8 +77,8 @@ function draw(box, series, range) {
   box.replaceChildren(svg, tip, legend);
 }
 
-function ticks(low, high) {
-  const rough = (high - low) / 5 || 1, power = 10 ** Math.floor(Math.log10(rough));
+function ticks(low, high, least = 0) {
+  const rough = Math.max(least, (high - low) / 5) || 1, power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map(k => k * power).find(size => size >= rough), found = [];
   for (let v = Math.ceil(low / step) * step; v <= high + step / 1e6; v += step) found.push(v);
   return found;
