@@ -6,7 +6,10 @@
     unitscale pretrain experiment=transfer               # learning rates that carry over to other widths
     unitscale pretrain ckpt_path=outputs/pretrain/…      # a run's folder: continue, exactly; other settings kept
 
-The model and its LightningModule know nothing of unit scaling: the callback does all of it.
+The model and its LightningModule know nothing of unit scaling: the callback does all of it. While it trains,
+`val/loss@100` is of the validation after step 100; `x_near_1_%` the share of layers whose input has a root mean square
+within a factor of 4 of 1; with a format `snr_db` is the lowest signal-to-noise ratio of a cast, and `lost_%` the
+largest share of an operand that one loses. recipes/README.md explains all that commands print.
 """
 
 from __future__ import annotations
