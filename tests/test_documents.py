@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+
+from lightning_unitscale.cookbook.help import help_of
+from lightning_unitscale.monitor.scalars import for_progress_bar
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [f"lightning_unitscale/{room}" for room in ("engine", "schemes", "ops", "optim", "blocks")]
@@ -31,3 +35,12 @@ def test_links_lead_somewhere(document: str) -> None:
         file = (path.parent / target).resolve() if target else path
         assert file.exists(), link
         assert not anchor or anchor in anchors(file), link
+
+
+def test_what_the_progress_shows_is_explained_where_one_looks() -> None:
+    shown = re.findall(r'"(\w+(?:_%|_db))"', inspect.getsource(for_progress_bar))
+    assert set(shown) == {"x_near_1_%", "snr_db", "lost_%"}
+    explained = (ROOT / "recipes" / "README.md").read_text()
+    for name in (*shown, "val/loss@100", "val/loss, of counted pairs of tokens"):
+        assert f"| `{name}` |" in explained
+        assert name in explained and (not name.endswith(("%", "db")) or name in help_of("pretrain"))
