@@ -44,8 +44,8 @@ def run_facts(cfg: DictConfig, trainer: pl.Trainer, data: str) -> dict[str, str]
         "data": data,
         "batch": ", ".join(many),
         "optimizer": f"{optimizer._target_.rpartition('.')[2]}, peak learning rate {optimizer.lr:g}",
-        "schedule": f"{warm_up} step{'' if warm_up == 1 else 's'} of warm-up, then linearly down to {cfg.schedule.final:g} of "
-        f"the peak at step {cfg.schedule.decay_steps}",
+        "schedule": f"{warm_up} step{'' if warm_up == 1 else 's'} of warm-up, then linearly down to "
+        f"{cfg.schedule.final:g} of the peak at step {cfg.schedule.decay_steps}",
         "seed": str(cfg.seed),
         "device": f"{trainer.num_devices} × {_device(trainer)}, precision {cfg.trainer.precision}",
         "versions": ", ".join(["Python " + platform.python_version(), *(f"{p} {version(p)}" for p in PACKAGES)]),

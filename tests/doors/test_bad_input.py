@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from support.training import Language, assert_same_state, batches, build, fit, trainer
-from support.zoo import Batch, next_token_batch
+from support.zoo_batches import Batch, next_token_batch
 from torch import Tensor, nn
 
 from lightning_unitscale import (

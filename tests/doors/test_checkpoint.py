@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from support.fresh_python import run_python
 from support.training import ByStep, Language, assert_same_state, batches, build, fit, trainer
-from support.zoo import next_token_batch
+from support.zoo_batches import next_token_batch
 from support.zoo_modules import TiedLanguageModel
 
 from lightning_unitscale import UnitScaling, UnitScalingError, load_checkpoint, remove_unit_scaling, unit_scale

@@ -12,7 +12,8 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy
 from support.processes import run
 from support.training import Wrapped, trainer
-from support.zoo import Batch, default_dtype, next_token_batch
+from support.zoo import default_dtype
+from support.zoo_batches import Batch, next_token_batch
 from support.zoo_modules import LoopExperts
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 from support.processes import TESTS, start
 from support.training import ByStep, Language, batches, build, fit, trainer
-from support.zoo import Batch
+from support.zoo_batches import Batch
 from torch import Tensor
 
 from lightning_unitscale import NonFiniteSteps, UnitScaling, UnitScalingError

@@ -17,7 +17,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from support.flattening import AsItIs, DeepSpeedOnCPU, FSDP1OnCPU
 from support.processes import run
 from support.training import Wrapped, trainer
-from support.zoo import Batch, default_dtype, next_token_batch
+from support.zoo import default_dtype
+from support.zoo_batches import Batch, next_token_batch
 from torch import Tensor
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader

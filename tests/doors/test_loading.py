@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from support.fresh_python import run_python
 from support.training import Language, assert_same_state, batches, build, fit, trainer
-from support.zoo import Batch, next_token_batch
+from support.zoo_batches import Batch, next_token_batch
 from support.zoo_modules import VOCAB
 from torch import Tensor, nn
 from torch.nn import functional as F

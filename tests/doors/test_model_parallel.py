@@ -12,7 +12,8 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from support.by_day import by_night
 from support.processes import run
 from support.training import Wrapped, trainer
-from support.zoo import Batch, default_dtype, next_token_batch
+from support.zoo import default_dtype
+from support.zoo_batches import Batch, next_token_batch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 from support.training import build
-from support.zoo import next_token_batch
+from support.zoo_batches import next_token_batch
 
 from lightning_unitscale import UnitScaling, unit_scale
 from lightning_unitscale.cookbook import config

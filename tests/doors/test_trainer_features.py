@@ -2,7 +2,8 @@
 number.
 
 What no plain loop does has tests of its own: BackboneFinetuning, GANs, averages of models with BatchNorm and the Tuner
-in `test_callback`; resuming in `test_checkpoint`; processes in `test_ddp` and `test_model_parallel`.
+in `test_callback` and `test_callback_beside_others`; resuming in `test_checkpoint`; processes in `test_ddp` and
+`test_model_parallel`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import CombinedLoader
 from support.muon_and_adam import MuonAndAdam
 from support.training import Language, Wrapped, batches, trainer
-from support.zoo import Batch, next_token_batch
+from support.zoo_batches import Batch, next_token_batch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.checkpoint import checkpoint

@@ -11,6 +11,8 @@ import torch
 from support import zoo
 from support.by_day import by_day
 from support.prepared import adamw, build, prepared, train
+from support.zoo_batches import Batch, causal_batch
+from support.zoo_transformers import TOKENS
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -40,12 +42,12 @@ def trained(name: str, storage: str) -> nn.Module:
     return model.eval()
 
 
-def logits(model: nn.Module, batch: zoo.Batch) -> Tensor:
+def logits(model: nn.Module, batch: Batch) -> Tensor:
     with torch.no_grad():
         return model(**{name: tensor for name, tensor in batch.items() if name != "labels" or "decoder" in name}).logits
 
 
-def inputs_of(case: zoo.Case, seed: int) -> zoo.Batch:
+def inputs_of(case: zoo.Case, seed: int) -> Batch:
     batch = case.batch(seed)
     labels = batch.pop("labels")
     if case.name.startswith(("t5", "whisper")):
@@ -96,10 +98,10 @@ def test_only_the_query_part_of_a_packed_weight_changes() -> None:
 
 
 def test_a_readout_whose_input_is_used_elsewhere_is_untied(tmp_path: Path) -> None:
-    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=32, **zoo.TOKENS)
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=32, **TOKENS)
     torch.manual_seed(0)
     model: PreTrainedModel = GPT2DoubleHeadsModel(config)
-    ids = zoo.causal_batch(0)["input_ids"].view(2, 2, 16)  # questions, choices, tokens
+    ids = causal_batch(0)["input_ids"].view(2, 2, 16)  # questions, choices, tokens
 
     def loss(module: nn.Module) -> Tensor:
         output = module(input_ids=ids, labels=ids, mc_labels=torch.tensor([0, 1]))
@@ -172,7 +174,7 @@ def test_exact_outputs_are_those_without_casts_and_the_model_keeps_them() -> Non
 def test_experts_in_a_loop_over_slices_of_one_weight(storage: str, tmp_path: Path) -> None:
     """Which slices are used is up to the data, and those that got no token have their factors too."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=8, **zoo.TOKENS)
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=8, **TOKENS)
     config._experts_implementation = "eager"
     torch.manual_seed(0)
     model: PreTrainedModel = MixtralForCausalLM(config)
@@ -181,7 +183,7 @@ def test_experts_in_a_loop_over_slices_of_one_weight(storage: str, tmp_path: Pat
     assert {plan.roles[f"model.layers.{i}.mlp.experts.down_proj"] for i in (0, 1)} == {"hidden"}
     export(model, tmp_path / "folder")
     loaded = MixtralForCausalLM.from_pretrained(tmp_path / "folder").eval()
-    inputs = zoo.causal_batch(5)
+    inputs = causal_batch(5)
     assert difference(logits(loaded, inputs), logits(model.eval(), inputs)) <= 1e-5
 
 
@@ -291,7 +293,7 @@ def test_programs_of_every_kind_of_model(name: str, format: str, tmp_path: Path)
 
 def test_what_a_format_cannot_hold_is_named(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, **zoo.TOKENS))
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, **TOKENS))
     with pytest.raises(InputError, match=r"format=onnx cannot hold MixtralForCausalLM.*grouped_mm.*hf and safetensors"):
         export(model, tmp_path / "model.onnx", "onnx")
     assert list(tmp_path.iterdir()) == []

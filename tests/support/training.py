@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from support.zoo import Batch, next_token_batch
+from support.zoo_batches import Batch, next_token_batch
 from support.zoo_modules import VOCAB, WIDTH, Block, FeedForward, merge_heads, split_heads
 
 STEPS = 20

@@ -1,6 +1,6 @@
 """Tiny models for tests and tables, each built the same from the same seed.
 
-- ``CASES``: hand-written habits (``zoo_modules.py``) and models from ``transformers``, random weights;
+- ``CASES``: hand-written habits (``zoo_modules.py``) and models of ``transformers`` (``zoo_transformers.py``);
 - ``TWELVE``: the names in ``CASES`` of six transformers models times two attention implementations;
 - ``LIGHTNING_CASES``: LightningModules whose code lives in unusual places (``zoo_lightning.py``);
 - ``UNSEEN``: ten architectures drawn by chance, to try an engine on models nobody wrote it for.
@@ -25,19 +25,37 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from support import zoo_lightning
 from support import zoo_modules as own
+from support.zoo_batches import (
+    BOS,
+    CLASSES,
+    EOS,
+    PAD,
+    VOCAB,
+    Batch,
+    causal_batch,
+    code_loss,
+    image_batch,
+    image_loss,
+    image_reconstruction_loss,
+    masked_batch,
+    next_token_batch,
+    pixels_batch,
+    speech_batch,
+    token_loss,
+    transformers_loss,
+    translation_batch,
+    vector_batch,
+    vector_loss,
+    velocity_loss,
+)
+from support.zoo_transformers import FAMILY_BUILDERS, albert, mixtral
 
-Batch = dict[str, Tensor]
-
-BATCH = 4
-LENGTH = 16
-VOCAB, CLASSES = own.VOCAB, own.CLASSES
-PAD, BOS, EOS = 0, 1, 2
-FIRST_WORD = 3
+FAMILIES = ("gpt2", "llama", "bert", "vit", "t5", "whisper")
+ATTENTION = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
@@ -97,248 +115,6 @@ def loader(case: Case | LightningCase, batches: int) -> DataLoader[Batch]:
     return DataLoader([case.batch(seed) for seed in range(batches)], batch_size=None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _words(generator: torch.Generator, length: int = LENGTH) -> Tensor:
-    return torch.randint(FIRST_WORD, VOCAB, (BATCH, length), generator=generator)
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def next_token_batch(seed: int) -> Batch:
-    """Labels are the inputs moved by one, for models that do not shift them themselves."""
-    ids = _words(_generator(seed), LENGTH + 1)
-    return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
-
-
-def causal_batch(seed: int) -> Batch:
-    ids = _words(_generator(seed))
-    return {"input_ids": ids, "labels": ids}
-
-
-def masked_batch(seed: int) -> Batch:
-    """Every fourth position is to be filled in; the last row is padded by a quarter."""
-    ids = _words(_generator(seed))
-    attention_mask = torch.ones_like(ids)
-    attention_mask[-1, -LENGTH // 4 :] = 0
-    asked = torch.zeros_like(ids, dtype=torch.bool)
-    asked[:, ::4] = True
-    return {
-        "input_ids": ids.masked_fill(asked, EOS).masked_fill(attention_mask == 0, PAD),
-        "attention_mask": attention_mask,
-        "labels": ids.masked_fill(~asked | (attention_mask == 0), -100),
-    }
-
-
-def translation_batch(seed: int) -> Batch:
-    generator = _generator(seed)
-    source, target = _words(generator), _words(generator, LENGTH // 2)
-    attention_mask = torch.ones_like(source)
-    attention_mask[-1, -LENGTH // 4 :] = 0
-    return {
-        "input_ids": source.masked_fill(attention_mask == 0, PAD),
-        "attention_mask": attention_mask,
-        "labels": target,
-    }
-
-
-def speech_batch(seed: int) -> Batch:
-    generator = _generator(seed)
-    return {
-        "input_features": torch.randn(BATCH, 8, 2 * LENGTH, generator=generator),
-        "labels": _words(generator, LENGTH // 2),
-    }
-
-
-def pixels_batch(seed: int, size: int = 16) -> Batch:
-    """Images and classes under the names ``transformers`` gives them."""
-    generator = _generator(seed)
-    return {
-        "pixel_values": torch.randn(BATCH, 3, size, size, generator=generator),
-        "labels": torch.randint(CLASSES, (BATCH,), generator=generator),
-    }
-
-
-def image_batch(seed: int) -> Batch:
-    generator = _generator(seed)
-    return {
-        "image": torch.randn(BATCH, 3, 16, 16, generator=generator),
-        "time": torch.rand(BATCH, generator=generator),
-        "label": torch.randint(CLASSES, (BATCH,), generator=generator),
-    }
-
-
-def vector_batch(seed: int) -> Batch:
-    generator = _generator(seed)
-    return {
-        "x": torch.randn(2 * BATCH, 48, generator=generator),
-        "label": torch.randint(CLASSES, (2 * BATCH,), generator=generator),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def token_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
-
-
-def image_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(model(batch["image"]), batch["label"])
-
-
-def vector_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(model(batch["x"]), batch["label"])
-
-
-def image_reconstruction_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return F.mse_loss(model(batch["image"]), batch["image"])
-
-
-def velocity_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """A flow-matching target that needs no second random draw."""
-    return F.mse_loss(model(batch["image"], batch["time"]), batch["image"].flip(0) - batch["image"])
-
-
-def code_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Calls ``encode`` and ``decode``, never ``forward``."""
-    return F.mse_loss(model.decode(model.encode(batch["x"])), batch["x"])
-
-
-def transformers_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return model(**batch).loss
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The twelve, and two more from transformers
-# ---------------------------------------------------------------------------------------------------------------------
-
-TOKENS = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-FAMILIES = ("gpt2", "llama", "bert", "vit", "t5", "whisper")
-ATTENTION = ("sdpa", "eager")
-
-
-def _gpt2(attention: str, dropout: float) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=32,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        resid_pdrop=dropout,
-        attn_implementation=attention,
-        **TOKENS,
-    )
-    return GPT2LMHeadModel(config)
-
-
-def _llama(attention: str, dropout: float) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        attention_dropout=dropout,
-        attn_implementation=attention,
-        **TOKENS,
-    )
-    return LlamaForCausalLM(config)
-
-
-def _bert(attention: str, dropout: float) -> nn.Module:
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        attn_implementation=attention,
-        **TOKENS,
-    )
-    return BertForMaskedLM(config)
-
-
-def _vit(attention: str, dropout: float) -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=16,
-        patch_size=4,
-        num_labels=CLASSES,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        attn_implementation=attention,
-    )
-    return ViTForImageClassification(config)
-
-
-def _t5(attention: str, dropout: float) -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        relative_attention_num_buckets=8,
-        relative_attention_max_distance=16,
-        dropout_rate=dropout,
-        decoder_start_token_id=PAD,
-        attn_implementation=attention,
-        **TOKENS,
-    )
-    return T5ForConditionalGeneration(config)
-
-
-def _whisper(attention: str, dropout: float) -> nn.Module:
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    config = WhisperConfig(
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        num_mel_bins=8,
-        max_source_positions=LENGTH,
-        max_target_positions=LENGTH,
-        dropout=dropout,
-        attention_dropout=dropout,
-        activation_dropout=dropout,
-        decoder_start_token_id=BOS,
-        begin_suppress_tokens=None,
-        attn_implementation=attention,
-        **TOKENS,
-    )
-    return WhisperForConditionalGeneration(config)
-
-
-_FAMILY_BUILDERS = {"gpt2": _gpt2, "llama": _llama, "bert": _bert, "vit": _vit, "t5": _t5, "whisper": _whisper}
 _FAMILY_BATCHES = {
     "gpt2": causal_batch,
     "llama": causal_batch,
@@ -357,7 +133,7 @@ def family_case(family: str, attention: str, dropout: float = 0.0) -> Case:
     name = f"{family}-{attention}"
     return Case(
         name=name,
-        build=partial(_FAMILY_BUILDERS[family], attention, dropout),
+        build=partial(FAMILY_BUILDERS[family], attention, dropout),
         batch=_FAMILY_BATCHES[family],
         loss=transformers_loss,
         casts_to_float32=name in _FLOAT32_INSIDE,
@@ -365,49 +141,6 @@ def family_case(family: str, attention: str, dropout: float = 0.0) -> Case:
 
 
 TWELVE = tuple(f"{family}-{attention}" for family in FAMILIES for attention in ATTENTION)
-
-
-def _albert() -> nn.Module:
-    """Four layers, one set of weights; factorised embedding."""
-    from transformers import AlbertConfig, AlbertForMaskedLM
-
-    config = AlbertConfig(
-        embedding_size=16,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        classifier_dropout_prob=0.0,
-        **TOKENS,
-    )
-    return AlbertForMaskedLM(config)
-
-
-def _mixtral(experts: str) -> nn.Module:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=32,
-        sliding_window=None,
-        experts_implementation=experts,
-        **TOKENS,
-    )
-    return MixtralForCausalLM(config)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The registry
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _mlp() -> nn.Sequential:
@@ -428,9 +161,9 @@ def _registry(*cases: Case) -> dict[str, Case]:
 
 CASES = _registry(
     *(family_case(family, attention) for family in FAMILIES for attention in ATTENTION),
-    Case("albert", _albert, masked_batch, transformers_loss),
-    Case("mixtral-eager", partial(_mixtral, "eager"), causal_batch, transformers_loss, casts_to_float32=True),
-    Case("mixtral-grouped", partial(_mixtral, "grouped_mm"), causal_batch, transformers_loss, has_float64=False),
+    Case("albert", albert, masked_batch, transformers_loss),
+    Case("mixtral-eager", partial(mixtral, "eager"), causal_batch, transformers_loss, casts_to_float32=True),
+    Case("mixtral-grouped", partial(mixtral, "grouped_mm"), causal_batch, transformers_loss, has_float64=False),
     # recurrent
     _language_case("lstm", partial(own.RecurrentLanguageModel, nn.LSTM)),
     _language_case("gru", partial(own.RecurrentLanguageModel, nn.GRU)),

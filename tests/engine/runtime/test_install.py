@@ -10,6 +10,7 @@ import torch
 from support import zoo
 from support.by_day import by_day
 from support.prepared import adamw, build, gradients, prepared, train
+from support.zoo_batches import PAD
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -323,7 +324,7 @@ def test_generate(storage: str) -> None:
     model, _ = prepared(zoo.CASES["llama-sdpa"], storage=storage)
     ids = zoo.CASES["llama-sdpa"].batch(1)["input_ids"][:1, :4]
     found = [
-        model.eval().generate(ids, max_new_tokens=6, do_sample=False, use_cache=use_cache, pad_token_id=zoo.PAD)
+        model.eval().generate(ids, max_new_tokens=6, do_sample=False, use_cache=use_cache, pad_token_id=PAD)
         for use_cache in (True, False)
     ]
     assert torch.equal(*found)
