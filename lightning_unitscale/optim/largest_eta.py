@@ -32,8 +32,9 @@ from lightning_unitscale.engine.analysis.roles import WEIGHT_ROLES
 from lightning_unitscale.engine.plan.factors import Factor, geometric_mean
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
 from lightning_unitscale.engine.plan.plan import Plan
+from lightning_unitscale.engine.plan.step_scales import FAMILIES
 from lightning_unitscale.engine.record.spread_tensors import plain_name
-from lightning_unitscale.optim.families import family_of_group
+from lightning_unitscale.optim.families import Adam, family_of_group
 
 SOURCE = "see optim/largest_eta.py"
 
@@ -48,7 +49,7 @@ def limit_eta(optimizer: Optimizer, plan: Plan, module: nn.Module, family: str) 
 
     Args:
         plan: in force on `module`.
-        family: of the groups that name none; other families than "adam" are left as they are.
+        family: of the groups that name none; families whose steps are not of Adam's size are left as they are.
     """
     if plan.largest_eta is None or optimizer.state:
         return
@@ -83,7 +84,7 @@ def _rates(plan: Plan, module: nn.Module, optimizer: Optimizer, family: str) -> 
         if plain_name(name) in plan.parameters:
             names.setdefault(parameter, plain_name(name))
     for group in optimizer.param_groups:
-        if (family_of_group(group) or family) != "adam":
+        if not isinstance(FAMILIES[family_of_group(group) or family], Adam):
             continue
         for known in (plan.parameters[names[p]] for p in group["params"] if p in names):
             if known.role in WEIGHT_ROLES and _is_ours(known):
