@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isclose
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -34,13 +34,13 @@ class Adam(Family):
 
     name = "adam"
     condition = "its update does not depend on the gradient's scale"
-    torch_classes = ("Adam", "AdamW", "NAdam", "Adamax", "Adagrad", "RMSprop", "SparseAdam")
+    torch_classes: ClassVar[tuple[str, ...]] = ("Adam", "AdamW", "NAdam", "Adamax", "Adagrad", "RMSprop", "SparseAdam")
     # Of schedulefree, lion-pytorch, apex, DeepSpeed, torchao and bitsandbytes.
-    other_classes = (
+    other_classes: ClassVar[tuple[str, ...]] = (
         *("AdamWScheduleFree", "Lion", "FusedAdam", "DeepSpeedCPUAdam"),
         *("Adam8bit", "Adam4bit", "AdamFp8", "AdamW8bit", "AdamW4bit", "AdamWFp8", "PagedAdamW", "PagedAdamW8bit"),
     )
-    decoupled_decay = ("*AdamW*", "Lion")
+    decoupled_decay: ClassVar[tuple[str, ...]] = ("*AdamW*", "Lion")
 
     @override
     def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
@@ -48,6 +48,10 @@ class Adam(Family):
             limits = parameter.step_limit * parameter.eta_limit
             return limits * parameter.relative_lr * abs(parameter.multiplier) / gradient_ratio(parameter)
         return parameter.unit_lr * parameter.stored
+
+    @override
+    def eta(self, parameter: ParameterPlan) -> float | None:
+        return parameter.step_limit * parameter.relative_lr / parameter.unit_lr
 
     @override
     def eps(self, parameter: ParameterPlan) -> float:
@@ -88,7 +92,7 @@ class AdamSized(Adam):
 
 @register
 class Relative(Family):
-    """The update is relative to the RMS of the parameter itself, as far as a floor allows, whatever the gradient's scale.
+    """The update is relative to the parameter's own RMS, down to a floor, whatever the gradient's scale.
 
         ΔS = lr · max(eps₂, RMS(S)) · û,   RMS(û) ≤ 1          Adafactor (Shazeer & Stern, arXiv 1804.04235, section 8)
 
@@ -181,7 +185,7 @@ class Muon(Family):
 
     name = "muon"
     condition = "it orthogonalises the gradient"
-    torch_classes = ("Muon",)
+    torch_classes: ClassVar[tuple[str, ...]] = ("Muon",)
     decoupled_decay = ("*",)
 
     @override
@@ -189,8 +193,38 @@ class Muon(Family):
         return parameter.depth_lr / gradient_ratio(parameter)
 
 
+@register
+class MuonMatched(Muon):
+    """Muon whose steps are multiplied to have an RMS of 0.2 lr, as AdamW's have, whatever the shape.
+
+    Its rate is then in AdamW's units, and one serves both (Liu et al., arXiv 2502.16982, section 2.2):
+
+        "standard"     lr(S) = relative_lr · |multiplier| / r      the relative step that it had
+        "umup"         lr(S) = depth_lr · stored
+
+    An orthogonal n × n matrix of RMS 1 has the spectral norm n^½, as a weight drawn at random has, up to 2: so U takes
+    steps of the same share at any width, where Adam's, which line up, have the norm n and need n^-½.
+    """
+
+    name = "muon_matched"
+    condition = "it orthogonalises the gradient, to steps of AdamW's RMS"
+    torch_classes = ()
+    rates = "muon"
+
+    @override
+    def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
+        if lr_units == "standard":
+            return parameter.eta_limit * parameter.relative_lr * abs(parameter.multiplier) / gradient_ratio(parameter)
+        return parameter.depth_lr * parameter.stored
+
+    @override
+    def eta(self, parameter: ParameterPlan) -> float | None:
+        return parameter.relative_lr / parameter.depth_lr
+
+
 GROUP_KEY = "optimizer_family"  # of a group: its own family, where one class has several
 _GROUPS_SAY: dict[str, dict[Any, str]] = {  # what groups of classes with several families say: key, value, family
+    "adjust_lr_fn": {"match_rms_adamw": "muon_matched"},  # torch
     "use_muon": {True: "muon", False: "adam"},  # MuonWithAuxAdam (Jordan et al.)
     "algorithm": {"muon": "muon", "adamw": "adam", "lion": "adam"},  # dion (Ahn et al.)
     "scale_parameter": {False: "adam_sized"},  # transformers' Adafactor
@@ -220,10 +254,11 @@ def decay_is_decoupled(optimizer: Optimizer, group: Mapping[str, Any], family: s
     return FAMILIES[family].decay_is_decoupled(optimizer, group)
 
 
-# With any family, these would be wrong, so none is to be named.
+# With any family these would be wrong, so none is to be named.
 _ONE_STEP_SIZE = "it takes one step size for all parameters"
 _ESTIMATED = "it estimates one step size from the gradients of all parameters, which are stored at different scales"
 _OWN_LISTS = "it keeps lists of its own for each parameter group, which multipliers of parameters don't reach"
+_NO_FAMILY = (_ONE_STEP_SIZE, _ESTIMATED, _OWN_LISTS)
 _SHAPE = "the size of its step depends on the matrix's shape, on the steps before it, and on what it is grafted to"
 # Optimizers that no family suits. Who names one for them takes the consequences.
 _WHY_NOT = {
@@ -269,7 +304,7 @@ def optimizer_family(optimizer: Optimizer, otherwise: str | None = None) -> str:
         return otherwise
     raise UnitScalingError(
         f"Unit scaling doesn't know which learning-rate multipliers the optimizer {type(optimizer).__name__} needs"
-        f"{': ' if reason else ''}{reason}. {_way_out(type(optimizer).__name__, reason not in (_ONE_STEP_SIZE, _ESTIMATED, _OWN_LISTS))}"
+        f"{': ' if reason else ''}{reason}. {_way_out(type(optimizer).__name__, reason not in _NO_FAMILY)}"
     )
 
 

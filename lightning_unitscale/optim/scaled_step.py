@@ -279,9 +279,8 @@ class ScaledStep:
 
     def _seen(self, named: list[tuple[str, Tensor]]) -> dict[Tensor, float | None]:
         """What the optimizer's gradients are multiplied by, in the module's order; None: divided by their own scale."""
-        factors = {
-            layout.params[i]: scale.gradient for layout in self._layouts for scale, where in layout.pieces for i in where
-        }
+        pieces = [(layout.params, *piece) for layout in self._layouts for piece in layout.pieces]
+        factors = {params[i]: scale.gradient for params, scale, where in pieces for i in where}
         divided = {p for name, p in named if name in self._plan.divided_gradients}
         return {
             p: None if p in divided else factors[p]

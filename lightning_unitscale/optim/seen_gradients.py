@@ -3,8 +3,8 @@
     the update uses g / γ        γ = max|g| / √d        d elements; where the scheme wants it
     the update uses g / r        r = multiplier/stored, a constant; where the optimizer's family wants it
 
-The one exception to "what is in `.grad` is the true gradient", and a narrow one: `.grad` holds g / γ, or g / r, only while the
-optimizer computes its update. Before and after, and inside a closure, it is the true gradient, the same tensor:
+The one exception to "what is in `.grad` is the true gradient", and a narrow one: `.grad` holds the other only while
+the optimizer computes its update. Before and after, and inside a closure, it is the true gradient, the same tensor:
 accumulation adds up true gradients, all-reduce averages them, user code, clipping and loggers see them. γ is that of
 the whole gradient, after all of that, so processes that hold the same gradient divide by the same number. A constant
 that all of a gradient is multiplied by is divided out again: clipping by norm and loss scales make no difference to the

@@ -103,15 +103,15 @@ def multiplied(key: str, value: Any, factor: float | tuple[float, float]) -> Any
     Raises:
         UnitScalingError: it can't be multiplied.
     """
-    if isinstance(factor, tuple):
-        return tuple(multiplied(key, *pair) for pair in zip(value, factor, strict=True))
-    if factor == 1.0:
+    if factor in (1.0, (1.0, 1.0)):
         return value
-    if isinstance(value, (int, float, Tensor)):
-        return value * factor
+    pairs = list(zip(value, factor, strict=True)) if isinstance(factor, tuple) else [(value, factor)]
+    if all(part == 1.0 or isinstance(of, (int, float, Tensor)) for of, part in pairs):
+        parts = tuple(of if part == 1.0 else of * part for of, part in pairs)
+        return parts if isinstance(factor, tuple) else parts[0]
     makes_its_own = key == "lr" and value is None
     raise UnitScalingError(
-        f"The parameter group's {key}={value!r} is to be multiplied by {factor:g}, which needs a number or a tensor. "
+        f"The parameter group's {key}={value!r} is to be multiplied by {factor}, which needs a number or a tensor. "
         + (
             "An optimizer that makes its rates itself (transformers' Adafactor with relative_step=True) can't be told "
             "them: give it a learning rate (relative_step=False, warmup_init=False, lr=…), or use scheme='preserve'."

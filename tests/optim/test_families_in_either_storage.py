@@ -1,4 +1,4 @@
-"""Each family's rule: whatever is stored, the function's tensors take the steps that the optimizer takes on themselves."""
+"""Each family's rule: whatever is stored, the function's tensors take steps as if the optimizer had them themselves."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ def mode(optimizer: torch.optim.Optimizer, name: str) -> None:
     getattr(optimizer, name, lambda: None)()
 
 
-def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: range = range(STEPS), width: int = WIDTH
-) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range = range(STEPS), width: int = WIDTH) -> None:
     for step in steps:
         optimizer.zero_grad()
         if step % 5 == 2:  # a look at the averages between two steps

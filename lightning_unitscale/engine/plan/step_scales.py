@@ -96,6 +96,10 @@ class Family(ABC):
             lr_units: "standard" | "umup".
         """
 
+    def eta(self, parameter: ParameterPlan) -> float | None:
+        """η of a learning rate of 1 in ordinary units, for a hidden weight; None where no rate is too large."""
+        return None
+
     def eps(self, parameter: ParameterPlan) -> float:
         """Factor on eps; 1 where the family has none that has the gradient's unit."""
         return 1.0
