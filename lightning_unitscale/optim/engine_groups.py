@@ -84,8 +84,8 @@ def _check_fits(optimizer: Optimizer, layout: GroupLayout) -> None:
         )
     if "weight_lr_power" in optimizer.defaults:
         raise UnitScalingError(
-            f"{type(optimizer).__name__} counts steps and sums weights in its parameter groups, of which the engine has "
-            "a copy that is the user's again before each step. Use another optimizer, or another strategy."
+            f"{type(optimizer).__name__} counts steps and sums weights in its parameter groups, of which the engine "
+            "has a copy that is the user's again before each step. Use another optimizer, or another strategy."
         )
 
 
