@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.engine.plan.step_scales import StepScale
+from lightning_unitscale.engine.plan.step_scales import FAMILIES, StepScale
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.optim.families import decay_is_decoupled, family_of_group
+from lightning_unitscale.optim.families import Relative, decay_is_decoupled, family_of_group
 from lightning_unitscale.optim.largest_eta import limit_eta
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup, StepWay, divided, multiplied
 
@@ -77,6 +77,11 @@ def optimizer_for_engine(optimizer: Optimizer, plan: Plan, module: nn.Module, fa
 
 
 def _check_fits(optimizer: Optimizer, layout: GroupLayout) -> None:
+    if isinstance(FAMILIES[layout.way.family], Relative):
+        raise UnitScalingError(
+            f"the steps of {type(optimizer).__name__} are relative to each parameter, and the engine makes one flat "
+            "tensor of a group. Use another optimizer, or another strategy."
+        )
     if any(scale.gradient != 1.0 for scale, _ in layout.pieces):
         raise UnitScalingError(
             f"{type(optimizer).__name__} is to see gradients of what the function sees, and the engine flattens those "

@@ -39,8 +39,9 @@ class Adam(Family):
     other_classes: ClassVar[tuple[str, ...]] = (
         *("AdamWScheduleFree", "Lion", "FusedAdam", "DeepSpeedCPUAdam"),
         *("Adam8bit", "Adam4bit", "AdamFp8", "AdamW8bit", "AdamW4bit", "AdamWFp8", "PagedAdamW", "PagedAdamW8bit"),
+        *("Lion8bit", "PagedLion", "PagedLion8bit"),
     )
-    decoupled_decay: ClassVar[tuple[str, ...]] = ("*AdamW*", "Lion")
+    decoupled_decay: ClassVar[tuple[str, ...]] = ("*AdamW*", "*Lion*")
 
     @override
     def lr(self, parameter: ParameterPlan, lr_units: str) -> float:

@@ -151,6 +151,16 @@ def test_the_standard_rate_keeps_the_relative_step() -> None:
         assert scales[name].lr * plan.parameters[name].step_limit == pytest.approx(adam[name].lr)
 
 
+def test_no_rate_is_taken_for_more_than_the_largest_useful_one() -> None:
+    model = new_model()
+    plan = unit_scale(model, loss_of, storage="unit", verify=False)
+    optimizer = MuonWithAdamW(model.parameters(), model, lr=1.0, adamw_for=["*head*"])
+    scale_learning_rates(optimizer, plan)
+    scales = plan.step_scales("muon_matched", decoupled_decay=True)
+    etas = [2 * scales[name].lr / plan.parameters[name].depth_lr for name in HIDDEN]
+    assert torch.tensor(etas).log().mean().exp().item() == pytest.approx(plan.largest_eta, rel=0.05)
+
+
 def test_an_optimizer_is_given_the_module_if_it_asks_for_it() -> None:
     model = new_model()
     config = {"_target_": "lightning_unitscale.cookbook.muon.MuonWithAdamW", "lr": 0.1}

@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, Make] = {
     "transformers-absolute": lambda p: Adafactor(
         p, lr=0.02, relative_step=False, warmup_init=False, scale_parameter=False, weight_decay=0.1, eps=(1e-5, 1e-3)
     ),
-    "lion": of("lion_pytorch", "Lion", lr=0.005, weight_decay=0.1),
+    "lion": of("pytorch_optimizer", "Lion", lr=0.005, weight_decay=0.1),
     "soap": of("pytorch_optimizer", "SOAP", lr=0.02, weight_decay=0.1, precondition_frequency=3, eps=1e-4),
     "schedule-free-adamw": of("schedulefree", "AdamWScheduleFree", lr=0.02, weight_decay=0.1, warmup_steps=4),
     "schedule-free-sgd": of("schedulefree", "SGDScheduleFree", lr=0.02, weight_decay=0.1, warmup_steps=4),
@@ -196,7 +196,7 @@ def test_rates_of_its_own_are_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "package", "reason"),
     [
-        ("Prodigy", "prodigyopt", "one step size from the gradients of all parameters"),
+        ("Prodigy", "pytorch_optimizer", "one step size from the gradients of all parameters"),
         ("Shampoo", "pytorch_optimizer", "depends on the matrix's shape"),
     ],
 )
