@@ -54,20 +54,20 @@ class MuonWithAdamW(Optimizer):
         if hidden := [p for p in params if p in matrices]:
             parts.append(Muon(hidden, **muon))
         if others := [p for p in params if p not in matrices]:
-            parts.append(AdamW(others, **both, betas=tuple(betas), eps=eps))
+            parts.append(AdamW(others, **both, betas=(betas[0], betas[1]), eps=eps))
         super().__init__(
             [{**group, _MUON: isinstance(part, Muon)} for part in parts for group in part.param_groups], both
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of each of the two on its groups, with the state of this optimizer."""
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         for cls in (Muon, AdamW):
             groups = [group for group in self.param_groups if group[_MUON] == (cls is Muon)]
             if groups:
-                part = cls(groups[0]["params"])
+                part: Any = cls(groups[0]["params"])
                 part.param_groups, part.state = groups, self.state
                 part.step()
         return loss

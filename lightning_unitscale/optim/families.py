@@ -201,19 +201,20 @@ class MuonMatched(Muon):
     Its rate is then in AdamW's units, and one serves both (Liu et al., arXiv 2502.16982, section 2.2):
 
         "standard"     lr(S) = relative_lr · |multiplier| / r      the relative step that it had
-        "umup"         lr(S) = ½ · depth_lr · stored
+        "umup"         lr(S) = ¼ · depth_lr · stored
 
     An orthogonal n × n matrix of RMS 1 has the spectral norm n^½, as a weight drawn at random has, up to 2: so U takes
     steps of the same share at any width, where Adam's, which line up, have the norm n and need n^-½. At the rate η each
-    singular value of a step is η/10 of the RMS of the weight's own. The ½ brings the best rate to where AdamW has it,
-    which `largest_eta` counts on: measured on small language and image models, recipes/results.md.
+    singular value of a step is η/20 of the RMS of the weight's own. The ¼ is measured, on small language models: there
+    Muon and AdamW both have their best rate at η = 1. For rates in ordinary units, twice that step is still useful, so
+    `largest_eta` counts it as one of η (recipes/results.md, "Muon").
     """
 
     name = "muon_matched"
     condition = "it orthogonalises the gradient, to steps of AdamW's RMS"
     torch_classes = ()
     rates = "muon"
-    at_eta = 0.5
+    at_eta = 0.25
 
     @override
     def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
@@ -223,7 +224,7 @@ class MuonMatched(Muon):
 
     @override
     def eta(self, parameter: ParameterPlan) -> float | None:
-        return parameter.relative_lr / (self.at_eta * parameter.depth_lr)
+        return parameter.relative_lr / (2 * self.at_eta * parameter.depth_lr)
 
 
 GROUP_KEY = "optimizer_family"  # of a group: its own family, where one class has several

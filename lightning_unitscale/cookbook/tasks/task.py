@@ -221,7 +221,7 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer, over what is trained; its learning rate rises linearly, then falls linearly."""
-        optimizer = new_optimizer(self.optimizer, self, (p for p in self.parameters() if p.requires_grad))
+        optimizer = new_optimizer(self.optimizer or {}, self, (p for p in self.parameters() if p.requires_grad))
         scheduler = warm_up_and_decay(optimizer, **(self.schedule or {}))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
