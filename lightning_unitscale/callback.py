@@ -54,7 +54,7 @@ class UnitScaling(Callback):
             modules and parameters make: weights, attention, activations, and branches that have one of them.
         recalibrate: steps at which operand scales are measured again; of use with a `format` only.
         verify: check the plan on the first batch before training starts, see `engine.checks.verify`.
-        optimizer_family: "adam", "sgd" or "muon", for an optimizer class of which unit scaling does not know how its
+        optimizer_family: "adam", "sgd", "muon" …, for an optimizer class of which unit scaling does not know how its
             step answers to the gradient's scale, see `optimizer_family`.
 
     Attributes:

@@ -85,7 +85,7 @@ class Lifecycle:
 
     Args:
         options: what to do.
-        optimizer_family: "adam" | "sgd" | "muon" for optimizer classes that `optimizer_family` does not know.
+        optimizer_family: a name in `optim.families`, for optimizer classes that `optimizer_family` does not know.
 
     Attributes:
         plan: the plan in force, from the first training step on; None before.

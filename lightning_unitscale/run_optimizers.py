@@ -33,7 +33,7 @@ class RunOptimizers:
     """The scaled steps of a run.
 
     Args:
-        family: "adam" | "sgd" | "muon" for optimizer classes that `optimizer_family` does not know.
+        family: a name in `optim.families`, for optimizer classes that `optimizer_family` does not know.
 
     Raises:
         UnitScalingError: there is no such family.

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_unitscale.engine.plan.plan import Plan
-from lightning_unitscale.engine.plan.step_scales import StepScale
+from lightning_unitscale.engine.plan.step_scales import FAMILIES, StepScale
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.optim.families import decay_is_decoupled, family_of_group
+from lightning_unitscale.optim.families import Relative, decay_is_decoupled, family_of_group
 from lightning_unitscale.optim.largest_eta import limit_eta
-from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup, StepWay
+from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup, StepWay, divided, multiplied
 
 _PIECE = "piece"  # a group's number: engines put groups by, and load others in their place
 
@@ -34,7 +34,7 @@ def optimizer_for_engine(optimizer: Optimizer, plan: Plan, module: nn.Module, fa
         family: whose multipliers are used.
 
     Raises:
-        UnitScalingError: it has taken steps.
+        UnitScalingError: it has taken steps, or it is one whose steps need more than its hyperparameters.
     """
     if optimizer.state:
         raise UnitScalingError(f"this {type(optimizer).__name__} has taken steps; give the engine a new one.")
@@ -47,6 +47,7 @@ def optimizer_for_engine(optimizer: Optimizer, plan: Plan, module: nn.Module, fa
         by_name = plan.step_scales(way.family, decoupled_decay=way.decoupled)
         scales: dict[Tensor, StepScale] = {p: by_name[name] for name, p in reversed(named) if name in by_name}
         layout = GroupLayout.of(group["params"], way, scales)
+        _check_fits(optimizer, layout)
         pieces = SplitGroup(group, layout).pieces
         split += [(piece, group, scale) for piece, (scale, _) in zip(pieces, layout.pieces, strict=True)]
 
@@ -56,16 +57,14 @@ def optimizer_for_engine(optimizer: Optimizer, plan: Plan, module: nn.Module, fa
         for piece in twin.param_groups:
             _, group, scale = split[piece[_PIECE]]
             for key, factor in _factors(optimizer, group, scale):
-                piece[key] = group[key] if factor == 1.0 else group[key] * factor
+                piece[key] = multiplied(key, group[key], factor)
 
     def lead(*_: Any) -> None:
         for piece in twin.param_groups:
             _, group, scale = split[piece[_PIECE]]
             for key, factor in _factors(optimizer, group, scale):
-                if factor == 1.0:
-                    group[key] = piece[key]
-                elif factor:
-                    group[key] = piece[key] / factor
+                if factor:
+                    group[key] = divided(piece[key], factor)
 
     def stepped(*_: Any) -> None:
         vars(optimizer)["_opt_called"] = True  # what schedulers ask for
@@ -75,6 +74,24 @@ def optimizer_for_engine(optimizer: Optimizer, plan: Plan, module: nn.Module, fa
     twin.register_state_dict_pre_hook(follow)  # a schedule has written since the last step
     twin.register_load_state_dict_post_hook(lead)
     return twin
+
+
+def _check_fits(optimizer: Optimizer, layout: GroupLayout) -> None:
+    if isinstance(FAMILIES[layout.way.family], Relative):
+        raise UnitScalingError(
+            f"the steps of {type(optimizer).__name__} are relative to each parameter, and the engine makes one flat "
+            "tensor of a group. Use another optimizer, or another strategy."
+        )
+    if any(scale.gradient != 1.0 for scale, _ in layout.pieces):
+        raise UnitScalingError(
+            f"{type(optimizer).__name__} is to see gradients of what the function sees, and the engine flattens those "
+            "of what is stored. Use storage='folded' and untied weights, or another optimizer."
+        )
+    if "weight_lr_power" in optimizer.defaults:
+        raise UnitScalingError(
+            f"{type(optimizer).__name__} counts steps and sums weights in its parameter groups, of which the engine "
+            "has a copy that is the user's again before each step. Use another optimizer, or another strategy."
+        )
 
 
 def _plain_twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
@@ -87,8 +104,11 @@ def _plain_twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer
     return twin
 
 
-def _factors(optimizer: Optimizer, group: dict[str, Any], scale: StepScale) -> Iterator[tuple[str, float]]:
+def _factors(
+    optimizer: Optimizer, group: dict[str, Any], scale: StepScale
+) -> Iterator[tuple[str, float | tuple[float, float]]]:
     """The user's hyperparameters in a group, each with its factor in a piece."""
+    factors = scale.factors(group)
     for key in optimizer.defaults:
         if key in group:
-            yield key, getattr(scale, key, 1.0)
+            yield key, factors.get(key, 1.0)

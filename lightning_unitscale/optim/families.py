@@ -9,13 +9,15 @@ follows from that of U.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from math import isclose
+from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_unitscale.engine.plan.factors import ROUNDING
 from lightning_unitscale.engine.plan.parameter_plan import ParameterPlan
-from lightning_unitscale.engine.plan.step_scales import FAMILIES, Family, gradient_ratio, register, seen_ratio
+from lightning_unitscale.engine.plan.step_scales import FAMILIES, Family, gradient_ratio, register
 from lightning_unitscale.errors import UnitScalingError
 
 
@@ -32,13 +34,14 @@ class Adam(Family):
 
     name = "adam"
     condition = "its update does not depend on the gradient's scale"
-    torch_classes = ("Adam", "AdamW", "NAdam", "Adamax", "Adagrad", "RMSprop", "SparseAdam")
-    # Of lion-pytorch, apex, DeepSpeed, torchao and bitsandbytes.
-    other_classes = (
-        *("Lion", "FusedAdam", "DeepSpeedCPUAdam"),
+    torch_classes: ClassVar[tuple[str, ...]] = ("Adam", "AdamW", "NAdam", "Adamax", "Adagrad", "RMSprop", "SparseAdam")
+    # Of schedulefree, lion-pytorch, apex, DeepSpeed, torchao and bitsandbytes.
+    other_classes: ClassVar[tuple[str, ...]] = (
+        *("AdamWScheduleFree", "Lion", "FusedAdam", "DeepSpeedCPUAdam"),
         *("Adam8bit", "Adam4bit", "AdamFp8", "AdamW8bit", "AdamW4bit", "AdamWFp8", "PagedAdamW", "PagedAdamW8bit"),
+        *("Lion8bit", "PagedLion", "PagedLion8bit"),
     )
-    decoupled_decay = ("*AdamW*", "Lion")
+    decoupled_decay: ClassVar[tuple[str, ...]] = ("*AdamW*", "*Lion*")
 
     @override
     def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
@@ -48,10 +51,99 @@ class Adam(Family):
         return parameter.unit_lr * parameter.stored
 
     @override
+    def eta(self, parameter: ParameterPlan) -> float | None:
+        return parameter.step_limit * parameter.relative_lr / parameter.unit_lr
+
+    @override
     def eps(self, parameter: ParameterPlan) -> float:
         if parameter.unit_eps is not None:
             return parameter.unit_eps / abs(parameter.stored or 1.0)
-        return abs(seen_ratio(parameter))
+        return abs(self.seen_ratio(parameter))
+
+
+@register
+class AdamSized(Adam):
+    """The update is of Adam's size, but answers to the gradient's scale in a way of its own: it is shown that of F.
+
+        g      = gradient of F = gradient of S / r
+        lr(S)  = lr(F) / r = stored · lr(U)
+        eps(S) = eps                 or eps(U) / multiplier, where the scheme has a rule for eps
+
+    RAdam: momentum for some steps, as SGD's, then Adam's update rectified (Liu et al., arXiv 1908.03265, algorithm 2).
+    Adafactor, where steps are not relative to the parameter: its eps₁ is a squared gradient in the paper (Shazeer &
+    Stern, arXiv 1804.04235, algorithm 4). SOAP: Adam in the eigenbasis of Shampoo's statistics, a rotation, which
+    keeps an update's RMS (Vyas et al., arXiv 2409.11321, algorithm 3); it may normalise the update by an eps without a
+    unit. The schedule-free RAdam: as RAdam (Defazio et al., arXiv 2405.15682).
+    """
+
+    name = "adam_sized"
+    condition = "its update is of Adam's size, though it depends on the gradient's scale"
+    torch_classes = ("RAdam",)
+    other_classes = ("RAdamScheduleFree", "SOAP")  # of schedulefree, of pytorch_optimizer and its authors'
+    decoupled_decay = ("RAdamScheduleFree", "SOAP")
+    rates = "adam"
+    sees_function = True
+
+    @override
+    def eps(self, parameter: ParameterPlan) -> float:
+        if parameter.unit_eps is not None and not parameter.divided_gradient:
+            return parameter.unit_eps / abs(parameter.multiplier or 1.0)
+        return super().eps(parameter)
+
+
+@register
+class Relative(Family):
+    """The update is relative to the parameter's own RMS, down to a floor, whatever the gradient's scale.
+
+        ΔS = lr · max(eps₂, RMS(S)) · û,   RMS(û) ≤ 1          Adafactor (Shazeer & Stern, arXiv 1804.04235, section 8)
+
+    RMS(S) = RMS(F) / |r|, so a step of S is one of F divided by |r| already, if eps₂ is:
+
+        "standard"     lr(S) = relative_lr / initial_factor     the relative step that it had, 1 for hidden weights
+                       eps₂(S) = relative_lr · |stored| · eps₂  the floor that it had, F being scaled
+        "umup"         lr(S) = unit_lr                          U starts at RMS 1
+                       eps₂(S) = |stored| · eps₂
+
+    A weight that starts at zero is at the floor, which has all of relative_lr: its factor is 1. Torch's takes the lower
+    of lr and t^-½ for lr: that cap is on the scaled rate, and the same for every parameter. The scheme's limits
+    (`step_limits`, `largest_eta`) were found with steps that keep their size, and are not used. eps₁, be it squared or
+    not, is that of F's gradient, which is shown.
+
+    Decay beside the gradient is lr · decay · S in torch's; in transformers' it is relative too, so that it grows with
+    RMS(S), and r · decay has its strength on F.
+    """
+
+    name = "relative"
+    condition = "its update is relative to the parameter's own RMS"
+    torch_classes = ("Adafactor",)
+    other_classes = ("Adafactor",)  # of transformers
+    rates = "adam"
+    sees_function = True
+
+    @override
+    def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
+        if lr_units == "umup":
+            return parameter.unit_lr
+        redrawn = parameter.initial_rms and parameter.initial_factor  # 0 for biases, which begin at 0
+        return parameter.relative_lr / parameter.initial_factor if redrawn else 1.0
+
+    @override
+    def floor(self, parameter: ParameterPlan, lr_units: str) -> float:
+        own = parameter.relative_lr if lr_units == "standard" else 1.0
+        return _one(own * abs(parameter.stored))
+
+    @override
+    def decay(self, parameter: ParameterPlan, lr: float, *, decoupled: bool) -> float:
+        kept = super().decay(parameter, lr, decoupled=True)
+        return kept if decoupled else kept * abs(gradient_ratio(parameter))
+
+    @override
+    def decay_is_decoupled(self, optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+        return "scale_parameter" not in group  # which transformers' has
+
+
+def _one(factor: float) -> float:
+    return 1.0 if isclose(factor, 1.0, rel_tol=ROUNDING) else factor
 
 
 @register
@@ -71,6 +163,7 @@ class SGD(Family):
     name = "sgd"
     condition = "its update is proportional to the gradient"
     torch_classes = ("SGD",)
+    other_classes = ("SGDScheduleFree",)  # of schedulefree; decay is a part of the gradient, at y
 
     @override
     def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
@@ -93,7 +186,7 @@ class Muon(Family):
 
     name = "muon"
     condition = "it orthogonalises the gradient"
-    torch_classes = ("Muon",)
+    torch_classes: ClassVar[tuple[str, ...]] = ("Muon",)
     decoupled_decay = ("*",)
 
     @override
@@ -101,10 +194,45 @@ class Muon(Family):
         return parameter.depth_lr / gradient_ratio(parameter)
 
 
+@register
+class MuonMatched(Muon):
+    """Muon whose steps are multiplied to have an RMS of 0.2 lr, as AdamW's have, whatever the shape.
+
+    Its rate is then in AdamW's units, and one serves both (Liu et al., arXiv 2502.16982, section 2.2):
+
+        "standard"     lr(S) = relative_lr · |multiplier| / r      the relative step that it had
+        "umup"         lr(S) = ¼ · depth_lr · stored
+
+    An orthogonal n × n matrix of RMS 1 has the spectral norm n^½, as a weight drawn at random has, up to 2: so U takes
+    steps of the same share at any width, where Adam's, which line up, have the norm n and need n^-½. At the rate η each
+    singular value of a step is η/20 of the RMS of the weight's own. The ¼ is measured, on small language models: there
+    Muon and AdamW both have their best rate at η = 1. For rates in ordinary units, twice that step is still useful, so
+    `largest_eta` counts it as one of η (recipes/results.md, "Muon").
+    """
+
+    name = "muon_matched"
+    condition = "it orthogonalises the gradient, to steps of AdamW's RMS"
+    torch_classes = ()
+    rates = "muon"
+    at_eta = 0.25
+
+    @override
+    def lr(self, parameter: ParameterPlan, lr_units: str) -> float:
+        if lr_units == "standard":
+            return parameter.eta_limit * parameter.relative_lr * abs(parameter.multiplier) / gradient_ratio(parameter)
+        return self.at_eta * parameter.depth_lr * parameter.stored
+
+    @override
+    def eta(self, parameter: ParameterPlan) -> float | None:
+        return parameter.relative_lr / (2 * self.at_eta * parameter.depth_lr)
+
+
 GROUP_KEY = "optimizer_family"  # of a group: its own family, where one class has several
 _GROUPS_SAY: dict[str, dict[Any, str]] = {  # what groups of classes with several families say: key, value, family
+    "adjust_lr_fn": {"match_rms_adamw": "muon_matched"},  # torch
     "use_muon": {True: "muon", False: "adam"},  # MuonWithAuxAdam (Jordan et al.)
     "algorithm": {"muon": "muon", "adamw": "adam", "lion": "adam"},  # dion (Ahn et al.)
+    "scale_parameter": {False: "adam_sized"},  # transformers' Adafactor
 }
 
 
@@ -131,15 +259,22 @@ def decay_is_decoupled(optimizer: Optimizer, group: Mapping[str, Any], family: s
     return FAMILIES[family].decay_is_decoupled(optimizer, group)
 
 
-_ONE_STEP_SIZE = "it takes one step size for all parameters"  # so with any family, different multipliers are refused
+# With any family these would be wrong, so none is to be named.
+_ONE_STEP_SIZE = "it takes one step size for all parameters"
+_ESTIMATED = "it estimates one step size from the gradients of all parameters, which are stored at different scales"
+_OWN_LISTS = "it keeps lists of its own for each parameter group, which multipliers of parameters don't reach"
+_NO_FAMILY = (_ONE_STEP_SIZE, _ESTIMATED, _OWN_LISTS)
+_SHAPE = "the size of its step depends on the matrix's shape, on the steps before it, and on what it is grafted to"
 # Optimizers that no family suits. Who names one for them takes the consequences.
 _WHY_NOT = {
-    "RAdam": "its first steps, before rectification, are plain momentum and follow the gradient's scale",
-    "Adafactor": "its step is relative to the parameter's own RMS",
     "Adadelta": "its step is made from the size of former steps",
     "ASGD": "its decay `lambd` can't be matched to a parameter's scale",
     "Rprop": "its step sizes live in its state, where no learning rate reaches them",
     "LBFGS": _ONE_STEP_SIZE,
+    **dict.fromkeys(("Prodigy", "DAdaptAdam", "DAdaptSGD", "DAdaptLion", "DAdaptAdaGrad", "DAdaptAdan"), _ESTIMATED),
+    "DistributedShampoo": _OWN_LISTS,
+    **dict.fromkeys(("Shampoo", "ScalableShampoo"), _SHAPE),
+    **dict.fromkeys(("ScheduleFreeWrapper", "ScheduleFreeWrapperReference"), "it has groups of an optimizer in it"),
     "LAMB": "its step is relative to the parameter's own norm",
     "Lamb": "its step is relative to the parameter's own norm",
     "LARS": "its step is relative to the parameter's own norm",
@@ -174,7 +309,7 @@ def optimizer_family(optimizer: Optimizer, otherwise: str | None = None) -> str:
         return otherwise
     raise UnitScalingError(
         f"Unit scaling doesn't know which learning-rate multipliers the optimizer {type(optimizer).__name__} needs"
-        f"{': ' if reason else ''}{reason}. {_way_out(type(optimizer).__name__, reason != _ONE_STEP_SIZE)}"
+        f"{': ' if reason else ''}{reason}. {_way_out(type(optimizer).__name__, reason not in _NO_FAMILY)}"
     )
 
 

@@ -38,8 +38,8 @@ def scale_learning_rates(
             is looked through.
         plan: what `unit_scale` returned, or `callback.plan`. Parameters it doesn't name take plain steps.
         module: where the plan's parameter names are looked up; default: the module the plan was made for.
-        family: `"adam"`, `"sgd"` or `"muon"`, for a class `optimizer_family` doesn't know. Weight decay then counts as
-            coupled to the gradient unless the group says `decoupled_weight_decay=True`.
+        family: `"adam"`, `"sgd"`, `"muon"` or another of `optim.families`, for a class `optimizer_family` doesn't know.
+            Weight decay then counts as coupled to the gradient unless the group says `decoupled_weight_decay=True`.
 
     Returns:
         The attachment; its `remove()` gives the plain optimizer back.

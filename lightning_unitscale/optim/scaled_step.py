@@ -11,7 +11,7 @@ computes its update:
     closure (Lightning: the      the user's groups
       whole training step)
     the optimizer's update       split groups: lr * scale.lr, weight_decay * scale.weight_decay, eps * scale.eps;
-                                 gradients divided by their own scale, where the plan says so (`divided_gradients`)
+                                 gradients as the plan or the family has them seen (`seen_gradients`)
     post-hooks of the user       the user's groups
 
 Schedulers, checkpoints, loggers and callbacks thus never meet a multiplier.
@@ -35,10 +35,10 @@ from lightning_unitscale.engine.plan.plan import Plan
 from lightning_unitscale.engine.plan.step_scales import FAMILIES, PLAIN, StepScale
 from lightning_unitscale.engine.record.spread_tensors import plain_name
 from lightning_unitscale.errors import UnitScalingError
-from lightning_unitscale.optim.divided_gradients import DividedGradients
 from lightning_unitscale.optim.families import decay_is_decoupled, family_of_group
 from lightning_unitscale.optim.late_parameters import LateParameters
 from lightning_unitscale.optim.replaced_parameters import warn_of_replaced
+from lightning_unitscale.optim.seen_gradients import SeenGradients
 from lightning_unitscale.optim.split_groups import GroupLayout, SplitGroup, StepWay
 from lightning_unitscale.optim.write_watch import Watched, WriteWatch
 from lightning_unitscale.warn_user import warn_user
@@ -86,7 +86,7 @@ class ScaledStep:
         self._watched: list[Watched] = []
         self._users: list[dict[str, Any]] | None = None
         self._split_groups: list[SplitGroup] = []
-        self._gradients = DividedGradients(())
+        self._gradients = SeenGradients({})
         self._depth = 0
         self._reached = False
         self._steps = 0
@@ -198,7 +198,7 @@ class ScaledStep:
             return args, {**kwargs, "closure": self._with_users_groups(optimizer, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._with_users_groups(optimizer, args[1]), *args[2:]), kwargs
-        self._gradients.divide(optimizer)
+        self._gradients.show(optimizer)
         return None
 
     def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ class ScaledStep:
             nonlocal evaluations
             evaluations += 1
             if evaluations > 1 and (self._gradients or not self._uniform):
-                what = "divides its gradients" if self._gradients else "gives its parameters different learning rates"
+                what = "changes its gradients" if self._gradients else "gives its parameters different learning rates"
                 raise UnitScalingError(
                     f"{type(optimizer).__name__} evaluates its closure more than once per step, and unit scaling "
                     f"{what}. Use an optimizer with one evaluation per step."
@@ -223,7 +223,7 @@ class ScaledStep:
             loss = closure()
             # Anew, for the closure may have changed a learning rate or added a group.
             self._split(optimizer)
-            self._gradients.divide(optimizer)
+            self._gradients.show(optimizer)
             return loss
 
         return evaluate
@@ -273,13 +273,29 @@ class ScaledStep:
             GroupLayout.of(group["params"], way, scales[way]) for group, way in zip(groups, ways, strict=True)
         ]
         self._watched = self._to_watch(named)
-        ours = {parameter for layout in self._layouts for parameter in layout.params}
-        self._gradients = DividedGradients(list(dict.fromkeys(p for name, p in named if p in ours and name in divided)))
+        self._gradients = SeenGradients(self._seen(named))
         differs = any(scale != PLAIN for known in scales.values() for scale in known.values())
         self._check(optimizer, named, differs or bool(divided))
 
+    def _seen(self, named: list[tuple[str, Tensor]]) -> dict[Tensor, float | None]:
+        """What the optimizer's gradients are multiplied by, in the module's order; None: divided by their own scale."""
+        pieces = [(layout.params, *piece) for layout in self._layouts for piece in layout.pieces]
+        factors = {params[i]: scale.gradient for params, scale, where in pieces for i in where}
+        divided = {p for name, p in named if name in self._plan.divided_gradients}
+        return {
+            p: None if p in divided else factors[p]
+            for _, p in named
+            if p in factors and (p in divided or factors[p] != 1.0)
+        }
+
     def _to_watch(self, named: list[tuple[str, Tensor]]) -> list[Watched]:
-        """The optimizer's parameters whose stored values are not those that the model was built with."""
+        """The optimizer's parameters whose stored values are not those that the model was built with.
+
+        None of a schedule-free one's, which itself puts averages in and out between steps, not to the bit.
+        """
+        optimizer = self._optimizer()
+        if optimizer is None or any("train_mode" in group for group in optimizer.param_groups):
+            return []
         ours = {parameter for layout in self._layouts for parameter in layout.params}
         names = set(rescaled(self._plan))
         if not names:
@@ -304,7 +320,7 @@ class ScaledStep:
                 "sharding, or pass the module it was made from as module=."
             )
         if isinstance(optimizer, torch.optim.LBFGS) and (self._gradients or not self._uniform):
-            what = "divides their gradients" if self._gradients else "gives them different learning rates"
+            what = "changes their gradients" if self._gradients else "gives them different learning rates"
             raise UnitScalingError(
                 f"LBFGS takes one step size for all parameters, and unit scaling {what}. "
                 'Use another optimizer, or scheme="preserve".'

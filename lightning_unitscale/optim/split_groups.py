@@ -38,7 +38,9 @@ class GroupLayout:
         positions: dict[StepScale, list[int]] = {}
         for i, parameter in enumerate(params):
             positions.setdefault(scales.get(parameter, PLAIN), []).append(i)
-        return cls(tuple(params), way, tuple((scale, tuple(where)) for scale, where in positions.items()))
+        # Last what takes no steps: the first piece tells what an optimizer remembers of its rates.
+        pieces = sorted(positions.items(), key=lambda piece: piece[0].lr == 0.0)
+        return cls(tuple(params), way, tuple((scale, tuple(where)) for scale, where in pieces))
 
     def fits(self, params: list[Tensor], way: StepWay) -> bool:
         """Whether the group is still the one that was laid out."""
@@ -66,7 +68,7 @@ class SplitGroup:
 
     def take_back(self) -> None:
         """Write what the optimizer changed in the (first) piece, such as a step counter, to the user's group."""
-        factors = vars(self._scale)
+        factors = self._scale.factors(self._group)
         for key, value in self.pieces[0].items():
             factor = factors.get(key, 1.0)
             if key in _PER_PARAMETER or factor == 0.0:
@@ -74,7 +76,7 @@ class SplitGroup:
             if factor == 1.0:
                 self._group[key] = value
             elif not self._unchanged(key, value):
-                _assign(self._group, key, value / factor)
+                _assign(self._group, key, divided(value, factor))
 
     def _unchanged(self, key: str, value: Any) -> bool:
         given, version = self._given[key]
@@ -89,15 +91,41 @@ def _piece(group: dict[str, Any], scale: StepScale, positions: tuple[int, ...]) 
     for key in _PER_PARAMETER:
         if key in group:
             piece[key] = [group[key][i] for i in positions]
-    for key, factor in vars(scale).items():
-        if key in group and factor != 1.0:
-            if not isinstance(group[key], (int, float, Tensor)):
-                raise UnitScalingError(
-                    f"The parameter group's {key}={group[key]!r} is to be multiplied by {factor:g}, which needs a "
-                    "number or a tensor. This optimizer's update is not of the family it was said to belong to."
-                )
-            piece[key] = group[key] * factor
+    for key, factor in scale.factors(group).items():
+        if key in group:
+            piece[key] = multiplied(key, group[key], factor)
     return piece
+
+
+def multiplied(key: str, value: Any, factor: float | tuple[float, float]) -> Any:
+    """A group's hyperparameter times its factor, by which `divided` divides it again.
+
+    Raises:
+        UnitScalingError: it can't be multiplied.
+    """
+    if factor in (1.0, (1.0, 1.0)):
+        return value
+    pairs = list(zip(value, factor, strict=True)) if isinstance(factor, tuple) else [(value, factor)]
+    if all(part == 1.0 or isinstance(of, (int, float, Tensor)) for of, part in pairs):
+        parts = tuple(of if part == 1.0 else of * part for of, part in pairs)
+        return parts if isinstance(factor, tuple) else parts[0]
+    makes_its_own = key == "lr" and value is None
+    raise UnitScalingError(
+        f"The parameter group's {key}={value!r} is to be multiplied by {factor}, which needs a number or a tensor. "
+        + (
+            "An optimizer that makes its rates itself (transformers' Adafactor with relative_step=True) can't be told "
+            "them: give it a learning rate (relative_step=False, warmup_init=False, lr=…), or use scheme='preserve'."
+            if makes_its_own
+            else "This optimizer's update is not of the family it was said to belong to."
+        )
+    )
+
+
+def divided(value: Any, factor: float | tuple[float, float]) -> Any:
+    """What `multiplied` makes this value of."""
+    if isinstance(factor, tuple):
+        return tuple(divided(*pair) for pair in zip(value, factor, strict=True))
+    return value if factor == 1.0 else value / factor
 
 
 def _own(value: Any) -> Any:

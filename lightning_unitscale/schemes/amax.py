@@ -24,7 +24,7 @@ that large gradients weigh no more than small ones in its averages. Under SGD th
 largest element of U = θ/α, which starts at √d, moves by η · √d (times what momentum adds), at any loss scale and
 clipping. A learning rate is then the share of its largest weight by which a parameter moves in one step, whatever
 `lr_units` says; 0.01 is a start, with a schedule that ends near 0. `.grad` stays the true gradient, but while the
-optimizer computes its update; see `optim.divided_gradients`. Measured beside `umup`: blocks/README.md.
+optimizer computes its update; see `optim.seen_gradients`. Measured beside `umup`: blocks/README.md.
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_unitscale import scale_learning_rates, unit_scale
+from lightning_unitscale import UnitScalingError, scale_learning_rates, unit_scale
 from lightning_unitscale.optim.engine_groups import optimizer_for_engine
 
 BATCH = torch.randn(32, 8, generator=torch.Generator().manual_seed(1)).double()
@@ -38,10 +39,10 @@ class FlatEngine:
         self.optimizer.param_groups = groups
 
 
-def prepared() -> tuple[nn.Module, Any, torch.optim.Optimizer, LambdaLR]:
+def prepared(**options: Any) -> tuple[nn.Module, Any, torch.optim.Optimizer, LambdaLR]:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).double()
-    plan = unit_scale(module, loss_of)
+    plan = unit_scale(module, loss_of, **options)
     groups = [{"params": [m.weight for m in module if isinstance(m, nn.Linear)], "weight_decay": 0.1}]
     groups.append({"params": [m.bias for m in module if isinstance(m, nn.Linear)], "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
@@ -95,3 +96,30 @@ def test_a_state_that_is_loaded_goes_to_the_users_groups_too() -> None:
     torch.testing.assert_close(before, [1e-2 * 0.8**3] * 2)
     train(other, 3, schedule, engine.step)
     assert_same(other, expected())
+
+
+class Averaging(torch.optim.SGD):
+    """Remembers in its groups, as schedule-free optimizers do."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.defaults["weight_lr_power"] = 2.0
+
+
+@pytest.mark.parametrize(
+    ("cls", "family", "reason"),
+    [
+        (torch.optim.RAdam, "adam_sized", "gradients of what the function sees"),
+        (torch.optim.Adafactor, "relative", "relative to each parameter"),
+        (Averaging, "sgd", "counts steps and sums weights"),
+    ],
+)
+def test_what_flat_groups_can_not_do_is_refused(cls: Any, family: str, reason: str) -> None:
+    module, plan, _, _ = prepared(storage="unit")
+    with pytest.raises(UnitScalingError, match=reason):
+        optimizer_for_engine(cls(module.parameters(), lr=0.01), plan, module, family)
+
+
+def test_elementwise_families_can_be_flat_where_the_function_is_stored() -> None:
+    module, plan, _, _ = prepared(storage="folded")
+    assert optimizer_for_engine(torch.optim.RAdam(module.parameters()), plan, module, "adam_sized").param_groups

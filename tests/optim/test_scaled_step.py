@@ -446,7 +446,7 @@ def test_tied_weights_are_found_by_either_name() -> None:
     module["readout"].weight = module["embedding"].weight
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
     attached = scale_learning_rates(optimizer, Plan(module, {"readout.weight": StepScale(lr=2.0)}), module=module)
-    assert "StepScale(lr=2.0, weight_decay=1.0, eps=1.0): 1 parameters" in repr(attached)
+    assert "StepScale(lr=2.0, weight_decay=1.0, eps=1.0, floor=1.0, gradient=1.0): 1 parameters" in repr(attached)
 
 
 def test_decay_is_asked_for_group_by_group() -> None:
@@ -647,6 +647,8 @@ def test_lbfgs_needs_equal_multipliers(max_iter: int) -> None:
         (torch.optim.AdamW, "adam"),
         (torch.optim.SparseAdam, "adam"),
         (torch.optim.SGD, "sgd"),
+        (torch.optim.RAdam, "adam_sized"),
+        (torch.optim.Adafactor, "relative"),
         (type("Mine", (torch.optim.NAdam,), {}), "adam"),
         (type("Lion", (torch.optim.Optimizer,), {"__init__": lambda self, p: super(type(self), self).__init__(p, {})}),
          "adam"),
@@ -656,7 +658,7 @@ def test_families(cls: Any, family: str) -> None:
     assert optimizer_family(cls(network().parameters())) == family
 
 
-@pytest.mark.parametrize("cls", ["RAdam", "Adafactor", "Adadelta", "ASGD", "Rprop"])
+@pytest.mark.parametrize("cls", ["Adadelta", "ASGD", "Rprop"])
 def test_unknown_family_names_the_class_and_the_way_out(cls: str) -> None:
     module = network()
     optimizer = getattr(torch.optim, cls)(module.parameters())
@@ -669,13 +671,15 @@ def test_unknown_family_names_the_class_and_the_way_out(cls: str) -> None:
 def test_other_refusals() -> None:
     module = network()
     plan = Plan(module, SCALES)
-    with pytest.raises(UnitScalingError, match="'adamw' is not known; choose one of 'adam', 'sgd', 'muon'"):
+    with pytest.raises(
+        UnitScalingError, match="'adamw' is not known; choose one of 'adam', 'adam_sized', 'relative', 'sgd', 'muon'"
+    ):
         scale_learning_rates(OPTIMIZERS["sgd"](module.parameters()), plan, family="adamw")
     with pytest.raises(UnitScalingError, match="None of the parameters of the SGD"):
         scale_learning_rates(OPTIMIZERS["sgd"](network().parameters()), plan)
     with pytest.raises(UnitScalingError, match="initial_accumulator_value"):
         optimizer_family(torch.optim.Adagrad(module.parameters(), initial_accumulator_value=0.1))
-    with pytest.raises(UnitScalingError, match=r"eps=\(None, 0.001\) is to be multiplied by 0.5"):
+    with pytest.raises(UnitScalingError, match=r"eps=\(None, 0.001\) is to be multiplied by \(0.5, 1.0\)"):
         optimizer = torch.optim.Adafactor(module.parameters())
         scale_learning_rates(optimizer, plan, family="adam")
         optimizer.step()

@@ -24,7 +24,7 @@ from lightning_unitscale import (
     unit_scale,
 )
 from lightning_unitscale.engine.plan.plan import plan_of
-from lightning_unitscale.optim.divided_gradients import divided
+from lightning_unitscale.optim.seen_gradients import divided
 from lightning_unitscale.schemes import SCHEMES
 from lightning_unitscale.schemes.scheme import Rates, Scheme, Weight
 
@@ -476,7 +476,7 @@ def test_lbfgs_is_refused() -> None:
     model, plan = regression()
     with pytest.raises(UnitScalingError, match="LBFGS"):
         scale_learning_rates(torch.optim.LBFGS(model.parameters()), plan)
-    with pytest.raises(UnitScalingError, match="divides their gradients"):
+    with pytest.raises(UnitScalingError, match="changes their gradients"):
         scale_learning_rates(torch.optim.LBFGS(model.parameters()), plan, family="sgd")
 
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from lightning_unitscale import scale_learning_rates, unit_scale
+from lightning_unitscale.cookbook.optimizers import new_optimizer
 from lightning_unitscale.errors import InputError
 
 UNTOUCHED = "standard"  # in place of a scheme
@@ -79,7 +80,7 @@ def coordinates(cfg: DictConfig, place: CoordinateRun) -> list[Coordinate]:
 
     plan = None if place.scheme == UNTOUCHED else unit_scale(module, step, place.scheme, lr_units="umup")
     rates = cfg.learning_rates[UNTOUCHED if plan is None else "schemes"]
-    optimizer = instantiate(cfg.optimizer, params=list(module.parameters()), lr=rates[place.speed])
+    optimizer = new_optimizer(cfg.optimizer, module, module.parameters(), lr=rates[place.speed])
     if plan is not None:
         scale_learning_rates(optimizer, plan)
     before = outputs(module, step)

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_unitscale.cookbook.learning_rate_schedule import warm_up_and_decay
+from lightning_unitscale.cookbook.optimizers import new_optimizer
 
 Batch = Sequence[Tensor]
 
@@ -110,7 +110,7 @@ class Job(pl.LightningModule):
 
     def with_schedule(self, parameters: Any) -> Any:
         """An optimizer over these parameters, as `configure_optimizers` returns it."""
-        optimizer = instantiate(self.optimizer, params=list(parameters))
+        optimizer = new_optimizer(self.optimizer, self, parameters)
         if not self.schedule:
             return optimizer
         scheduler = warm_up_and_decay(optimizer, **self.schedule)

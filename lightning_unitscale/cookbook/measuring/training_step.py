@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_unitscale import scale_learning_rates, unit_scale
 from lightning_unitscale.cookbook.measuring.plain_llama import PlainLlama
+from lightning_unitscale.cookbook.optimizers import new_optimizer
 from lightning_unitscale.cookbook.runs import plain
 
 VARIANTS = ("plain", "folded", "unit", "unit-scaling")
@@ -44,7 +44,8 @@ def training_step(
         if variant != "plain":
             plan = unit_scale(model, lambda module: loss_of(module, batch), storage=variant)
         run = torch.compile(model) if mode == "compiled" else model
-    optimizer = instantiate(cfg.optimizer, params=(run if isinstance(run, nn.Module) else model).parameters())
+    stepped = run if isinstance(run, nn.Module) else model
+    optimizer = new_optimizer(cfg.optimizer, stepped, stepped.parameters())
     if plan is not None:
         scale_learning_rates(optimizer, plan)
 

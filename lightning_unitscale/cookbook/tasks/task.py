@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -23,6 +22,7 @@ from lightning_unitscale.cookbook.adapters import with_adapter
 from lightning_unitscale.cookbook.data.examples import Batch
 from lightning_unitscale.cookbook.heads import new_model
 from lightning_unitscale.cookbook.learning_rate_schedule import warm_up_and_decay
+from lightning_unitscale.cookbook.optimizers import new_optimizer
 from lightning_unitscale.cookbook.pretrained import Pretrained
 from lightning_unitscale.cookbook.spreading import spread
 from lightning_unitscale.cookbook.tokenizers import load_tokenizer
@@ -221,7 +221,7 @@ class Task(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The configured optimizer, over what is trained; its learning rate rises linearly, then falls linearly."""
-        optimizer = instantiate(self.optimizer, params=[p for p in self.parameters() if p.requires_grad])
+        optimizer = new_optimizer(self.optimizer or {}, self, (p for p in self.parameters() if p.requires_grad))
         scheduler = warm_up_and_decay(optimizer, **(self.schedule or {}))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

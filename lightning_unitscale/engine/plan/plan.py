@@ -159,7 +159,7 @@ class Plan:
         """Factors on each parameter's learning rate, weight decay and eps; see `engine.plan.step_scales`.
 
         Args:
-            family: "adam" | "sgd" | "muon", see `optimizer_family`.
+            family: "adam" | "sgd" | "muon" | …, see `optim.families`.
             decoupled_decay: whether weight decay acts beside the gradient (AdamW) or inside it.
 
         Raises:

@@ -1,20 +1,22 @@
-"""Gradients as a scheme has the optimizer see them: each divided by its own scale.
+"""Gradients as an optimizer is to see them: divided by their own scale, or those of what the function sees.
 
-    the update uses g / γ        γ = max|g| / √d        d elements
+    the update uses g / γ        γ = max|g| / √d        d elements; where the scheme wants it
+    the update uses g / r        r = multiplier/stored, a constant; where the optimizer's family wants it
 
-The one exception to "what is in `.grad` is the true gradient", and a narrow one: `.grad` holds g / γ only while the
-optimizer computes its update. Before and after, and inside a closure, it is the true gradient, the same tensor:
+The one exception to "what is in `.grad` is the true gradient", and a narrow one: `.grad` holds the other only while
+the optimizer computes its update. Before and after, and inside a closure, it is the true gradient, the same tensor:
 accumulation adds up true gradients, all-reduce averages them, user code, clipping and loggers see them. γ is that of
 the whole gradient, after all of that, so processes that hold the same gradient divide by the same number. A constant
 that all of a gradient is multiplied by is divided out again: clipping by norm and loss scales make no difference to the
 update.
 
-A gradient that is all zero is left as it is. No number leaves the device.
+A gradient that is all zero is left as it is. No number leaves the device. r is 1 for all that is stored as the function
+sees it, which is nearly everything in folded storage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -26,34 +28,35 @@ from lightning_unitscale.engine.record.spread_tensors import over_parts, part_of
 from lightning_unitscale.ops.max_scale import max_scale
 
 
-class DividedGradients:
-    """The gradients of one optimizer, while they stand divided.
+class SeenGradients:
+    """The gradients of one optimizer, while others stand in for them.
 
     Args:
-        parameters: those whose gradients are to be divided; in the same order in every process, for the largest element
-            of a sharded one is found by all of them together.
+        factors: what each gradient is to be multiplied by, None for 1/γ; in the same order in every process, for the
+            largest element of a sharded one is found by all of them together.
     """
 
-    def __init__(self, parameters: Collection[Tensor]) -> None:
-        self._parameters = parameters
+    def __init__(self, factors: Mapping[Tensor, float | None]) -> None:
+        self._factors = factors
         self._true: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, its true gradient, what stands in for it
 
     def __bool__(self) -> bool:
-        return bool(self._parameters)
+        return bool(self._factors)
 
-    def divide(self, optimizer: Optimizer) -> None:
-        """Put g / γ in the place of each gradient g; what stands divided already stays."""
+    def show(self, optimizer: Optimizer) -> None:
+        """Put what is to be seen in the place of each gradient; where it stands already it stays."""
         if self._true:
             return
         # A GradScaler hands fused optimizers gradients that are still multiplied, and they divide by its scale.
         loss_scale = getattr(optimizer, "grad_scale", None)
-        for parameter in self._parameters:
+        for parameter, factor in self._factors.items():
             if parameter.grad is not None and parameter.grad.numel():
-                true, parameter.grad = parameter.grad, divided(parameter.grad, loss_scale)
+                true = parameter.grad
+                parameter.grad = divided(true, loss_scale) if factor is None else true.detach() * factor
                 self._true.append((parameter, true, parameter.grad))
 
     def restore(self) -> None:
-        """Put the true gradients back where the divided ones still are."""
+        """Put the true gradients back where those that stand in for them still are."""
         for parameter, true, stand_in in self._true:
             if parameter.grad is stand_in:
                 parameter.grad = true
