@@ -22,7 +22,8 @@ FORMAT_NAMES = (
 ATTENTION_FORMATS = ("fp8", "fp8_e4m3", "fp16", "bf16")  # of attention's own products: none in blocks
 STORAGES = ("folded", "unit")
 LR_UNITS = ("standard", "umup")
-OPTIMIZER_FAMILIES = ("adam", "sgd", "muon")  # those of `optim.families` that the package brings
+# those of `optim.families` that the package brings
+OPTIMIZER_FAMILIES = ("adam", "adam_sized", "relative", "sgd", "muon", "muon_matched")
 ROLES = (
     *("embedding", "position", "token", "hidden", "readout", "bias", "norm"),
     *("relative_position", "scale", "other"),
