@@ -8,9 +8,9 @@ and sees the same examples, with a format and without.
     python -m support.paired_formats job models steps formats seed [width]    # language 16 300 fp8,fp8-head,x+o+down 2
 
 A format may be one of `OPERANDS_ALONE` or `DYNAMIC`. `-down` leaves out the layers of that name, `+down` all others.
-bf16, which costs next to nothing, shows how far two runs drift apart by themselves. For each format is printed, less
-the loss without: with the casts; of the same weights without them, which is what came about in training; and of the
-weights trained without a format, with the casts.
+`after:fp8` casts what was trained without. bf16, which costs next to nothing, shows how far two runs drift apart by
+themselves. For each two losses are printed, less that without a format: with the casts, and of the same weights without
+them, which is what came about in training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_unitscale import Plan, formats, options, recalibrating, scale_learning_rates, unit_scale
+from lightning_unitscale import formats, options, recalibrating, scale_learning_rates, unit_scale
 from lightning_unitscale.block_formats import BlockNumbers
 from lightning_unitscale.cookbook.jobs.pictures import digit_images
 from lightning_unitscale.cookbook.jobs.text import text_crops
@@ -49,12 +49,16 @@ class Dynamic(BlockNumbers):
 
     Attributes:
         by_rows: whether each row, along what a product sums over, has its own; else each model's whole tensor.
+        summing: over which dimension products are made of rounded numbers; None for all, -1 is the forward pass.
     """
 
     by_rows: bool = False
+    summing: int | None = None
 
     def rounded(self, tensor: Tensor, dim: int = -1) -> Tensor:
         """As the base class says."""
+        if self.summing not in (None, dim):
+            return tensor
         largest, dims = torch.finfo(self.dtype).max, dim if self.by_rows else (-2, -1)
         amax = tensor.abs().amax(dims, keepdim=True).clamp(min=1e-12)
         scale = torch.exp2((largest / amax).log2().floor())
@@ -64,10 +68,10 @@ class Dynamic(BlockNumbers):
         raise NotImplementedError("there are none")
 
 
-def dynamic(dtype: torch.dtype, by_rows: bool = False) -> Dynamic:
+def dynamic(dtype: torch.dtype, by_rows: bool = False, summing: int | None = None) -> Dynamic:
     """One with the range of float32."""
     info = torch.finfo(torch.float32)
-    return Dynamic(0, info.max, info.smallest_normal, info.smallest_normal, dtype, by_rows)
+    return Dynamic(0, info.max, info.smallest_normal, info.smallest_normal, dtype, by_rows, summing)
 
 
 _ROWS = dynamic(_E4M3, by_rows=True)
@@ -76,6 +80,8 @@ DYNAMIC = {  # the first two as torchao's recipes "tensorwise" and "rowwise"
     "rowwise": (_ROWS, _ROWS, _ROWS),
     "x_dynamic": (dynamic(_E4M3), _NONE, _NONE),
     "x_rowwise": (_ROWS, _NONE, _NONE),
+    "x_in_forward": (dynamic(_E4M3, summing=-1), _NONE, _NONE),
+    "x_in_backward": (dynamic(_E4M3, summing=-2), _NONE, _NONE),
 }
 
 
@@ -240,13 +246,15 @@ class GrowingJob(LanguageJob):
 JOBS: dict[str, type[Job]] = {"language": LanguageJob, "denoising": DenoisingJob, "growing": GrowingJob}
 
 
+Worst = dict[str, tuple[float, float, float]]
+
+
 @dataclass(frozen=True)
 class Found:
     """Held-out losses of each model, as trained and without its casts.
 
     Attributes:
         parameters: that they were trained to.
-        of_others: losses with the casts, of other parameters; as `losses` without any.
         worst: of each layer and operand cast, in measured steps: its largest error relative to its RMS, and the largest
             shares of it flushed and saturated.
         left: how many sites fell back to the compute dtype.
@@ -255,76 +263,76 @@ class Found:
     losses: Tensor
     without_casts: Tensor
     parameters: list[Tensor]
-    of_others: Tensor
-    worst: dict[str, tuple[float, float, float]]
+    worst: Worst
     left: int
 
 
-def trained(
-    job: Job, models: int, steps: int, name: str | None, seed: int, others: list[Tensor] | None = None
-) -> Found:
-    """The losses of each model after training; Adam, a rate that rises over a tenth and falls to 0.
+class Run:
+    """Models under a plan, and the examples that they see.
 
     Args:
-        others: parameters to look at with the same casts.
+        name: of a format and its layers; None for no format.
     """
-    torch.manual_seed(seed)
-    module, generator = job.build(models), torch.Generator().manual_seed(seed)
 
-    def batch() -> list[Tensor]:
-        return [rows[torch.randint(len(rows), (models, ROWS), generator=generator)] for rows in job.train]
+    def __init__(self, job: Job, models: int, name: str | None, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.job, self.models, self.generator = job, models, torch.Generator().manual_seed(seed)
+        self.module, first, (format, overrides) = job.build(models), self.batch(), changes(name)
+        self.plan = unit_scale(self.module, lambda m: job.losses(m, *first).mean(), format=format, overrides=overrides)
+        self.asked = len(self.plan.cast_sites)
 
-    first = batch()
-    format, overrides = changes(name)
-    plan = unit_scale(module, lambda m: job.losses(m, *first).mean(), format=format, overrides=overrides)
-    asked, worst = len(plan.cast_sites), dict[str, tuple[float, float, float]]()
-    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    scale_learning_rates(optimizer, plan)
+    def batch(self) -> list[Tensor]:
+        """The next examples."""
+        size = self.models, ROWS
+        return [rows[torch.randint(len(rows), size, generator=self.generator)] for rows in self.job.train]
+
+    def backward(self, step: int) -> None:
+        """Casts are measured in some of the steps."""
+        with recalibrating(self.plan, step):
+            self.module.zero_grad()
+            self.job.losses(self.module, *self.batch()).mean().backward()
+
+    def look_at_casts(self, worst: Worst) -> None:
+        """Keep the worst of each layer and operand, as `Found.worst`."""
+        for site in self.plan.cast_sites:
+            layer = site.params[0].names[0].split(".")[-2]
+            for operand, seen in site.measured.items():
+                key, now = f"{layer}.{operand}", (seen["error"], seen["flushed"], seen["saturated"])
+                worst[key] = tuple(map(max, worst.get(key, now), now))  # type: ignore[assignment]  # of three
+
+    def found(self, worst: Worst) -> Found:
+        """Takes the casts out."""
+        parameters = [parameter.detach().clone() for parameter in self.module.parameters()]
+        losses, left = held_out(self.job, self.module, self.models), self.asked - len(self.plan.cast_sites)
+        for site in casts_in_force(self.module).values():
+            site.scales = None
+        return Found(losses, held_out(self.job, self.module, self.models), parameters, worst, left)
+
+
+def trained(job: Job, models: int, steps: int, name: str | None, seed: int) -> Found:
+    """The losses of each model after training; Adam, a rate that rises over a tenth and falls to 0."""
+    run, worst = Run(job, models, name, seed), Worst()
+    optimizer = torch.optim.AdamW(run.module.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    scale_learning_rates(optimizer, run.plan)
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = RATE / job.width * min(10 * step / steps, 1) * (1 - (step - 1) / steps)
         job.reach(step / steps)
-        with recalibrating(plan, step):
-            optimizer.zero_grad()
-            job.losses(module, *batch()).mean().backward()
+        run.backward(step)
         optimizer.step()
-        look_at_casts(plan, worst)
-    return found(job, module, models, others, worst, asked - len(plan.cast_sites))
+        run.look_at_casts(worst)
+    return run.found(worst)
 
 
-def look_at_casts(plan: Plan, worst: dict[str, tuple[float, float, float]]) -> None:
-    """Keep the worst of each layer and operand, as `Found.worst`."""
-    for site in plan.cast_sites:
-        layer = site.params[0].names[0].split(".")[-2]
-        for operand, seen in site.measured.items():
-            key, now = f"{layer}.{operand}", (seen["error"], seen["flushed"], seen["saturated"])
-            worst[key] = tuple(map(max, worst.get(key, now), now))  # type: ignore[assignment]  # of three
-
-
-def found(
-    job: Job,
-    module: nn.Module,
-    models: int,
-    others: list[Tensor] | None,
-    worst: dict[str, tuple[float, float, float]],
-    left: int,
-) -> Found:
-    """Of trained models, whose casts it takes out."""
-    parameters = [parameter.detach().clone() for parameter in module.parameters()]
-    losses = held_out(job, module, models)
-    exchange(module, others or parameters)
-    of_others = held_out(job, module, models)
-    exchange(module, parameters)
-    for site in casts_in_force(module).values():
-        site.scales = None
-    return Found(losses, held_out(job, module, models), parameters, of_others, worst, left)
-
-
-@torch.no_grad()
-def exchange(module: nn.Module, values: list[Tensor]) -> None:
-    """Give a module other parameters."""
-    for parameter, value in zip(module.parameters(), values, strict=True):
-        parameter.copy_(value)
+def cast_afterwards(job: Job, models: int, name: str, seed: int, parameters: list[Tensor]) -> Found:
+    """The losses with the casts, measured on one batch, of models that were trained without."""
+    run, worst = Run(job, models, name, seed), Worst()
+    with torch.no_grad():
+        for parameter, value in zip(run.module.parameters(), parameters, strict=True):
+            parameter.copy_(value)
+    run.backward(1)
+    run.look_at_casts(worst)
+    return run.found(worst)
 
 
 @torch.no_grad()
@@ -359,12 +367,16 @@ def main(job_name: str, models: int, steps: int, names: list[str], seed: int, wi
         return f"{more.mean() / mean:+.3%} ± {more.std() / sqrt(models) / mean:.3%}"
 
     for name in names:
-        found = trained(job, models, steps, name, seed, plain.parameters)
+        after, format = "after:" in name, name.removeprefix("after:")
+        found = (
+            cast_afterwards(job, models, format, seed, plain.parameters)
+            if after
+            else trained(job, models, steps, format, seed)
+        )
         print(
             f"{name}: {shown(found.losses - plain.losses)}; casts off {shown(found.without_casts - plain.losses)}, "
-            f"the casts {shown(found.losses - found.without_casts)}, "
-            f"of the weights trained without {shown(found.of_others - plain.losses)}; "
-            f"{found.left} sites left out on the way; at worst (off, flushed, saturated) "
+            f"the casts {shown(found.losses - found.without_casts)}; {found.left} sites left out on the way; "
+            + "at worst (off, flushed, saturated) "
             + ", ".join(f"{key} {off:.2%} {low:.2%} {high:.4%}" for key, (off, low, high) in found.worst.items()),
             flush=True,
         )
