@@ -383,4 +383,5 @@ def main(job_name: str, models: int, steps: int, names: list[str], seed: int, wi
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *map(int, sys.argv[2:4]), sys.argv[4].split(","), *map(int, sys.argv[5:7]))
+    job, models, steps, names, *seed_and_width = sys.argv[1:]
+    main(job, int(models), int(steps), names.split(","), *map(int, seed_and_width))
