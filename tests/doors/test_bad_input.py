@@ -82,7 +82,7 @@ def test_unknown_option_names() -> None:
     with pytest.raises(TypeError, match=r"'famly'\. Did you mean family\?"):
         scale_learning_rates(None, None, famly="adam")  # type: ignore
     UnitScalingDDPStrategy(bucket_cap_mb=3)  # torch's, which Lightning does not know by name
-    with pytest.raises(UnitScalingError, match=r"optimizer_family='adamw' is not known; choose one of 'adam', 'sgd'"):
+    with pytest.raises(UnitScalingError, match=r"optimizer_family='adamw' is not known; choose one of 'adam', "):
         UnitScaling(optimizer_family="adamw")
 
 

@@ -185,7 +185,14 @@ def test_what_is_not_there_is_named_with_what_is_near_before_torch_is_imported(
     assert said.rstrip().endswith("heavy: False")
 
 
-@pytest.mark.parametrize("command", [name for name in cli.commands() if (CONF / f"{name}.yaml").is_file()])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(name, marks=[] if name == "pretrain" else [pytest.mark.slow])
+        for name in cli.commands()
+        if (CONF / f"{name}.yaml").is_file()
+    ],
+)
 def test_what_the_files_say_is_not_wrong(command: str) -> None:
     for group, names in options(command).items():
         for name in names if group != "hparams_search" else ():  # of a plugin
