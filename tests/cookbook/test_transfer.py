@@ -197,3 +197,10 @@ def test_a_partial_sweep_is_drawn() -> None:
         transfer_chart(cfg, found).canvas.draw()
         transfer_table(cfg, found)
         drop_in_table(cfg, found)
+
+
+def test_only_what_was_run_is_drawn() -> None:
+    cfg = composed("transfer", "sweep.drop_in.points=[]")
+    found = results({("umup", 64, 1.0): [1.5], ("standard", 64, 2.0**-8): [1.9]})
+    titles = [axes.get_title() for axes in transfer_chart(cfg, found).axes]
+    assert titles == ["Untouched, initial std 0.02", 'UnitScaling(lr_units="umup")']

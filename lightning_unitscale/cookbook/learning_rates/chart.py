@@ -15,23 +15,31 @@ from lightning_unitscale.cookbook.learning_rates.findings import GRIDS, best_of,
 from lightning_unitscale.cookbook.learning_rates.grid import RateRun, is_power_of_two
 from lightning_unitscale.cookbook.sweeps.results import Result
 
-TITLES = ("Untouched, initial std 0.02", "Untouched, fan-in initialisation", 'UnitScaling(lr_units="umup")')
+TITLES = dict(
+    zip(
+        GRIDS,
+        ("Untouched, initial std 0.02", "Untouched, fan-in initialisation", 'UnitScaling(lr_units="umup")'),
+        strict=True,
+    )
+)
 Losses = Mapping[float, Sequence[float]]  # of the seeds, by learning rate
 
 
 def transfer_chart(cfg: DictConfig, results: Sequence[Result[RateRun]]) -> Figure:
-    """Each parametrization beside the others; bands go from the best to the worst seed."""
-    figure = Figure(figsize=(16, 4.2), layout="constrained")
-    *grids, last = figure.subplots(1, len(GRIDS) + 1)
+    """Each parametrization that was run beside the others; bands go from the best to the worst seed."""
+    run = [name for name in GRIDS if any(losses_of(results, name, value) for value in cfg.sweep.points)] or GRIDS
+    figure = Figure(figsize=(4 * (len(run) + bool(cfg.sweep.drop_in.points)), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(run) + bool(cfg.sweep.drop_in.points), squeeze=False)[0]
     shown = sorted({*cfg.sweep.points, *cfg.sweep.drop_in.points})
     colours = {value: f"C{number}" for number, value in enumerate(shown)}
-    for axes, name, title in zip(grids, GRIDS, TITLES, strict=True):
+    for axes, name in zip(panels, run, strict=False):
         _draw_grid(axes, cfg, results, name, colours)
-        axes.set_title(title)
-    grids[0].set_ylabel("held-out loss, nats per byte")
-    _draw_drop_in(last, cfg, results, colours)
-    last.set_title('UnitScaling(lr_units="standard")')
-    for axes in (*grids, last):
+        axes.set_title(TITLES[name])
+    panels[0].set_ylabel("held-out loss, nats per byte")
+    if cfg.sweep.drop_in.points:
+        _draw_drop_in(panels[-1], cfg, results, colours)
+        panels[-1].set_title('UnitScaling(lr_units="standard")')
+    for axes in panels:
         axes.set_xlabel("learning rate")
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
