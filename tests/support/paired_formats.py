@@ -65,7 +65,7 @@ class Dynamic(BlockNumbers):
         return (tensor * scale).clamp(-largest, largest).to(self.dtype).to(tensor.dtype) / scale
 
     def _round(self, blocks: Tensor) -> Tensor:
-        raise NotImplementedError("there are none")
+        raise NotImplementedError("scales are of rows or whole tensors here, not of blocks")
 
 
 def dynamic(dtype: torch.dtype, by_rows: bool = False, summing: int | None = None) -> Dynamic:
@@ -298,7 +298,8 @@ class Run:
             layer = site.params[0].names[0].split(".")[-2]
             for operand, seen in site.measured.items():
                 key, now = f"{layer}.{operand}", (seen["error"], seen["flushed"], seen["saturated"])
-                worst[key] = tuple(map(max, worst.get(key, now), now))  # type: ignore[assignment]  # of three
+                was = worst.get(key, now)
+                worst[key] = (max(was[0], now[0]), max(was[1], now[1]), max(was[2], now[2]))
 
     def found(self, worst: Worst) -> Found:
         """Takes the casts out."""
